@@ -1,0 +1,85 @@
+"""The house rules: layout, floors, light imports, and commands that exist."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted(
+    path
+    for folder in ("aam", "aam_kernels", "benchmarks", "docs", "tests")
+    for path in (ROOT / folder).rglob("*.py")
+)
+TOP_LEVEL = {
+    "LICENSE", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "pyproject.toml",
+    "constraints-dev.txt", "CMakeLists.txt", "aam", "aam_kernels", "benchmarks", "tests",
+    "profiling", "docs", "deploy", ".ci", ".gitignore", ".pre-commit-config.yaml",
+}  # fmt: skip
+HEAVY = ("skbio", "sklearn", "matplotlib", "tensorboard", "biom", "pandas", "lightning")
+
+
+def imported_by(statement: str) -> set[str]:
+    """Names in sys.modules after `statement` ran in a fresh interpreter."""
+    code = f"{statement}; import sys; print('\\n'.join(sys.modules))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return set(result.stdout.split())
+
+
+def test_floors_are_kept():
+    from importlinter.cli import lint_imports
+
+    exit_code = lint_imports(str(ROOT / "pyproject.toml"), no_cache=True)
+    assert exit_code == 0, "an import runs up or sideways: see the captured output"
+
+
+def test_top_level_holds_what_the_house_lists():
+    listing = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    found = {line.split("/")[0] for line in listing.stdout.splitlines()}
+    assert found <= TOP_LEVEL, f"not in the house: {sorted(found - TOP_LEVEL)}"
+
+
+def test_the_readme_begins_with_commands_that_exist():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert [line.split("#")[0].strip() for line in lines[1:3]] == ["make demo", "make test"]
+    makefile = (ROOT / "Makefile").read_text()
+    documented = re.findall(
+        r"\bmake ([a-z]+)\b", (ROOT / "README.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text()
+    )
+    for target in set(documented):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target} does not exist"
+
+
+def test_relative_links_of_the_documentation_lead_somewhere():
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")]:
+        for link in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+            if "://" not in link:
+                assert (page.parent / link).exists(), f"{page.relative_to(ROOT)} links to {link}"
+
+
+def test_no_file_holds_more_than_one_idea():
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for path in SOURCES
+        if (lines := len(path.read_text().splitlines())) > 450
+    }
+    assert not long
+
+
+def test_the_kernels_do_not_know_the_trainer():
+    assert not {name for name in imported_by("import aam_kernels") if name.split(".")[0] == "aam"}
+
+
+@pytest.mark.parametrize("module", ["aam.train", "aam.data", "aam_kernels"])
+def test_imports_stay_light(module):
+    loaded = {name.split(".")[0] for name in imported_by(f"import {module}")}
+    assert not loaded & set(HEAVY)
