@@ -1,0 +1,5 @@
+"""Attention kernels for packed, variable-length batches, forward and backward."""
+
+from aam_kernels.ragged import Ragged
+
+__all__ = ["Ragged"]

@@ -1,0 +1,1 @@
+"""What every operation stands on: devices, dispatch, dropout, grouping. Private."""
