@@ -1,0 +1,1 @@
+"""Training: objectives, loop, checkpoints and the numbers that judge them."""
