@@ -1,0 +1,1 @@
+"""Attention pooling: one softmax-weighted sum a ragged sequence."""
