@@ -1,4 +1,4 @@
-"""A phylogeny held as arrays, and UniFrac between the samples of a feature table on it.
+"""UniFrac between the samples of a feature table, and their Faith PD, on a phylogeny.
 
 The nodes of the tree stand in post-order, so the tips below any branch are one contiguous
 range of tips, and the reads of a sample below a branch are a difference of two cumulative
@@ -22,21 +22,23 @@ al. 2007 (weighted), Faith 1992 (PD).
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.sparse
 from numpy.typing import ArrayLike, NDArray
 
-from aam.data.facts import DataFact
+from aam.data.facts import DataFact, name_some
+from aam.data.tree import Phylogeny, read_tree
 from aam.errors import InputError
 
 if TYPE_CHECKING:
     from aam.data.table import FeatureTable
+
+__all__ = ["METRICS", "Phylogeny", "UniFrac", "read_tree"]
 
 METRICS = ("unweighted", "weighted", "weighted-normalized")
 
@@ -47,186 +49,6 @@ _BLOCK_SAMPLES = 128
 """Widest dense block: 128 columns measured fastest for both kinds of overlap (64 to 428)."""
 
 
-# ------------------------------------------------------------------------------------ the tree
-@dataclass(frozen=True, eq=False)
-class Phylogeny:
-    """A rooted tree in post-order: children before parents, the root last.
-
-    Attributes:
-        tip_names: names of the tips, in post-order.
-        parent: (nodes,) int64, post-order number of the parent; -1 for the root.
-        length: (nodes,) float64, length of the branch above the node; 0 for the root.
-        tip_start: (nodes,) int64; below node b are the tips tip_start[b] to tip_stop[b] - 1.
-        tip_stop: (nodes,) int64.
-        source: the file, for messages.
-    """
-
-    tip_names: tuple[str, ...]
-    parent: NDArray[np.int64]
-    length: NDArray[np.float64]
-    tip_start: NDArray[np.int64]
-    tip_stop: NDArray[np.int64]
-    source: str
-
-    def __len__(self) -> int:
-        """Number of nodes."""
-        return len(self.parent)
-
-    def rename(self, names: Mapping[str, str]) -> Phylogeny:
-        """The same tree with tips named ``names[name]``, e.g. hashed ids mapped to sequences.
-
-        Tips that are not in ``names`` keep their name.
-        """
-        return replace(self, tip_names=tuple(names.get(name, name) for name in self.tip_names))
-
-    def shear(self, kept: NDArray[np.bool_]) -> Phylogeny:
-        """The tree of the tips where ``kept`` (tips,) bool is true.
-
-        Branches that hold the same kept tips are merged into one of their summed length. The
-        root stays where it is, so that distances to the root do not change.
-        """
-        tips_before = np.concatenate(([0], np.cumsum(kept)))
-        start, stop = tips_before[self.tip_start], tips_before[self.tip_stop]
-        alive = np.flatnonzero(stop > start)
-        if not len(alive):
-            raise InputError(f"{self.source}: no tip of the tree is left")
-        start, stop = start[alive], stop[alive]
-        # A chain of single children is a run of equal tip ranges, lowest branch first.
-        opens_run = np.ones(len(alive), dtype=bool)
-        opens_run[1:-1] = (start[1:-1] != start[:-2]) | (stop[1:-1] != stop[:-2])
-        run_start = np.flatnonzero(opens_run)
-        run_top = np.append(run_start[1:], len(alive)) - 1
-        run_of_node = np.full(len(self), -1, dtype=np.int64)
-        run_of_node[alive] = np.cumsum(opens_run) - 1
-        parent = self.parent[alive[run_top]]
-        return Phylogeny(
-            tip_names=tuple(np.asarray(self.tip_names, dtype=object)[kept]),
-            parent=np.where(parent >= 0, run_of_node[parent], -1),
-            length=np.add.reduceat(self.length[alive], run_start),
-            tip_start=start[run_start],
-            tip_stop=stop[run_start],
-            source=self.source,
-        )
-
-
-def read_tree(path: str | Path) -> Phylogeny:
-    """Read a rooted tree with branch lengths from a Newick file.
-
-    Underscores in names are kept, support values and other labels of inner nodes are ignored,
-    and so is a length of the root. Depth and number of children are not limited.
-
-    Raises:
-        InputError: no such file, not one Newick tree, branches without a length, with a negative
-            or a non-finite one, tips without a name or with the same name.
-    """
-    path = Path(path)
-    root = _parse_newick(path)
-    nodes = list(root.postorder(include_self=True))
-    number = {id(node): position for position, node in enumerate(nodes)}
-    parent = np.full(len(nodes), -1, dtype=np.int64)
-    length = np.full(len(nodes), np.nan)
-    tip_start = np.empty(len(nodes), dtype=np.int64)
-    tip_stop = np.empty(len(nodes), dtype=np.int64)
-    tips: list[Any] = []
-    for position, node in enumerate(nodes):
-        if node.parent is not None:
-            parent[position] = number[id(node.parent)]
-        if node.length is not None:
-            length[position] = node.length
-        if node.children:
-            tip_start[position] = tip_start[number[id(node.children[0])]]
-        else:
-            tip_start[position] = len(tips)
-            tips.append(node.name)
-        tip_stop[position] = len(tips)
-    length[-1] = 0.0
-    _check_tips(path, tips)
-    tree = Phylogeny(tuple(tips), parent, length, tip_start, tip_stop, str(path))
-    _check_lengths(tree)
-    return tree
-
-
-def _parse_newick(path: Path) -> Any:
-    """The root of the Newick file as an ``skbio.TreeNode``."""
-    from skbio import TreeNode
-    from skbio.io import NewickFormatError
-
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the tree: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: not a text file; expected a tree in Newick format (.nwk)"
-        ) from error
-    if not text.strip():
-        raise InputError(f"{path}: the file is empty; expected a tree in Newick format")
-    if not text.rstrip().endswith(";"):
-        raise InputError(
-            f"{path}: no ';' at the end; expected a whole tree in Newick format "
-            "(a .qza tree must be exported first; a truncated file must be copied again)"
-        )
-    try:
-        root = TreeNode.read(io.StringIO(text), format="newick", convert_underscores=False)
-    except (NewickFormatError, ValueError, IndexError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: not a tree in Newick format: {reason}") from error
-    _check_single_tree(path, text)
-    return root
-
-
-def _check_single_tree(path: Path, text: str) -> None:
-    """A second tree would be ignored by the reader, so it is an error."""
-    import re
-
-    if text.count(";") > 1:
-        bare = re.sub(r"'(?:[^']|'')*'|\[[^\]]*\]", "", text)
-        if bare.count(";") > 1:
-            raise InputError(
-                f"{path}: holds {bare.count(';')} trees; expected one: keep the one to be used"
-            )
-
-
-def _check_tips(path: Path, tips: list[Any]) -> None:
-    unnamed = sum(not name for name in tips)
-    if unnamed:
-        raise InputError(f"{path}: {unnamed} of {len(tips)} tips have no name; name every tip")
-    if len(set(tips)) < len(tips):
-        seen: set[str] = set()
-        repeated = [name for name in tips if name in seen or seen.add(name)]
-        raise InputError(
-            f"{path}: {len(repeated)} tip names stand more than once ({_first_three(repeated)}); "
-            "every tip needs its own name"
-        )
-
-
-def _check_lengths(tree: Phylogeny) -> None:
-    for bad, what, remedy in (
-        (np.isnan(tree.length), "no branch length", "UniFrac needs a tree with branch lengths"),
-        (tree.length < 0, "a negative branch length", "set negative lengths to 0"),
-        (np.isinf(tree.length), "an infinite branch length", "correct them"),
-    ):
-        nodes = np.flatnonzero(bad)
-        if len(nodes):
-            shown = _first_three([_node_name(tree, node) for node in nodes[:3]])
-            raise InputError(
-                f"{tree.source}: {len(nodes)} of {len(tree) - 1} branches have {what} "
-                f"(above {shown}); {remedy}"
-            )
-
-
-def _node_name(tree: Phylogeny, node: int) -> str:
-    """A tip's name, or for an inner node the tips at its two ends."""
-    start, last = tree.tip_start[node], tree.tip_stop[node] - 1
-    first_name, last_name = tree.tip_names[start], tree.tip_names[last]
-    return first_name if start == last else f"the ancestor of {first_name} and {last_name}"
-
-
-def _first_three(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-# --------------------------------------------------------------------------------- the distances
 class UniFrac:
     """UniFrac distances between the samples of a table, exact in float64.
 
@@ -258,6 +80,7 @@ class UniFrac:
         metric: str = "unweighted",
         drop_missing: bool = False,
     ) -> None:
+        """Shear the tree and find the branches that every sample reaches."""
         if metric not in METRICS:
             raise InputError(f"unknown UniFrac metric {metric!r}; choose {', '.join(METRICS)}")
         if not isinstance(tree, Phylogeny):
@@ -338,13 +161,13 @@ class UniFrac:
         if len(missing) == len(table.feature_ids):
             raise InputError(
                 f"{tree.source}: none of the {len(missing)} features of {table.source} is a tip "
-                f"of the tree (features: {_first_three(names)}; tips: "
-                f"{_first_three(tree.tip_names)}); use the tree that was made for this table"
+                f"of the tree (features: {name_some(names)}; tips: "
+                f"{name_some(tree.tip_names)}); use the tree that was made for this table"
             )
         if not drop_missing:
             raise InputError(
                 f"{tree.source}: {len(missing)} of {len(table.feature_ids)} features of "
-                f"{table.source} are not tips of the tree ({_first_three(names)}); use a tree "
+                f"{table.source} are not tips of the tree ({name_some(names)}); use a tree "
                 "that holds them, or leave them out with --drop-missing-tips"
             )
         total = float(table.counts.sum())
@@ -353,8 +176,7 @@ class UniFrac:
             DataFact(
                 what="features left out of UniFrac: not in the tree",
                 count=len(missing),
-                detail=f"of {len(table.feature_ids)}, {share:.2%} of the reads: "
-                f"{_first_three(names)}",
+                detail=f"of {len(table.feature_ids)}, {share:.2%} of the reads: {name_some(names)}",
                 kind="dropped",
             )
         )
@@ -366,7 +188,7 @@ class UniFrac:
             where = " on tips of the tree" if self.facts else ""
             raise InputError(
                 f"{table.source}: {len(empty)} of {len(table.sample_ids)} samples have no "
-                f"reads{where} ({_first_three(names)}); UniFrac is not defined for them: remove "
+                f"reads{where} ({name_some(names)}); UniFrac is not defined for them: remove "
                 "them from the table"
             )
 
@@ -427,7 +249,7 @@ def _sum_of_minima(
     """sum_b min(v_ib, dense_bj) for sparse rows v (n) and a dense block (branches, m): (n, m)."""
     result = np.empty((len(starts) - 1, dense.shape[1]))
     buffer = np.empty((int(np.diff(starts).max(initial=0)), dense.shape[1]))
-    for row, (low, high) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+    for row, (low, high) in enumerate(itertools.pairwise(starts)):
         smaller = buffer[: high - low]
         # mode="clip" writes into the buffer directly; the default would go through a copy.
         np.take(dense, branches[low:high], axis=0, out=smaller, mode="clip")
