@@ -1,0 +1,264 @@
+"""Samples as ragged batches in which every distinct ASV stands once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aam.data.facts import DataFact, name_some
+from aam.data.sequences import tokenize
+from aam.data.table import FeatureTable
+from aam.errors import InputError
+from aam_kernels import Ragged
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some samples, their ASVs and what is known of them.
+
+    Attributes:
+        rows: ``(n,)`` int64, row of each sample in the dataset.
+        tokens: the batch's distinct ASVs: values ``(total_tokens,)`` uint8, one row an ASV.
+        asv_ids: ``(distinct,)`` int64, index of each row of ``tokens`` in ``dataset.sequences``.
+        slots: the ASVs of each sample: values ``(total_slots,)`` int64, rows of ``tokens``.
+        counts: ``(total_slots,)`` float32, reads.
+        targets: ``(n,)`` float32, or int64 classes; None without a target.
+        categories: ``(n, columns)`` int64, 0 = unknown or missing; None without columns.
+    """
+
+    rows: Tensor
+    tokens: Ragged
+    asv_ids: Tensor
+    slots: Ragged
+    counts: Tensor
+    targets: Tensor | None
+    categories: Tensor | None
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.rows)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch on ``device``."""
+        return Batch(
+            rows=self.rows.to(device, non_blocking=True),
+            tokens=self.tokens.to(device),
+            asv_ids=self.asv_ids.to(device, non_blocking=True),
+            slots=self.slots.to(device),
+            counts=self.counts.to(device, non_blocking=True),
+            targets=None if self.targets is None else self.targets.to(device, non_blocking=True),
+            categories=(
+                None if self.categories is None else self.categories.to(device, non_blocking=True)
+            ),
+        )
+
+
+class SampleDataset:
+    """A feature table as tokens: distinct sequences held once, batches gathered from them.
+
+    ASVs are ordered by sequence, so that the order of the table's rows changes nothing; only
+    ``asv_sampling="first"`` keeps the table's order, which is what it asks for.
+
+    Attributes:
+        sample_ids: ids, row by row, as in the table.
+        sequences: distinct sequences, which ``Batch.asv_ids`` index.
+        tokens: their tokens: values ``(total_tokens,)`` uint8.
+        asv_count: ``(samples,)`` int64, ASVs of each sample in a batch (at most ``token_limit``).
+        sequence_lengths: ``(sequences,)`` int64, tokens of each sequence, START included.
+        facts: sequences cut, samples cut at ``token_limit``.
+    """
+
+    def __init__(
+        self,
+        table: FeatureTable,
+        *,
+        max_bp: int = 150,
+        token_limit: int = 1024,
+        asv_sampling: Literal["abundance", "first", "random"] = "abundance",
+        targets: np.ndarray | Tensor | Sequence[float] | None = None,
+        categories: np.ndarray | Tensor | None = None,
+        share_asvs: bool = True,
+    ) -> None:
+        """Tokenise the table's sequences and choose each sample's ASVs.
+
+        Args:
+            table: samples and counts; every sample needs a read.
+            max_bp: bases kept of a sequence.
+            token_limit: ASVs kept of a sample.
+            asv_sampling: which ones: the most abundant (ties by sequence), the first of the
+                table, or a new random choice in every batch.
+            targets: ``(samples,)`` numbers (float32 in a batch) or integer classes (int64).
+            categories: ``(samples, columns)`` integers.
+            share_asvs: False gives every slot a token row of its own.
+
+        Raises:
+            InputError: a sample has no reads, or an option is out of range.
+        """
+        if token_limit < 1:
+            raise InputError(f"token_limit must be at least 1, got {token_limit}")
+        if asv_sampling not in ("abundance", "first", "random"):
+            raise InputError(
+                f"asv_sampling must be abundance, first or random, got {asv_sampling!r}"
+            )
+        self.sample_ids = table.sample_ids
+        self.token_limit = token_limit
+        self.asv_sampling = asv_sampling
+        self.share_asvs = share_asvs
+        counts = table.counts
+        self.sequences = table.feature_ids
+        if asv_sampling != "first":
+            order = np.argsort(np.array(table.feature_ids, dtype=object))
+            self.sequences = tuple(table.feature_ids[column] for column in order)
+            counts = counts[:, order]
+        counts.sort_indices()
+        self._check_reads(counts, table.source)
+        self.tokens, number_cut = tokenize(self.sequences, max_bp)
+        offsets = self.tokens.offsets.numpy().astype(np.int64)
+        self.sequence_lengths = np.diff(offsets)
+        self._token_starts = offsets[:-1]
+        self._indptr = counts.indptr.astype(np.int64)
+        self._asvs = counts.indices.astype(np.int64)
+        self._counts = counts.data.astype(np.float32)
+        full = np.diff(self._indptr)
+        self.facts = self._describe(number_cut, max_bp, full)
+        self.asv_count = np.minimum(full, token_limit)
+        if asv_sampling != "random" and (full > token_limit).any():
+            self._keep(self._choose())
+        self._targets = _as_tensor(targets, len(self), "targets")
+        self._categories = _as_tensor(categories, len(self), "categories")
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.sample_ids)
+
+    def batch(
+        self, rows: Sequence[int] | np.ndarray | Tensor, *, generator: torch.Generator | None = None
+    ) -> Batch:
+        """Gather samples.
+
+        Args:
+            rows: rows of the dataset, in any order.
+            generator: draws the ASVs of ``asv_sampling="random"``; torch's default if None.
+
+        Returns:
+            Batch on the CPU.
+        """
+        wanted = np.asarray(rows, dtype=np.int64)
+        starts, lengths = self._indptr[wanted], np.diff(self._indptr)[wanted]
+        entries = _ranges(starts, lengths)
+        if self.asv_sampling == "random" and (lengths > self.token_limit).any():
+            keys = torch.rand(len(entries), generator=generator, dtype=torch.float64).numpy()
+            kept = _lowest_of_each(keys, lengths, self.token_limit)
+            entries, lengths = entries[kept], np.minimum(lengths, self.token_limit)
+        asvs = self._asvs[entries]
+        if self.share_asvs:
+            asv_ids, slots = np.unique(asvs, return_inverse=True)
+        else:
+            asv_ids, slots = asvs, np.arange(len(asvs))
+        picked = torch.from_numpy(wanted)
+        return Batch(
+            rows=picked,
+            tokens=self.gather_tokens(asv_ids),
+            asv_ids=torch.from_numpy(asv_ids),
+            slots=_ragged(torch.from_numpy(slots), lengths),
+            counts=torch.from_numpy(self._counts[entries]),
+            targets=None if self._targets is None else self._targets[picked],
+            categories=None if self._categories is None else self._categories[picked],
+        )
+
+    def gather_tokens(self, asv_ids: np.ndarray) -> Ragged:
+        """Return the tokens of ``sequences[asv_ids]``, one row each, uint8."""
+        lengths = self.sequence_lengths[asv_ids]
+        positions = _ranges(self._token_starts[asv_ids], lengths)
+        return _ragged(self.tokens.values[torch.from_numpy(positions)], lengths)
+
+    def with_targets(
+        self,
+        targets: np.ndarray | Tensor | Sequence[float] | None = None,
+        categories: np.ndarray | Tensor | None = None,
+    ) -> SampleDataset:
+        """Return the same samples and tokens with these targets and categories."""
+        other = object.__new__(SampleDataset)
+        other.__dict__.update(self.__dict__)
+        other._targets = _as_tensor(targets, len(self), "targets")
+        other._categories = _as_tensor(categories, len(self), "categories")
+        return other
+
+    def _check_reads(self, counts: Any, source: str) -> None:
+        empty = [self.sample_ids[row] for row in np.flatnonzero(np.diff(counts.indptr) == 0)]
+        if empty:
+            raise InputError(
+                f"{source}: {len(empty)} samples have no reads ({name_some(empty)}): remove them "
+                "or set --rarefy-depth"
+            )
+
+    def _describe(self, number_cut: int, max_bp: int, full: np.ndarray) -> list[DataFact]:
+        facts = []
+        if number_cut:
+            longest = max(map(len, self.sequences))
+            facts.append(
+                DataFact(
+                    f"sequences cut at {max_bp} bases", number_cut, f"longest {longest}", "cut"
+                )
+            )
+        over = full > self.token_limit
+        if over.any():
+            lost = int((full[over] - self.token_limit).sum())
+            facts.append(
+                DataFact(
+                    f"samples cut at {self.token_limit} ASVs ({self.asv_sampling})",
+                    int(over.sum()),
+                    f"{lost} of {int(full.sum())} (sample, ASV) entries left out, "
+                    f"largest sample {int(full.max())}",
+                    "cut",
+                )
+            )
+        return facts
+
+    def _choose(self) -> np.ndarray:
+        """Return which entries stay under ``token_limit``, in order."""
+        lengths = np.diff(self._indptr)
+        # Within a sample entries are ordered by sequence, so a stable sort breaks ties by it.
+        keys = -self._counts if self.asv_sampling == "abundance" else np.arange(len(self._counts))
+        return _lowest_of_each(keys, lengths, self.token_limit)
+
+    def _keep(self, entries: np.ndarray) -> None:
+        self._asvs, self._counts = self._asvs[entries], self._counts[entries]
+        self._indptr = np.concatenate([[0], np.cumsum(self.asv_count)])
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return starts[0]..starts[0]+lengths[0], then the same for 1, 2, ... in one array."""
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.repeat(starts - (ends - lengths), lengths) + np.arange(total)
+
+
+def _lowest_of_each(keys: np.ndarray, lengths: np.ndarray, most: int) -> np.ndarray:
+    """Return, in order, the entries whose key is among the ``most`` lowest of their segment."""
+    segment = np.repeat(np.arange(len(lengths)), lengths)
+    order = np.lexsort((keys, segment))  # stable: equal keys keep their order
+    starts = np.cumsum(lengths) - lengths
+    rank = np.arange(len(keys)) - np.repeat(starts, lengths)
+    return np.sort(order[rank < most])
+
+
+def _ragged(values: Tensor, lengths: np.ndarray) -> Ragged:
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=offsets[1:])
+    return Ragged(values, torch.from_numpy(offsets), int(lengths.max()) if len(lengths) else 0)
+
+
+def _as_tensor(values: Any, rows: int, name: str) -> Tensor | None:
+    """Return numbers as float32 and integers as int64, one row a sample."""
+    if values is None:
+        return None
+    tensor = torch.as_tensor(values)
+    if len(tensor) != rows:
+        raise ValueError(f"{name}: expected one row a sample ({rows}), got {len(tensor)}")
+    return tensor.to(torch.float32 if tensor.is_floating_point() else torch.int64)

@@ -1,0 +1,29 @@
+"""Counted facts about the data: what was read, dropped or cut on the way to the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class DataFact:
+    """One thing that happened to the data, with its count; printed, logged and put in the report.
+
+    Attributes:
+        what: what was counted, in words ("sequences cut at 150 bases").
+        count: how many.
+        detail: the first ids, sizes or the reason.
+        kind: ``info`` (nothing lost), ``dropped`` (left out), ``cut`` (shortened).
+    """
+
+    what: str
+    count: int
+    detail: str = ""
+    kind: Literal["info", "dropped", "cut"] = "info"
+
+
+def name_some(ids: list[str] | tuple[str, ...], most: int = 3) -> str:
+    """Return the first ids, quoted, for a one-line message ("'a', 'b', 'c', ...")."""
+    shown = ", ".join(repr(one) for one in ids[:most])
+    return shown + (", ..." if len(ids) > most else "")

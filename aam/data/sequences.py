@@ -1,0 +1,212 @@
+"""DNA sequences: which ids are sequences, FASTA files, and nucleotide tokens."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from aam.data.facts import name_some
+from aam.errors import InputError
+from aam_kernels import Ragged
+
+PAD, A, C, G, T, START, MASK = range(7)
+VOCABULARY = 7
+
+_DNA = re.compile(r"[ACGT]+", re.IGNORECASE)
+# What a sequence may hold besides A, C, G and T: IUPAC codes, RNA's U, gaps.
+_SEQUENCE_LIKE = re.compile(r"[ACGTURYSWKMBDHVN.\-]{10,}", re.IGNORECASE)
+
+_TOKEN_OF_BYTE = np.full(256, PAD, dtype=np.uint8)
+for _base, _token in (("A", A), ("C", C), ("G", G), ("T", T)):
+    _TOKEN_OF_BYTE[[ord(_base), ord(_base.lower())]] = _token
+
+
+def is_dna(name: str) -> bool:
+    """Say whether a string is a DNA sequence of A, C, G and T, upper or lower case."""
+    return _DNA.fullmatch(name) is not None
+
+
+def tokenize(sequences: Sequence[str], max_bp: int = 150) -> tuple[Ragged, int]:
+    """Turn DNA into tokens: START, then A 1, C 2, G 3, T 4, cut at ``max_bp`` bases.
+
+    Args:
+        sequences: strings of A, C, G, T in upper or lower case; an empty one is START alone.
+        max_bp: longest sequence in bases; what is longer loses its end.
+
+    Returns:
+        Ragged with values uint8 ``(total_tokens,)``, START first in each row, and the number of
+        sequences that were cut.
+
+    Raises:
+        InputError: a sequence holds something else than A, C, G, T, or ``max_bp`` is below 1.
+    """
+    if max_bp < 1:
+        raise InputError(f"max_bp must be at least 1, got {max_bp}")
+    kept = [one[:max_bp] for one in sequences]
+    lengths = np.fromiter((len(one) + 1 for one in kept), dtype=np.int64, count=len(kept))
+    offsets = np.zeros(len(kept) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=offsets[1:])
+    # One placeholder byte before each sequence leaves room for its START token.
+    text = "".join("A" + one for one in kept).encode("ascii", errors="replace")
+    values = _TOKEN_OF_BYTE[np.frombuffer(text, dtype=np.uint8)]
+    if not values.all():
+        wrong = [one for one in kept if one and not _DNA.fullmatch(one)]
+        raise InputError(_describe_bad_bases("sequences", wrong, wrong))
+    values[offsets[:-1]] = START
+    number_cut = sum(len(one) > max_bp for one in sequences)
+    longest = int(lengths.max()) if len(kept) else 0
+    return Ragged(torch.from_numpy(values), torch.from_numpy(offsets), longest), number_cut
+
+
+def read_fasta(path: Path) -> dict[str, str]:
+    """Read FASTA, plain or inside a QIIME 2 ``.qza``, as ``{id: SEQUENCE}``, in upper case.
+
+    The id is the first word after ``>``.
+
+    Raises:
+        InputError: the file is missing, is no FASTA, or names an id twice.
+    """
+    lines = _fasta_text(path).splitlines()
+    parts: dict[str, list[str]] = {}
+    current: list[str] | None = None
+    for number, line in enumerate(lines, start=1):
+        if line.startswith(">"):
+            name = line[1:].split(maxsplit=1)[0] if line[1:].strip() else ""
+            if not name or name in parts:
+                problem = f"the id {name!r} stands twice" if name else "there is no id after '>'"
+                raise InputError(f"{path}: {problem} (line {number}); each sequence needs its own")
+            current = parts[name] = []
+        elif current is not None:
+            current.append(line.strip())
+        elif line.strip():
+            raise InputError(
+                f"{path}: line {number} is not FASTA (expected '>'): give rep-seqs.fasta or .qza"
+            )
+    if not parts:
+        raise InputError(f"{path}: holds no sequences: give rep-seqs.fasta or .qza")
+    return {name: "".join(pieces).upper() for name, pieces in parts.items()}
+
+
+def _fasta_text(path: Path) -> str:
+    """Return the text of a FASTA file or of the one inside a ``.qza``."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file (FASTA or .qza with the features' sequences)")
+    try:
+        if path.suffix.lower() == ".qza":
+            content = read_qza_member(path, "data/dna-sequences.fasta", "FeatureData[Sequence]")
+        else:
+            content = path.read_bytes()
+        return content.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as FASTA text ({error})") from error
+
+
+def read_qza_member(path: Path, member: str, expected_type: str) -> bytes:
+    """Return the bytes of ``<uuid>/<member>`` in a QIIME 2 artifact.
+
+    Raises:
+        InputError: the file is no zip, is damaged, or holds another kind of artifact.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.split("/", 1)[-1] == member]
+            if names:
+                return archive.read(names[0])
+            found = _artifact_type(archive)
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: is no readable .qza, which is a zip file ({error}): export or download it again"
+        ) from error
+    raise InputError(
+        f"{path}: holds {found}, expected {expected_type} ({member}): give that artifact"
+    )
+
+
+def _artifact_type(archive: zipfile.ZipFile) -> str:
+    """Return the semantic type that a QIIME 2 artifact declares of itself."""
+    for name in archive.namelist():
+        if name.count("/") == 1 and name.endswith("/metadata.yaml"):
+            declared = re.search(rb"^type:\s*(.+)$", archive.read(name), re.MULTILINE)
+            if declared:
+                return declared.group(1).decode("utf-8", "replace").strip().strip("'\"")
+    return "no QIIME 2 artifact"
+
+
+def resolve_sequences(
+    feature_ids: Sequence[str], source: str, sequences: Path | None
+) -> tuple[str, ...]:
+    """Return each feature's DNA in upper case: its id itself, or what ``sequences`` says of it.
+
+    Raises:
+        InputError: ids are no DNA, lack a sequence, hold other letters, or coincide.
+    """
+    if sequences is None:
+        dna = [one.upper() for one in feature_ids]
+        origin = source
+    else:
+        known = read_fasta(sequences)
+        lacking = [one for one in feature_ids if one not in known]
+        if lacking:
+            raise InputError(
+                f"{sequences}: has no sequence for {len(lacking)} of {len(feature_ids)} features "
+                f"of {source} ({name_some(lacking)}): give the sequences made with this table, "
+                "or leave --sequences out if its ids are the sequences"
+            )
+        dna = [known[one] for one in feature_ids]
+        origin = str(sequences)
+    wrong = [index for index, one in enumerate(dna) if not _DNA.fullmatch(one)]
+    if wrong:
+        raise InputError(
+            _describe_bad_bases(
+                origin, [feature_ids[index] for index in wrong], [dna[index] for index in wrong]
+            )
+        )
+    _check_distinct(dna, feature_ids, origin)
+    return tuple(dna)
+
+
+def _describe_bad_bases(origin: str, ids: list[str], sequences: list[str]) -> str:
+    """Say whether the ids are no sequences at all or sequences with other letters, and the remedy."""
+    foreign = [
+        name
+        for name, one in zip(ids, sequences, strict=True)
+        if name == one and not _SEQUENCE_LIKE.fullmatch(one)
+    ]
+    if foreign or not all(sequences):
+        named = foreign or [n for n, one in zip(ids, sequences, strict=True) if not one]
+        return (
+            f"{origin}: {len(named)} feature ids are not DNA ({name_some(named)}): "
+            "give their sequences with --sequences rep-seqs.fasta or .qza"
+        )
+    letters = sorted(set("".join(sequences)) - set("ACGTacgt"))
+    return (
+        f"{origin}: {len(ids)} sequences hold {name_some(letters, 6)} besides A, C, G, T "
+        f"({name_some([_shorten(one) for one in ids])}): remove these features, write U as T "
+        "and take out gaps"
+    )
+
+
+def _shorten(name: str, most: int = 40) -> str:
+    return name if len(name) <= most else name[:most] + "..."
+
+
+def _check_distinct(dna: Sequence[str], feature_ids: Sequence[str], origin: str) -> None:
+    """Raise where two features have the same sequence."""
+    if len(set(dna)) == len(dna):
+        return
+    first_with: dict[str, str] = {}
+    pairs = []
+    for name, one in zip(feature_ids, dna, strict=True):
+        if one in first_with:
+            pairs.append(f"{_shorten(first_with[one])} and {_shorten(name)}")
+        else:
+            first_with[one] = name
+    raise InputError(
+        f"{origin}: {len(pairs)} features repeat another's sequence, case ignored "
+        f"({name_some(pairs)}): sum each pair into one feature"
+    )

@@ -1,0 +1,199 @@
+"""Training and validation parts: random, stratified by class, grouped by subject."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from aam.data.facts import name_some
+from aam.data.metadata import Metadata
+from aam.errors import InputError
+
+# Random orders of the groups that are tried; the best cut of the best one is the split.
+_GROUP_ORDERS = 64
+
+
+@dataclass(frozen=True)
+class Split:
+    """Sample ids of the two parts, each in the order in which the ids were given."""
+
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+
+
+def split_samples(
+    ids: Sequence[str],
+    *,
+    validation_fraction: float = 0.2,
+    seed: int = 0,
+    labels: Sequence[str] | None = None,
+    groups: Sequence[str] | None = None,
+) -> Split:
+    """Split samples at random, by class, by group, or by both.
+
+    The split depends on the ids, not on their order. With ``labels`` every class is in both parts,
+    in proportion. With ``groups`` no group is in both parts; whole groups are drawn so that the
+    validation part has about the asked fraction of *samples* (scikit-learn's GroupShuffleSplit
+    counts groups).
+
+    Args:
+        ids: distinct sample ids.
+        validation_fraction: share of samples for validation, in (0, 1).
+        seed: not negative.
+        labels: one class a sample.
+        groups: one group (subject) a sample.
+
+    Raises:
+        InputError: no such split exists (a single class, a class with one sample or in one group,
+            a single group, missing values, too few samples).
+    """
+    if not 0.0 < validation_fraction < 1.0 or seed < 0:
+        raise InputError(
+            "a split needs a validation fraction between 0 and 1 and a seed >= 0, "
+            f"got {validation_fraction} and {seed}"
+        )
+    if len(ids) < 2:
+        raise InputError(f"a split needs at least 2 samples, got {len(ids)}")
+    # Sorted by id, so that the order of the table's rows does not matter.
+    order = np.array(sorted(range(len(ids)), key=lambda row: ids[row]))
+    classes = None if labels is None else _codes(labels, ids, "class")[order]
+    parts = None if groups is None else _codes(groups, ids, "group")[order]
+    if labels is not None and classes is not None:
+        _check_classes(classes, sorted(set(labels)))
+    generator = np.random.default_rng(seed)
+    if parts is not None:
+        chosen = _grouped(parts, classes, validation_fraction, generator)
+    else:
+        flat = np.zeros(len(ids), dtype=np.int64) if classes is None else classes
+        chosen = _stratified(flat, validation_fraction, generator)
+    in_validation = np.zeros(len(ids), dtype=bool)
+    in_validation[order] = chosen
+    return Split(
+        train=tuple(one for one, out in zip(ids, in_validation, strict=True) if not out),
+        validation=tuple(one for one, out in zip(ids, in_validation, strict=True) if out),
+    )
+
+
+def _codes(values: Sequence[str], ids: Sequence[str], kind: str) -> np.ndarray:
+    """Return the values as integers in sorted order, or raise where one is missing."""
+    if len(values) != len(ids):
+        raise ValueError(f"expected one {kind} a sample: {len(ids)}, got {len(values)}")
+    missing = [name for name, value in zip(ids, values, strict=True) if value is None]
+    if missing:
+        raise InputError(
+            f"{len(missing)} samples have no {kind} ({name_some(missing)}): fill the metadata "
+            "column in or leave these samples out"
+        )
+    return np.unique(np.array(values, dtype=str), return_inverse=True)[1]
+
+
+def _check_classes(classes: np.ndarray, names: list[str]) -> None:
+    """Raise where a split cannot have every class in both parts."""
+    sizes = np.bincount(classes)
+    if len(sizes) < 2:
+        raise InputError(
+            f"all {len(classes)} samples are of one class ({names[0]!r}): a classification needs "
+            "two or more"
+        )
+    lonely = [names[code] for code in np.flatnonzero(sizes < 2)]
+    if lonely:
+        raise InputError(
+            f"{len(lonely)} classes have one sample only ({name_some(lonely)}): merge them with "
+            "another class or leave these samples out"
+        )
+
+
+def _stratified(classes: np.ndarray, fraction: float, generator: np.random.Generator) -> np.ndarray:
+    """Return which samples are for validation: the fraction of every class, one at the least.
+
+    scikit-learn's StratifiedShuffleSplit may leave a small class out of the validation part.
+    """
+    sizes = np.bincount(classes)
+    exact = sizes * fraction
+    quota = np.floor(exact).astype(np.int64)
+    # Largest remainders fill up to the fraction of all samples.
+    short = round(len(classes) * fraction) - int(quota.sum())
+    quota[np.argsort(quota - exact, kind="stable")[:short]] += 1
+    quota = np.clip(quota, 1, sizes - 1)
+    chosen = np.zeros(len(classes), dtype=bool)
+    for code, number in enumerate(quota):
+        members = generator.permutation(np.flatnonzero(classes == code))
+        chosen[members[:number]] = True
+    return chosen
+
+
+def _grouped(
+    groups: np.ndarray,
+    classes: np.ndarray | None,
+    fraction: float,
+    generator: np.random.Generator,
+) -> np.ndarray:
+    """Return which samples are for validation, whole groups, nearest to the fraction.
+
+    Groups in random order are cut where the classes' counts come closest to their shares; of
+    several orders the closest wins.
+    """
+    number = int(groups.max()) + 1
+    if number < 2:
+        raise InputError(
+            "all samples are of one group: a grouped split needs two or more; choose another "
+            "--group-column or none"
+        )
+    flat = np.zeros(len(groups), dtype=np.int64) if classes is None else classes
+    members = np.zeros((number, int(flat.max()) + 1), dtype=np.int64)  # (groups, classes)
+    np.add.at(members, (groups, flat), 1)
+    total = members.sum(axis=0)
+    best_miss, best = np.inf, None
+    for _ in range(_GROUP_ORDERS):
+        order = generator.permutation(number)
+        inside = members[order].cumsum(axis=0)[:-1]  # (groups - 1, classes), after each group
+        miss = np.abs(inside / total - fraction).sum(axis=1)
+        miss[((inside == 0) | (inside == total)).any(axis=1)] = np.inf
+        at = int(np.argmin(miss))
+        if miss[at] < best_miss:
+            best_miss, best = miss[at], order[: at + 1]
+    if best is None:
+        raise InputError(
+            "no split by group has every class in both parts: some class has too few groups "
+            f"(of {number}); choose another --group-column, merge classes, or split without groups"
+        )
+    return np.isin(groups, best)
+
+
+# Words in the names of columns that tell individuals (or what samples share like individuals).
+_SUBJECT_WORDS = re.compile(
+    r"(^|_)(subject|patient|participant|individual|person|donor|host|animal|mouse|family|household"
+    r"|cage|twin|pair|mother|child|infant|volunteer|case)(_|$)"
+)
+
+
+def leaking_columns(metadata: Metadata, split: Split) -> list[str]:
+    """Return columns that look like a subject id and have values in both parts of the split.
+
+    A column looks like a subject id where its name says so (``host_subject_id``, ``patient``)
+    and its values repeat, or where it sorts the samples into many small groups.
+
+    Args:
+        metadata: rows for at least the split's samples.
+        split: the two parts.
+    """
+    parts = metadata.select(split.train + split.validation)
+    number = len(split.train)
+    found = []
+    for column in parts.columns:
+        values = parts.text(column)
+        shared = set(values[:number]) & set(values[number:]) - {None}
+        if shared and _tells_subjects(column, [one for one in values if one is not None]):
+            found.append(column)
+    return found
+
+
+def _tells_subjects(column: str, values: list[str]) -> bool:
+    sizes = Counter(values)
+    if not (_SUBJECT_WORDS.search(re.sub(r"[^a-z0-9]+", "_", column.lower()))):
+        return False
+    return len(sizes) >= 5 and len(values) >= 1.5 * len(sizes)

@@ -1,0 +1,212 @@
+"""The file formats of feature tables, read as they stand; ``table.py`` checks what they hold."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.sparse as sp
+
+from aam.data.facts import name_some
+from aam.data.sequences import is_dna, read_qza_member
+from aam.errors import InputError
+
+_HDF5 = b"\x89HDF\r\n\x1a\n"
+_GZIP = b"\x1f\x8b"
+# Column names under which TSV tables carry a taxonomy instead of counts.
+_ANNOTATIONS = {"taxonomy", "consensus lineage", "consensuslineage"}
+
+
+class RawTable(NamedTuple):
+    """A table as the file has it: float counts ``(samples, features)``, unchecked."""
+
+    sample_ids: tuple[str, ...]
+    feature_ids: tuple[str, ...]
+    counts: sp.csr_array
+
+
+def read_raw_table(path: Path) -> RawTable:
+    """Read a ``.biom``, ``.qza``, ``.tsv`` or ``.txt`` feature table.
+
+    Raises:
+        InputError: the file is missing, of another kind, or damaged.
+    """
+    if not path.is_file():
+        problem = "is a folder" if path.is_dir() else "no such file"
+        raise InputError(f"{path}: {problem}; expected a feature table (.biom, .qza or .tsv)")
+    kind = path.suffix.lower()
+    try:
+        if kind == ".biom":
+            return _read_biom(path.read_bytes(), path)
+        if kind == ".qza":
+            member = read_qza_member(path, "data/feature-table.biom", "FeatureTable[Frequency]")
+            return _read_biom(member, path)
+        if kind in (".tsv", ".txt"):
+            return _read_tsv(path.read_bytes(), path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+    raise InputError(
+        f"{path}: unknown extension {kind!r}; expected a feature table as .biom, .qza or .tsv"
+    )
+
+
+def _read_biom(content: bytes, path: Path) -> RawTable:
+    """Read BIOM 2.1 or 1.0, told apart by the first bytes."""
+    if content.startswith(_GZIP):
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError) as error:
+            raise InputError(
+                f"{path}: the gzip file is damaged ({error}): copy it again"
+            ) from error
+    start = content[:512].lstrip()
+    if content.startswith(_HDF5):
+        return _read_hdf5(content, path)
+    if start.startswith(b"{"):
+        return _read_json(content, path)
+    if not start:
+        raise InputError(f"{path}: the file is empty; expected a BIOM table")
+    looks = "a web page" if start.startswith(b"<") else "not HDF5 (2.1) and not JSON (1.0)"
+    remedy = "download the file itself" if start.startswith(b"<") else "a table in text is a .tsv"
+    raise InputError(f"{path}: is no BIOM table, it looks like {looks}: {remedy}")
+
+
+def _read_hdf5(content: bytes, path: Path) -> RawTable:
+    import biom
+    import h5py
+
+    try:
+        with h5py.File(io.BytesIO(content), "r") as file:
+            samples = [_text(one) for one in file["sample/ids"][()]]
+            features = [_text(one) for one in file["observation/ids"][()]]
+            check_ids(samples, features, path)
+            return _from_biom(samples, features, lambda: biom.Table.from_hdf5(file))
+    except InputError:
+        raise
+    except Exception as error:  # h5py and biom raise a dozen kinds on damaged files
+        raise InputError(
+            f"{path}: is no complete BIOM 2.1 table ({_one_line(error)}): the file may be "
+            "truncated, copy or export it again"
+        ) from error
+
+
+def _read_json(content: bytes, path: Path) -> RawTable:
+    import biom
+
+    try:
+        document = json.loads(content)
+        samples = [_text(one["id"]) for one in document["columns"]]
+        features = [_text(one["id"]) for one in document["rows"]]
+        check_ids(samples, features, path)
+        return _from_biom(samples, features, lambda: biom.Table.from_json(document))
+    except InputError:
+        raise
+    except Exception as error:  # biom raises a dozen kinds on unexpected documents
+        raise InputError(
+            f"{path}: is no complete BIOM 1.0 table ({_one_line(error)}): the file may be "
+            "truncated, copy or export it again"
+        ) from error
+
+
+def _from_biom(samples: list[str], features: list[str], read: Callable[[], Any]) -> RawTable:
+    """Read the matrix with biom-format, which refuses tables without samples or features."""
+    if not samples or not features:
+        counts = sp.csr_array((len(samples), len(features)), dtype=np.float64)
+    else:
+        counts = sp.csr_array(read().matrix_data.T.tocsr())
+    return RawTable(tuple(samples), tuple(features), counts)
+
+
+def _text(name: Any) -> str:
+    return name.decode("utf-8") if isinstance(name, bytes) else str(name)
+
+
+def _one_line(error: Exception) -> str:
+    """Return an exception's message without line breaks, shortened."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def _read_tsv(content: bytes, path: Path) -> RawTable:
+    """Read a TSV table: a header of ids, features as rows, or samples as rows.
+
+    The header is the last line starting with ``#`` before the data, or the first line. Samples
+    are rows where the header's ids are DNA and the first column's are not.
+    """
+    import pandas as pd
+
+    try:
+        lines = content.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}: is no UTF-8 text ({error.reason}): save as plain text"
+        ) from error
+    lines = [line for line in lines if line.strip()]
+    comments = sum(1 for _ in itertools.takewhile(lambda line: line.startswith("#"), lines))
+    header_row = max(comments - 1, 0)
+    if not lines or "\t" not in lines[header_row]:
+        raise InputError(
+            f"{path}: is no TSV table (no header line with tabs): expected '#OTU ID' and one "
+            "column a sample, separated by tabs"
+        )
+    columns = [cell.strip().strip('"') for cell in lines[header_row].split("\t")[1:]]
+    try:
+        cells = pd.read_csv(
+            io.StringIO("\n".join(lines[header_row + 1 :])),
+            sep="\t",
+            header=None,
+            names=range(len(columns) + 1),
+            index_col=False,
+            dtype=str,
+            keep_default_na=False,
+        )
+    except pd.errors.EmptyDataError:
+        cells = pd.DataFrame([], columns=range(len(columns) + 1), dtype=str)
+    except (pd.errors.ParserError, ValueError) as error:
+        raise InputError(f"{path}: rows do not fit the header ({_one_line(error)})") from error
+    if columns[-1].lower() in _ANNOTATIONS:
+        columns, cells = columns[:-1], cells.iloc[:, :-1]
+    rows = [str(cell).strip() for cell in cells[0]]
+    counts = _tsv_numbers(cells.iloc[:, 1:], rows, columns, path)
+    features_are_columns = all(map(is_dna, columns)) and not all(map(is_dna, rows))
+    samples, features = (rows, columns) if features_are_columns else (columns, rows)
+    check_ids(samples, features, path)
+    matrix = sp.csr_array(counts if features_are_columns else counts.T)
+    return RawTable(tuple(samples), tuple(features), matrix)
+
+
+def _tsv_numbers(cells: Any, rows: list[str], columns: list[str], path: Path) -> np.ndarray:
+    """Return the cells as float64, or raise naming the first that is no number."""
+    import pandas as pd
+
+    numbers = np.empty(cells.shape, dtype=np.float64)
+    for at, name in enumerate(columns):
+        column = cells.iloc[:, at]
+        numbers[:, at] = values = pd.to_numeric(column, errors="coerce").to_numpy(np.float64)
+        wrong = np.flatnonzero(np.isnan(values))
+        if wrong.size:
+            cell = column.iloc[wrong[0]]
+            raise InputError(
+                f"{path}: column {name!r}, row {rows[wrong[0]]!r}: {cell!r} is no count; expected "
+                "whole numbers separated by tabs, 0 where there are none"
+            )
+    return numbers
+
+
+def check_ids(samples: list[str], features: list[str], path: Path) -> None:
+    """Raise where an id stands twice or is blank."""
+    for kind, ids in (("sample", samples), ("feature", features)):
+        twice = [one for one, times in Counter(ids).items() if times > 1]
+        if twice:
+            raise InputError(
+                f"{path}: {len(twice)} {kind} ids stand more than once ({name_some(twice)}): "
+                f"every {kind} needs an id of its own"
+            )
+        if "" in ids:
+            raise InputError(f"{path}: a {kind} has a blank id: give every {kind} an id")
