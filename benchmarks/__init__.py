@@ -1,0 +1,1 @@
+"""Timings of this repository against its baselines: `pytest benchmarks/ --benchmark`."""

@@ -1,0 +1,1 @@
+"""What the benchmarks compare with: plain torch, padded and masked."""
