@@ -21,12 +21,16 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="session")
 def require_tool() -> Callable[[str], str]:
-    """Return a function that gives a system tool's path, or skips the test."""
+    """Return a function that gives a system tool's path, or skips the test.
+
+    With AAM_REQUIRE_TOOLS set, as `.ci/run` does, a missing tool fails the test instead.
+    """
 
     def find(name: str) -> str:
         path = shutil.which(name)
         if path is None:
-            pytest.skip(f"needs the system tool {name!r}, which is not installed")
+            missing = pytest.fail if os.environ.get("AAM_REQUIRE_TOOLS") else pytest.skip
+            missing(f"needs the system tool {name!r}, which is not installed")
         return path
 
     return find
