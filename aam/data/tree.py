@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -170,8 +171,7 @@ def _check_tips(path: Path, tips: list[Any]) -> None:
     if unnamed:
         raise InputError(f"{path}: {unnamed} of {len(tips)} tips have no name; name every tip")
     if len(set(tips)) < len(tips):
-        seen: set[str] = set()
-        repeated = [name for name in tips if name in seen or seen.add(name)]
+        repeated = [name for name, times in Counter(tips).items() if times > 1]
         raise InputError(
             f"{path}: {len(repeated)} tip names stand more than once ({name_some(repeated)}); "
             "every tip needs its own name"
