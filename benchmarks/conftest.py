@@ -1,8 +1,8 @@
 """`--benchmark` times; without it each case runs once and checks its numbers.
 
-pytest-benchmark drives the rounds and writes the JSON with machine and commit. It times one function
-a test, and comparing two tests compares two moments of a machine; so here a round is every contestant
-of a case in turn, timed apart, and the ratios are taken within rounds.
+pytest-benchmark drives the rounds and writes the JSON with machine and commit. It times one
+function a test, and comparing two tests compares two moments of a machine; so here a round is every
+contestant of a case in turn, timed apart, and the ratios are taken within rounds.
 """
 
 import time

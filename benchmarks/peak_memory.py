@@ -1,7 +1,7 @@
 """Peak memory of a piece of work, each measured in a process of its own.
 
 `growth(MODULE:FUNCTION, **arguments)` starts a fresh interpreter, lets FUNCTION prepare and return
-the work as a callable, notes what the process holds, runs the work twice and reads the high-water mark.
+the work as a callable, notes what the process holds, runs the work twice and reads the peak.
 """
 
 from __future__ import annotations

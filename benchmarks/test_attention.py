@@ -1,4 +1,4 @@
-"""Attention over ragged sequences: every implementation here against torch's padded, masked SDPA."""
+"""Ragged attention: every implementation here against torch's padded, masked SDPA."""
 
 import pytest
 import torch

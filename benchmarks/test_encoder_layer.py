@@ -79,7 +79,7 @@ def test_encoder_layer(compare, timing, backward, dropout):
         contestants,
         reference="nn.TransformerEncoderLayer, masked",
     )
-    # With dropout torch draws another mask than the counter hash: there ours agree among themselves.
+    # With dropout torch draws another mask than the counter hash: ours agree among themselves.
     expected = results[names[0] if dropout else "nn.TransformerEncoderLayer, masked"]
     for name in names:
         for got, want in zip(results[name], expected, strict=True):

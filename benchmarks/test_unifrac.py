@@ -22,45 +22,58 @@ def read_ssu(path, sample_ids):
         return file["matrix"][:][np.ix_(rows, rows)]
 
 
+def files_of(folder):
+    """Table and tree of a data set."""
+    table = "table-rarefied-5000.biom" if folder.name == "ibd" else "table.biom"
+    return folder / table, folder / "tree.nwk"
+
+
 @pytest.mark.real
 @pytest.mark.parametrize("metric", ["unweighted", "weighted-normalized"])
 @pytest.mark.parametrize("data", ["phylogeny-small", "ibd"])
-def test_unifrac(compare, timing, full, real_data, require_tool, tmp_path, data, metric):
+def test_unifrac_from_files(compare, timing, real_data, require_tool, tmp_path, data, metric):
     if data == "ibd" and not timing:
         pytest.skip("the same numbers are checked on phylogeny-small and in tests/data")
-    ssu = require_tool("ssu")
-    table_path = real_data / data / ("table.biom" if data != "ibd" else "table-rarefied-5000.biom")
-    tree_path, output = real_data / data / "tree.nwk", tmp_path / "ssu.h5"
-    table, tree = read_table(table_path), read_tree(tree_path)
+    ssu, output = require_tool("ssu"), tmp_path / "ssu.h5"
+    table, tree = files_of(real_data / data)
+    sample_ids = read_table(table).sample_ids
 
-    def ours_from_files():
-        return UniFrac(read_table(table_path), read_tree(tree_path), metric).all_pairs()
+    def ours():
+        return UniFrac(read_table(table), read_tree(tree), metric).all_pairs()
 
-    def ours_computing():
-        return UniFrac(table, tree, metric).all_pairs()
-
-    def ssu_from_files():
-        command = [ssu, "-i", table_path, "-t", tree_path, "-o", output, "-m", SSU[metric]]
+    def unifrac_tools():
+        command = [ssu, "-i", table, "-t", tree, "-o", output, "-m", SSU[metric]]
         subprocess.run([*command, "--format", "hdf5_fp64"], check=True, capture_output=True)
-        return read_ssu(output, table.sample_ids)
+        return read_ssu(output, sample_ids)
 
-    contestants = {
-        "aam, from files": ours_from_files,
-        "aam, in memory": ours_computing,
-        "ssu, from files": ssu_from_files,
-    }
-    if data == "phylogeny-small" or full:
-        contestants["scikit-bio, in memory"] = scikit_bio(table_path, tree_path, table, metric)
     results, _ = compare(
-        f"UniFrac {metric}, {data}, {len(table.sample_ids)} samples",
-        contestants,
-        reference="ssu, from files",
+        f"UniFrac {metric}, {data}, {len(sample_ids)} samples, from files",
+        {"aam": ours, "ssu": unifrac_tools},
+        reference="ssu",
     )
-    for name, distances in results.items():
-        np.testing.assert_allclose(distances, results["aam, in memory"], atol=1e-6, err_msg=name)
+    np.testing.assert_allclose(results["aam"], results["ssu"], atol=1e-6)
 
 
-def scikit_bio(table_path, tree_path, table, metric):
+@pytest.mark.real
+@pytest.mark.parametrize("metric", ["unweighted", "weighted-normalized"])
+@pytest.mark.parametrize("data", ["phylogeny-small", "ibd"])
+def test_unifrac_in_memory(compare, full, real_data, data, metric):
+    if data == "ibd" and not full:
+        pytest.skip("scikit-bio takes 13 to 46 s a round: --benchmark-size full")
+    table_path, tree_path = files_of(real_data / data)
+    table, tree = read_table(table_path), read_tree(tree_path)
+    results, _ = compare(
+        f"UniFrac {metric}, {data}, {len(table.sample_ids)} samples, in memory",
+        {
+            "aam": lambda: UniFrac(table, tree, metric).all_pairs(),
+            "scikit-bio": scikit_bio(tree_path, table, metric),
+        },
+        reference="scikit-bio",
+    )
+    np.testing.assert_allclose(results["aam"], results["scikit-bio"], atol=1e-6)
+
+
+def scikit_bio(tree_path, table, metric):
     """scikit-bio on its own objects, made beforehand."""
     import skbio
 

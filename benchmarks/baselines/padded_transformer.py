@@ -4,9 +4,9 @@
 `token_limit` ASV slots and every ASV as many positions as the longest of the batch. Slots of no ASV
 are computed like the others and masked where they would count. The form is the reference's: token
 plus position embedding, stack, attention pooling per slot; slot position, sample stack; UniFrac
-stack, attention pooling; nucleotides are masked in the batch itself. Kind to the baseline: sequences
-are padded to the longest of the batch and not to `max_bp`, and the nucleotide head runs at masked
-positions only.
+stack, attention pooling; nucleotides are masked in the batch itself. Kind to the baseline:
+sequences are padded to the longest of the batch and not to `max_bp`, and the nucleotide head runs
+at masked positions only.
 """
 
 from __future__ import annotations
