@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +24,7 @@ class DataFact:
     kind: Literal["info", "dropped", "cut"] = "info"
 
 
-def name_some(ids: list[str] | tuple[str, ...], most: int = 3) -> str:
-    """Return the first ids, quoted, for a one-line message ("'a', 'b', 'c', ...")."""
-    shown = ", ".join(repr(one) for one in ids[:most])
+def name_some(ids: Sequence[str], most: int = 3) -> str:
+    """Return the first ids, quoted and shortened, for a one-line message ("'a', 'b', 'c', ...")."""
+    shown = ", ".join(repr(one if len(one) <= 40 else one[:37] + "...") for one in ids[:most])
     return shown + (", ..." if len(ids) > most else "")

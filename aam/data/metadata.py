@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -156,8 +157,6 @@ def read_metadata(path: str | Path) -> Metadata:
         # As text: numbers would lose how they are written ("01", "1.0").
         types = dict.fromkeys(declared, "categorical")
         frame = SampleMetadata.load(str(path), column_types=types).to_dataframe()
-    except (ValueError, KeyError, TypeError, OSError, csv.Error) as error:
-        raise InputError(f"{path}: is no QIIME 2 metadata: {_first_paragraph(error)}") from error
     except Exception as error:  # scikit-bio's MetadataFileError is a bare Exception
         raise InputError(f"{path}: is no QIIME 2 metadata: {_first_paragraph(error)}") from error
     cells = {str(name): tuple(map(_present, frame[name])) for name in frame.columns}
@@ -179,12 +178,11 @@ def _scan(path: Path) -> dict[str, str]:
         raise InputError(f"{path}: no such file; expected sample metadata as TSV")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = [
-                [cell.strip() for cell in row] for row in csv.reader(file, "excel-tab") if any(row)
-            ]
+            rows = [[cell.strip() for cell in row] for row in csv.reader(file, "excel-tab")]
+            rows = [row for row in rows if any(row)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(
-            f"{path}: is no readable text ({_first_paragraph(error)}): save it as tab-separated UTF-8"
+            f"{path}: is no readable text ({_first_paragraph(error)}): save it as UTF-8 with tabs"
         ) from error
     at = next((n for n, row in enumerate(rows) if not _is_comment(row)), None)
     if at is None:
@@ -192,12 +190,12 @@ def _scan(path: Path) -> dict[str, str]:
     header = rows[at]
     if len(header) < 2 and "," in header[0]:
         raise InputError(f"{path}: columns are separated by commas: save it with tabs, as .tsv")
-    ids = [row[0] for row in rows[at + 1 :] if not row[0].startswith("#")]
+    ids = [row[0] for row in rows[at + 1 :] if row[0] and not row[0].startswith("#")]
     twice = [name for name, times in Counter(ids).items() if times > 1]
     if twice:
         raise InputError(
-            f"{path}: {len(twice)} sample ids have more than one row ({name_some(twice)}): keep one "
-            "row a sample"
+            f"{path}: {len(twice)} sample ids have more than one row ({name_some(twice)}): "
+            "keep one row a sample"
         )
     declared = {name: "" for name in header[1:] if name}
     for row in rows[at + 1 :]:
@@ -213,8 +211,11 @@ def _scan(path: Path) -> dict[str, str]:
 def _is_comment(row: list[str]) -> bool:
     """Say whether a row before the header is a comment: ``#`` headers are QIIME 1's ids."""
     first = row[0].lower()
-    return not any(row) or (
-        first.startswith("#") and first not in ("#sampleid", "#sample id", "#otuid", "#otu id")
+    return first.startswith("#") and first not in (
+        "#sampleid",
+        "#sample id",
+        "#otuid",
+        "#otu id",
     )
 
 
@@ -249,5 +250,9 @@ def _listing(columns: Sequence[str]) -> str:
 
 def _first_paragraph(error: Exception) -> str:
     """Return scikit-bio's message on one line, without its general advice."""
-    text = str(error).split("There may be more errors present")[0]
-    return " ".join(text.split())[:400]
+    text = " ".join(str(error).split("There may be more errors present")[0].split())
+    text = text.removeprefix("There was an issue with loading the metadata file: ")
+    unknown = re.match(r"Found unrecognized ID column name ('.*?') while", text)
+    if unknown:
+        return f"the first column is called {unknown.group(1)}: call it 'sample-id'"
+    return text[:400]

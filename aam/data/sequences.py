@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,8 +56,7 @@ def tokenize(sequences: Sequence[str], max_bp: int = 150) -> tuple[Ragged, int]:
     text = "".join("A" + one for one in kept).encode("ascii", errors="replace")
     values = _TOKEN_OF_BYTE[np.frombuffer(text, dtype=np.uint8)]
     if not values.all():
-        wrong = [one for one in kept if one and not _DNA.fullmatch(one)]
-        raise InputError(_describe_bad_bases("sequences", wrong, wrong))
+        check_bases(kept, kept, "tokenize")
     values[offsets[:-1]] = START
     number_cut = sum(len(one) > max_bp for one in sequences)
     longest = int(lengths.max()) if len(kept) else 0
@@ -118,9 +118,9 @@ def read_qza_member(path: Path, member: str, expected_type: str) -> bytes:
             if names:
                 return archive.read(names[0])
             found = _artifact_type(archive)
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"{path}: is no readable .qza, which is a zip file ({error}): export or download it again"
+            f"{path}: is no readable .qza, which is a zip file ({error}): export it again"
         ) from error
     raise InputError(
         f"{path}: holds {found}, expected {expected_type} ({member}): give that artifact"
@@ -142,15 +142,30 @@ def resolve_sequences(
 ) -> tuple[str, ...]:
     """Return each feature's DNA in upper case: its id itself, or what ``sequences`` says of it.
 
+    Args:
+        feature_ids: the table's ids.
+        source: the table's file, for messages.
+        sequences: FASTA or ``.qza`` that maps ids to sequences; None where the ids are sequences.
+
     Raises:
         InputError: ids are no DNA, lack a sequence, hold other letters, or coincide.
     """
     if sequences is None:
         dna = [one.upper() for one in feature_ids]
-        origin = source
+        foreign = [
+            name
+            for name, one in zip(feature_ids, dna, strict=True)
+            if not _DNA.fullmatch(one) and not _SEQUENCE_LIKE.fullmatch(one)
+        ]
+        if foreign:
+            raise InputError(
+                f"{source}: {len(foreign)} of {len(feature_ids)} feature ids are not DNA "
+                f"({name_some(foreign)}): give their sequences with --sequences rep-seqs.fasta "
+                "or .qza"
+            )
     else:
         known = read_fasta(sequences)
-        lacking = [one for one in feature_ids if one not in known]
+        lacking = [one for one in feature_ids if not known.get(one)]
         if lacking:
             raise InputError(
                 f"{sequences}: has no sequence for {len(lacking)} of {len(feature_ids)} features "
@@ -158,55 +173,39 @@ def resolve_sequences(
                 "or leave --sequences out if its ids are the sequences"
             )
         dna = [known[one] for one in feature_ids]
-        origin = str(sequences)
-    wrong = [index for index, one in enumerate(dna) if not _DNA.fullmatch(one)]
-    if wrong:
-        raise InputError(
-            _describe_bad_bases(
-                origin, [feature_ids[index] for index in wrong], [dna[index] for index in wrong]
-            )
-        )
-    _check_distinct(dna, feature_ids, origin)
+    origin = source if sequences is None else str(sequences)
+    check_bases(feature_ids, dna, origin)
+    _check_distinct(feature_ids, dna, origin)
     return tuple(dna)
 
 
-def _describe_bad_bases(origin: str, ids: list[str], sequences: list[str]) -> str:
-    """Say whether the ids are no sequences at all or sequences with other letters, and the remedy."""
-    foreign = [
-        name
-        for name, one in zip(ids, sequences, strict=True)
-        if name == one and not _SEQUENCE_LIKE.fullmatch(one)
+def check_bases(names: Sequence[str], sequences: Sequence[str], origin: str) -> None:
+    """Raise InputError where a sequence holds something else than A, C, G and T."""
+    wrong = [
+        (name, one)
+        for name, one in zip(names, sequences, strict=True)
+        if one and not _DNA.fullmatch(one)
     ]
-    if foreign or not all(sequences):
-        named = foreign or [n for n, one in zip(ids, sequences, strict=True) if not one]
-        return (
-            f"{origin}: {len(named)} feature ids are not DNA ({name_some(named)}): "
-            "give their sequences with --sequences rep-seqs.fasta or .qza"
+    if wrong:
+        letters = sorted(set("".join(one for _, one in wrong)) - set("ACGTacgt"))
+        raise InputError(
+            f"{origin}: {len(wrong)} sequences hold {name_some(letters, 6)} besides A, C, G and T "
+            f"({name_some([name for name, _ in wrong])}): remove these features, or write U as T "
+            "and take gaps out"
         )
-    letters = sorted(set("".join(sequences)) - set("ACGTacgt"))
-    return (
-        f"{origin}: {len(ids)} sequences hold {name_some(letters, 6)} besides A, C, G, T "
-        f"({name_some([_shorten(one) for one in ids])}): remove these features, write U as T "
-        "and take out gaps"
-    )
 
 
-def _shorten(name: str, most: int = 40) -> str:
-    return name if len(name) <= most else name[:most] + "..."
-
-
-def _check_distinct(dna: Sequence[str], feature_ids: Sequence[str], origin: str) -> None:
+def _check_distinct(names: Sequence[str], dna: Sequence[str], origin: str) -> None:
     """Raise where two features have the same sequence."""
     if len(set(dna)) == len(dna):
         return
     first_with: dict[str, str] = {}
-    pairs = []
-    for name, one in zip(feature_ids, dna, strict=True):
-        if one in first_with:
-            pairs.append(f"{_shorten(first_with[one])} and {_shorten(name)}")
-        else:
-            first_with[one] = name
+    again = [
+        name
+        for name, one in zip(names, dna, strict=True)
+        if first_with.setdefault(one, name) != name
+    ]
     raise InputError(
-        f"{origin}: {len(pairs)} features repeat another's sequence, case ignored "
-        f"({name_some(pairs)}): sum each pair into one feature"
+        f"{origin}: {len(again)} features repeat another's sequence, upper and lower case being "
+        f"one ({name_some(again)}): sum them into one feature each"
     )

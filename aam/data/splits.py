@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -164,36 +163,69 @@ def _grouped(
     return np.isin(groups, best)
 
 
-# Words in the names of columns that tell individuals (or what samples share like individuals).
-_SUBJECT_WORDS = re.compile(
-    r"(^|_)(subject|patient|participant|individual|person|donor|host|animal|mouse|family|household"
-    r"|cage|twin|pair|mother|child|infant|volunteer|case)(_|$)"
+_IDENTIFIER = r"(id|ids|identifier|number|no|nr|code|name|key)"
+# Column names, in snake case, that tell individuals, or what they share as closely (a cage).
+_SUBJECT_NAME = re.compile(
+    rf"(^|_)((subject|patient|participant|volunteer|donor|animal)s?(_?{_IDENTIFIER})?"
+    rf"|(individual|person|host|mouse|family|household|cage|twin|mother|infant)_?{_IDENTIFIER})$"
 )
+# Without such a name: many values, which settle at least half of many other columns. On the IBD
+# study a subject settles 16 of 24 columns, no other category more than 4.
+_FEWEST_SUBJECTS = 8
+_FEWEST_SETTLED_COLUMNS = 8
 
 
 def leaking_columns(metadata: Metadata, split: Split) -> list[str]:
     """Return columns that look like a subject id and have values in both parts of the split.
 
-    A column looks like a subject id where its name says so (``host_subject_id``, ``patient``)
-    and its values repeat, or where it sorts the samples into many small groups.
+    A column looks like a subject id where its values repeat and either its name says so
+    (``host_subject_id``, ``patient``), or it is text of many values that settle most other
+    columns (all samples of one value have the same sex, height, diagnosis, ...).
 
     Args:
         metadata: rows for at least the split's samples.
         split: the two parts.
+
+    Raises:
+        InputError: a sample of the split has no row.
     """
-    parts = metadata.select(split.train + split.validation)
+    both = metadata.select(split.train + split.validation)
     number = len(split.train)
     found = []
-    for column in parts.columns:
-        values = parts.text(column)
-        shared = set(values[:number]) & set(values[number:]) - {None}
-        if shared and _tells_subjects(column, [one for one in values if one is not None]):
+    for column in both.columns:
+        values = both.text(column)
+        crossing = set(values[:number]) & set(values[number:]) - {None}
+        if crossing and _looks_like_subjects(both, column):
             found.append(column)
     return found
 
 
-def _tells_subjects(column: str, values: list[str]) -> bool:
-    sizes = Counter(values)
-    if not (_SUBJECT_WORDS.search(re.sub(r"[^a-z0-9]+", "_", column.lower()))):
+def _looks_like_subjects(metadata: Metadata, column: str) -> bool:
+    present = [one for one in metadata.text(column) if one is not None]
+    distinct = len(set(present))
+    if distinct < 3 or len(present) < 1.5 * distinct:
         return False
-    return len(sizes) >= 5 and len(values) >= 1.5 * len(sizes)
+    snake = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", column)
+    if _SUBJECT_NAME.search(re.sub(r"[^a-z0-9]+", "_", snake.lower()).strip("_")):
+        return True
+    if distinct < _FEWEST_SUBJECTS or metadata.is_numeric(column):
+        return False
+    settled, compared = _settled_columns(metadata, column)
+    return compared >= _FEWEST_SETTLED_COLUMNS and 2 * settled >= compared
+
+
+def _settled_columns(metadata: Metadata, column: str) -> tuple[int, int]:
+    """Return how many other columns one value of ``column`` settles, and how many vary at all."""
+    values = metadata.text(column)
+    settled = compared = 0
+    for other in metadata.columns:
+        pairs = [
+            (value, theirs)
+            for value, theirs in zip(values, metadata.text(other), strict=True)
+            if value is not None and theirs is not None
+        ]
+        varies = len({theirs for _, theirs in pairs}) > 1
+        if other != column and varies and 2 * len(pairs) >= len(values):
+            compared += 1
+            settled += len(set(pairs)) == len({value for value, _ in pairs})
+    return settled, compared
