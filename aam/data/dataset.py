@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -67,7 +68,7 @@ class SampleDataset:
     Attributes:
         sample_ids: ids, row by row, as in the table.
         sequences: distinct sequences, which ``Batch.asv_ids`` index.
-        tokens: their tokens: values ``(total_tokens,)`` uint8.
+        tokens: their tokens: values ``(total_tokens,)`` uint8, on the dataset's device.
         asv_count: ``(samples,)`` int64, ASVs of each sample in a batch (at most ``token_limit``).
         sequence_lengths: ``(sequences,)`` int64, tokens of each sequence, START included.
         facts: sequences cut, samples cut at ``token_limit``.
@@ -120,7 +121,6 @@ class SampleDataset:
         self.tokens, number_cut = tokenize(self.sequences, max_bp)
         offsets = self.tokens.offsets.numpy().astype(np.int64)
         self.sequence_lengths = np.diff(offsets)
-        self._token_starts = offsets[:-1]
         self._indptr = counts.indptr.astype(np.int64)
         self._asvs = counts.indices.astype(np.int64)
         self._counts = counts.data.astype(np.float32)
@@ -136,6 +136,17 @@ class SampleDataset:
         """Return the number of samples."""
         return len(self.sample_ids)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the tokens are held and batches are made."""
+        return self.tokens.values.device
+
+    def to(self, device: torch.device | str) -> SampleDataset:
+        """Return the dataset with its tokens on ``device``; everything else stays here."""
+        other = copy.copy(self)
+        other.tokens = self.tokens.to(device)
+        return other
+
     def batch(
         self, rows: Sequence[int] | np.ndarray | Tensor, *, generator: torch.Generator | None = None
     ) -> Batch:
@@ -146,9 +157,16 @@ class SampleDataset:
             generator: draws the ASVs of ``asv_sampling="random"``; torch's default if None.
 
         Returns:
-            Batch on the CPU.
+            Batch on the dataset's device.
+
+        Raises:
+            IndexError: a row is not in the dataset.
         """
         wanted = np.asarray(rows, dtype=np.int64)
+        if wanted.size and not 0 <= wanted.min() <= wanted.max() < len(self):
+            raise IndexError(
+                f"rows must lie in 0..{len(self) - 1}, got {wanted.min()}..{wanted.max()}"
+            )
         starts, lengths = self._indptr[wanted], np.diff(self._indptr)[wanted]
         entries = _ranges(starts, lengths)
         if self.asv_sampling == "random" and (lengths > self.token_limit).any():
@@ -161,21 +179,33 @@ class SampleDataset:
         else:
             asv_ids, slots = asvs, np.arange(len(asvs))
         picked = torch.from_numpy(wanted)
-        return Batch(
+        batch = Batch(
             rows=picked,
             tokens=self.gather_tokens(asv_ids),
             asv_ids=torch.from_numpy(asv_ids),
-            slots=_ragged(torch.from_numpy(slots), lengths),
+            slots=Ragged(torch.from_numpy(slots), _offsets(lengths), int(lengths.max(initial=0))),
             counts=torch.from_numpy(self._counts[entries]),
             targets=None if self._targets is None else self._targets[picked],
             categories=None if self._categories is None else self._categories[picked],
         )
+        return batch.to(self.device)
 
     def gather_tokens(self, asv_ids: np.ndarray) -> Ragged:
-        """Return the tokens of ``sequences[asv_ids]``, one row each, uint8."""
+        """Return the tokens of ``sequences[asv_ids]``, one row each, uint8, on their device."""
         lengths = self.sequence_lengths[asv_ids]
-        positions = _ranges(self._token_starts[asv_ids], lengths)
-        return _ragged(self.tokens.values[torch.from_numpy(positions)], lengths)
+        offsets = _offsets(lengths).to(self.device, non_blocking=True)
+        wanted = torch.from_numpy(np.asarray(asv_ids)).to(self.device, non_blocking=True)
+        if len(self.sequences) and (self.sequence_lengths == self.tokens.max_length).all():
+            # Amplicons cut to one length: whole rows are copied.
+            values = self.tokens.values.view(-1, self.tokens.max_length)[wanted].flatten()
+        else:
+            shift = self.tokens.offsets[wanted] - offsets[:-1]
+            total = int(lengths.sum())
+            values = self.tokens.values[
+                shift.repeat_interleave(offsets.diff(), output_size=total)
+                + torch.arange(total, device=self.device)
+            ]
+        return Ragged(values, offsets, int(lengths.max(initial=0)))
 
     def with_targets(
         self,
@@ -183,8 +213,7 @@ class SampleDataset:
         categories: np.ndarray | Tensor | None = None,
     ) -> SampleDataset:
         """Return the same samples and tokens with these targets and categories."""
-        other = object.__new__(SampleDataset)
-        other.__dict__.update(self.__dict__)
+        other = copy.copy(self)
         other._targets = _as_tensor(targets, len(self), "targets")
         other._categories = _as_tensor(categories, len(self), "categories")
         return other
@@ -248,10 +277,11 @@ def _lowest_of_each(keys: np.ndarray, lengths: np.ndarray, most: int) -> np.ndar
     return np.sort(order[rank < most])
 
 
-def _ragged(values: Tensor, lengths: np.ndarray) -> Ragged:
+def _offsets(lengths: np.ndarray) -> Tensor:
+    """Return ``(n + 1,)`` int32 offsets of rows of these lengths."""
     offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
     np.cumsum(lengths, out=offsets[1:])
-    return Ragged(values, torch.from_numpy(offsets), int(lengths.max()) if len(lengths) else 0)
+    return torch.from_numpy(offsets)
 
 
 def _as_tensor(values: Any, rows: int, name: str) -> Tensor | None:

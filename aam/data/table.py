@@ -15,6 +15,9 @@ from aam.data.sequences import resolve_sequences
 from aam.data.table_files import RawTable, read_raw_table
 from aam.errors import InputError
 
+# numpy's limit for exact draws without replacement.
+_MOST_READS = 1_000_000_000
+
 
 @dataclass(frozen=True)
 class FeatureTable:
@@ -107,6 +110,11 @@ def rarefy(table: FeatureTable, depth: int, seed: int) -> tuple[FeatureTable, tu
         raise InputError(
             f"{table.source}: rarefying to {depth} reads drops every one of {len(reads)} samples; "
             f"the largest has {int(reads.max(initial=0))}: lower --rarefy-depth"
+        )
+    if reads.max() >= _MOST_READS:
+        raise InputError(
+            f"{table.source}: a sample has {int(reads.max())} reads; rarefaction takes less than "
+            f"{_MOST_READS}"
         )
     counts = table.counts[kept]
     # Draws go through each sample's features in the order of their sequences.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import io
 import itertools
 import json
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -62,7 +64,7 @@ def _read_biom(content: bytes, path: Path) -> RawTable:
     if content.startswith(_GZIP):
         try:
             content = gzip.decompress(content)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise InputError(
                 f"{path}: the gzip file is damaged ({error}): copy it again"
             ) from error
@@ -84,6 +86,11 @@ def _read_hdf5(content: bytes, path: Path) -> RawTable:
 
     try:
         with h5py.File(io.BytesIO(content), "r") as file:
+            if "sample/ids" not in file:
+                raise InputError(
+                    f"{path}: is HDF5 but no BIOM table (it holds {name_some(list(file))}): "
+                    "expected a feature table"
+                )
             samples = [_text(one) for one in file["sample/ids"][()]]
             features = [_text(one) for one in file["observation/ids"][()]]
             check_ids(samples, features, path)
@@ -134,69 +141,67 @@ def _one_line(error: Exception) -> str:
 
 
 def _read_tsv(content: bytes, path: Path) -> RawTable:
-    """Read a TSV table: a header of ids, features as rows, or samples as rows.
+    """Read a TSV table: a header of ids, then features as rows, or samples as rows.
 
-    The header is the last line starting with ``#`` before the data, or the first line. Samples
-    are rows where the header's ids are DNA and the first column's are not.
+    The header is the last line starting with ``#`` before the data where that has tabs, else the
+    first line. Samples are rows where the header's ids are DNA and the first column's are not.
     """
-    import pandas as pd
-
-    try:
-        lines = content.decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: is no UTF-8 text ({error.reason}): save as plain text"
-        ) from error
-    lines = [line for line in lines if line.strip()]
-    comments = sum(1 for _ in itertools.takewhile(lambda line: line.startswith("#"), lines))
-    header_row = max(comments - 1, 0)
-    if not lines or "\t" not in lines[header_row]:
-        raise InputError(
-            f"{path}: is no TSV table (no header line with tabs): expected '#OTU ID' and one "
-            "column a sample, separated by tabs"
-        )
-    columns = [cell.strip().strip('"') for cell in lines[header_row].split("\t")[1:]]
-    try:
-        cells = pd.read_csv(
-            io.StringIO("\n".join(lines[header_row + 1 :])),
-            sep="\t",
-            header=None,
-            names=range(len(columns) + 1),
-            index_col=False,
-            dtype=str,
-            keep_default_na=False,
-        )
-    except pd.errors.EmptyDataError:
-        cells = pd.DataFrame([], columns=range(len(columns) + 1), dtype=str)
-    except (pd.errors.ParserError, ValueError) as error:
-        raise InputError(f"{path}: rows do not fit the header ({_one_line(error)})") from error
+    header, rows = _tsv_lines(content, path)
+    columns, names = header[1:], [row[0] for row in rows]
     if columns[-1].lower() in _ANNOTATIONS:
-        columns, cells = columns[:-1], cells.iloc[:, :-1]
-    rows = [str(cell).strip() for cell in cells[0]]
-    counts = _tsv_numbers(cells.iloc[:, 1:], rows, columns, path)
-    features_are_columns = all(map(is_dna, columns)) and not all(map(is_dna, rows))
-    samples, features = (rows, columns) if features_are_columns else (columns, rows)
+        columns = columns[:-1]
+    cells = np.array([row[1 : len(columns) + 1] for row in rows], dtype=object)
+    counts = _tsv_numbers(cells.reshape(len(names), len(columns)), names, columns, path)
+    samples_are_rows = all(map(is_dna, columns)) and not all(map(is_dna, names))
+    samples, features = (names, columns) if samples_are_rows else (columns, names)
     check_ids(samples, features, path)
-    matrix = sp.csr_array(counts if features_are_columns else counts.T)
+    matrix = sp.csr_array(counts if samples_are_rows else counts.T)
     return RawTable(tuple(samples), tuple(features), matrix)
 
 
-def _tsv_numbers(cells: Any, rows: list[str], columns: list[str], path: Path) -> np.ndarray:
-    """Return the cells as float64, or raise naming the first that is no number."""
-    import pandas as pd
-
-    numbers = np.empty(cells.shape, dtype=np.float64)
-    for at, name in enumerate(columns):
-        column = cells.iloc[:, at]
-        numbers[:, at] = values = pd.to_numeric(column, errors="coerce").to_numpy(np.float64)
-        wrong = np.flatnonzero(np.isnan(values))
-        if wrong.size:
-            cell = column.iloc[wrong[0]]
+def _tsv_lines(content: bytes, path: Path) -> tuple[list[str], list[list[str]]]:
+    """Return the header's cells and those of each row, all equally many."""
+    try:
+        text = content.decode("utf-8-sig")
+        lines = [
+            (number, [cell.strip() for cell in row])
+            for number, row in enumerate(csv.reader(io.StringIO(text), "excel-tab"), start=1)
+            if any(row)
+        ]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: is no readable text ({error}): save it as UTF-8") from error
+    comments = list(itertools.takewhile(lambda line: line[1][0].startswith("#"), lines))
+    at = len(comments) - 1 if comments and len(comments[-1][1]) > 1 else len(comments)
+    if at >= len(lines) or len(lines[at][1]) < 2:
+        raise InputError(
+            f"{path}: is no TSV table (no header with tabs): expected '#OTU ID' and one column "
+            "a sample, separated by tabs"
+        )
+    header = lines[at][1]
+    for number, row in lines[at + 1 :]:
+        if len(row) != len(header):
             raise InputError(
-                f"{path}: column {name!r}, row {rows[wrong[0]]!r}: {cell!r} is no count; expected "
-                "whole numbers separated by tabs, 0 where there are none"
+                f"{path}: line {number} has {len(row)} cells, the header has {len(header)}: "
+                "the file may be truncated, or cells are not separated by tabs"
             )
-    return numbers
+    return header, [row for _, row in lines[at + 1 :]]
+
+
+def _tsv_numbers(cells: np.ndarray, rows: list[str], columns: list[str], path: Path) -> np.ndarray:
+    """Return the cells as float64, or raise naming the first that is no number."""
+    try:
+        return cells.astype(np.float64)
+    except ValueError:
+        for row, column in np.ndindex(cells.shape):
+            try:
+                float(cells[row, column])
+            except ValueError:
+                raise InputError(
+                    f"{path}: row {rows[row]!r}, column {columns[column]!r}: "
+                    f"{cells[row, column]!r} is no count; expected whole numbers, 0 where there "
+                    "are none"
+                ) from None
+        raise
 
 
 def check_ids(samples: list[str], features: list[str], path: Path) -> None:
