@@ -1,6 +1,8 @@
 """Attention kernels for packed, variable-length batches, forward and backward."""
 
-from aam_kernels.encoder_layer import EncoderLayerWeights, encoder_layer
+from aam_kernels._runtime.dispatch import available_impls
+from aam_kernels.attention.api import attention, ragged_attention
+from aam_kernels.pooling.api import attention_pool
 from aam_kernels.ragged import Ragged
 
-__all__ = ["EncoderLayerWeights", "Ragged", "encoder_layer"]
+__all__ = ["Ragged", "attention", "attention_pool", "available_impls", "ragged_attention"]

@@ -69,7 +69,7 @@ class Rows(NamedTuple):
         rows = (
             packed.narrow(0, self.start, size)
             if self.index is None
-            else packed.index_select(0, self.index)
+            else packed.index_select(0, self.index.to(packed.device))
         )
         return rows.unflatten(0, (self.count, self.length))
 
@@ -79,7 +79,7 @@ class Rows(NamedTuple):
         if self.index is None:
             packed.narrow(0, self.start, self.count * self.length).copy_(flat)
         else:
-            packed.index_copy_(0, self.index, flat.to(packed.dtype))
+            packed.index_copy_(0, self.index.to(packed.device), flat.to(packed.dtype))
 
     def numbers(self) -> Tensor:
         """(count, length) int64 rows in the packed tensor: the coordinates of dropout."""
@@ -91,10 +91,29 @@ class Rows(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Sequences with one query length and one key length."""
+    """Sequences with one query length and one key length.
+
+    Attributes:
+        query: rows of the queries.
+        key: rows of the keys; the same object for self-attention.
+        numbers: (count,) which sequences of the batch these are.
+    """
 
     query: Rows
     key: Rows
+    numbers: np.ndarray
+
+    def take_sequences(self, x: Tensor) -> Tensor:
+        """(n, ...) -> (count, ...): what belongs to these sequences."""
+        first = int(self.numbers[0])
+        if int(self.numbers[-1]) - first == len(self.numbers) - 1:  # numbers never decrease
+            return x.narrow(0, first, len(self.numbers))
+        return x.index_select(0, torch.from_numpy(self.numbers).to(x.device))
+
+    def put_sequences(self, x: Tensor, part: Tensor) -> None:
+        """Writes (count, ...) into (n, ...), rounding to its dtype."""
+        index = torch.from_numpy(self.numbers).to(x.device)
+        x.index_copy_(0, index, part.to(x.dtype))
 
 
 def equal_length_chunks(
@@ -127,7 +146,7 @@ def equal_length_chunks(
             part = slice(begin, min(begin + step, last))
             query = _rows(starts[part], length)
             key = _rows(key_starts[part], key_length) if sequences.cross else query
-            yield Chunk(query, key)
+            yield Chunk(query, key, order[part])
 
 
 def has_gaps(offsets: Tensor, lengths: Tensor | None, total: int) -> bool:
@@ -163,3 +182,48 @@ def _rows(starts: np.ndarray, length: int) -> Rows:
         return Rows(count, length, int(starts[0]), None)
     index = (starts[:, None] + np.arange(length)).reshape(-1)
     return Rows(count, length, -1, torch.from_numpy(index))
+
+
+def check_sequences(sequences: Sequences, total: int, total_key: int) -> None:
+    """Checks offsets, lengths and bounds against each other, on a CPU only.
+
+    Raises:
+        ValueError: with the received and the expected value.
+    """
+    if sequences.offsets.device.type != "cpu":
+        return
+    _check_side("", sequences.offsets, sequences.lengths, sequences.max_length, total)
+    if sequences.cross:
+        offsets, lengths = sequences.key_side()
+        _check_side("key_", offsets, lengths, sequences.max_key_length, total_key)
+
+
+def _check_side(
+    prefix: str, offsets: Tensor, lengths: Tensor | None, max_length: int, total: int
+) -> None:
+    bounds = offsets.numpy()
+    rows = np.diff(bounds)
+    if bounds[0] != 0:
+        raise ValueError(f"{prefix}offsets must start at 0, got {bounds[0]}")
+    if len(rows) and rows.min() < 0:
+        where = int(rows.argmin())
+        raise ValueError(
+            f"{prefix}offsets must never decrease, got {bounds[where]} then {bounds[where + 1]} "
+            f"at position {where}"
+        )
+    if bounds[-1] > total:
+        raise ValueError(f"{prefix}offsets end at {bounds[-1]}, but there are {total} rows")
+    if lengths is not None:
+        real = lengths.numpy()
+        if len(rows) and (real.min() < 0 or (real > rows).any()):
+            where = int(np.flatnonzero((real < 0) | (real > rows))[0])
+            raise ValueError(
+                f"{prefix}lengths[{where}] must lie in 0..{rows[where]}, got {real[where]}"
+            )
+        rows = real
+    longest = int(rows.max()) if len(rows) else 0
+    if 0 <= max_length < longest:
+        raise ValueError(
+            f"max_{prefix}length must be at least the longest sequence ({longest}), "
+            f"got {max_length}"
+        )

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from aam_kernels._runtime.grouping import Sequences, equal_length_chunks, has_gaps
-from aam_kernels.attention import explicit
+from aam_kernels.attention import explicit, sdpa_gpu
 
 # Elements of one operand of a chunk; 8 sequences of 101 tokens x 4 heads x 32. Measured: see
 # aam_kernels/README.md, "Chunks".
@@ -50,10 +50,12 @@ def forward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Packed attention, see the module docstring."""
+    if query.device.type != "cpu":
+        return sdpa_gpu.forward(query, key, value, sequences, scale, dropout_p, seed)
     total, heads, _ = query.shape
     compute = compute_dtype(query.dtype)
     gaps = has_gaps(sequences.offsets, sequences.lengths, total)
-    output = torch.zeros_like(query) if gaps else torch.empty_like(query)
+    output = query.new_zeros(query.shape) if gaps else query.new_empty(query.shape)
     lse = query.new_full((total, heads), float("-inf"), dtype=compute)
     for chunk in _chunks(query, sequences, dropout_p):
         if chunk.key.length == 0:
@@ -87,8 +89,12 @@ def backward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of packed attention, see the module docstring."""
+    if query.device.type != "cpu":
+        return sdpa_gpu.backward(
+            grad_output, query, key, value, output, lse, sequences, scale, dropout_p, seed
+        )
     compute = compute_dtype(query.dtype)
-    grads = (torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value))
+    grads = query.new_zeros(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape)
     for chunk in _chunks(query, sequences, dropout_p):
         if chunk.key.length == 0:
             continue

@@ -1,0 +1,131 @@
+"""Which implementation serves a call.
+
+Operations register their implementations by module path; a module is imported when first used.
+An explicit request is honoured or refused, never replaced. "auto" takes the fastest one that
+serves the device and dtype; away from the CPU it takes only what has passed
+``python -m aam_kernels.verify`` on that device, and ``math`` (the specification) until then.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from aam_kernels._runtime.device import device_key, passed
+
+IMPLS = ("triton", "cpu", "sdpa", "math")
+"""Names of implementations, fastest first: the order in which "auto" looks."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One implementation of one operation.
+
+    Attributes:
+        module: import path of the module that holds ``forward`` and ``backward``.
+        devices: device types served; None: all.
+        dtypes: dtypes served.
+        auto_dtypes: dtypes for which "auto" may take it.
+        available: whether it can run on this installation.
+    """
+
+    module: str
+    devices: tuple[str, ...] | None
+    dtypes: tuple[torch.dtype, ...]
+    auto_dtypes: tuple[torch.dtype, ...]
+    available: Callable[[], bool] = lambda: True
+
+    def serves(self, device: torch.device) -> bool:
+        """Whether the device is served on this installation."""
+        return (self.devices is None or device.type in self.devices) and self.available()
+
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_REGISTRY: dict[str, dict[str, Implementation]] = {}
+_WARNED: set[tuple[str, str]] = set()
+
+
+def register(operation: str, impl: str, implementation: Implementation) -> None:
+    """Adds an implementation; the last registration of a name counts."""
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
+    _REGISTRY.setdefault(operation, {})[impl] = implementation
+
+
+def register_torch(operation: str, package: str) -> None:
+    """Registers the two implementations that every operation has: `reference` and `sdpa`."""
+    everything = (*FLOATS, torch.float64)
+    math = Implementation(f"{package}.reference", None, everything, everything)
+    sdpa = Implementation(f"{package}.sdpa", ("cpu", "cuda"), everything, FLOATS)
+    register(operation, "math", math)
+    register(operation, "sdpa", sdpa)
+
+
+def implementation(operation: str, impl: str) -> ModuleType:
+    """The module of an implementation that `choose` has named."""
+    return importlib.import_module(_REGISTRY[operation][impl].module)
+
+
+def choose(operation: str, impl: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Resolves ``impl`` for one call.
+
+    Raises:
+        ValueError: the name is unknown, or the implementation does not serve the device or dtype
+            on this installation.
+    """
+    check_name(impl)
+    table = _REGISTRY[operation]
+    if impl == "auto":
+        return _choose_auto(operation, table, device, dtype)
+    found = table.get(impl)
+    usable = available_impls(device).get(operation, ())
+    if found is None or not found.serves(device):
+        raise ValueError(
+            f"{operation}: impl={impl!r} is not available on this installation for "
+            f"{device.type}; available: {', '.join(usable)}"
+        )
+    if dtype not in found.dtypes:
+        raise ValueError(f"{operation}: impl={impl!r} does not take {dtype}; use impl='math'")
+    return impl
+
+
+def check_name(impl: str) -> None:
+    """Raises ValueError when ``impl`` is no name of an implementation."""
+    if impl not in ("auto", *IMPLS):
+        raise ValueError(f"impl must be one of {('auto', *IMPLS)}, got {impl!r}")
+
+
+def available_impls(device: torch.device | str = "cpu") -> dict[str, tuple[str, ...]]:
+    """The implementations of every operation that can run on a device, fastest first."""
+    device = torch.device(device)
+    return {
+        operation: tuple(name for name in IMPLS if name in table and table[name].serves(device))
+        for operation, table in _REGISTRY.items()
+    }
+
+
+def _choose_auto(
+    operation: str, table: dict[str, Implementation], device: torch.device, dtype: torch.dtype
+) -> str:
+    for name in IMPLS:
+        found = table.get(name)
+        if found is None or not found.serves(device) or dtype not in found.auto_dtypes:
+            continue
+        if name == "math" or device.type == "cpu" or passed(operation, name, device):
+            return name
+        if (operation, device_key(device)) not in _WARNED:
+            _WARNED.add((operation, device_key(device)))
+            warnings.warn(
+                f"{operation}: impl='auto' uses 'math', because '{name}' has not passed on "
+                f"{device_key(device)}; run `python -m aam_kernels.verify` once on this machine",
+                stacklevel=2,
+            )
+    raise ValueError(
+        f"{operation}: no implementation takes {dtype} on {device.type}; expected float32, "
+        f"float16, bfloat16 or float64"
+    )
