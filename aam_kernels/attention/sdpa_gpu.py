@@ -99,11 +99,7 @@ def backward(
         )
     else:
         (grad, *tensors), cumulative = _compact((grad_output, query, key, value), sides)
-        out, kernel_lse, *random, longest, longest_key = _kernel(*tensors, cumulative, sides, scale)
-        parts = torch.ops.aten._efficient_attention_backward(
-            grad, *tensors, None, out, *cumulative, longest, longest_key, kernel_lse,
-            0.0, *random, 0, False, scale=scale,
-        )[:3]  # fmt: skip
+        parts = _kernel_backward(grad, *tensors, cumulative, sides, scale)
         places = (sides[0], sides[1], sides[1])
         bounds = (cumulative[0], cumulative[1], cumulative[1])
         grads = tuple(
@@ -181,6 +177,24 @@ def _kernel(
         query, key, value, None, *cumulative, sides[0].longest, sides[1].longest,
         0.0, 0, True, scale=scale,
     )  # fmt: skip
+
+
+def _kernel_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cumulative: tuple[Tensor, Tensor],
+    sides: tuple[_Side, _Side],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    output, lse, *random, longest, longest_key = _kernel(
+        query, key, value, cumulative, sides, scale
+    )
+    return torch.ops.aten._efficient_attention_backward(
+        grad, query, key, value, None, output, *cumulative, longest, longest_key, lse,
+        0.0, *random, 0, False, scale=scale,
+    )[:3]  # fmt: skip
 
 
 def _pad(x: Tensor, side: _Side) -> Tensor:
