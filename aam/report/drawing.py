@@ -96,9 +96,10 @@ def shade(colour: str, opacity: np.ndarray) -> np.ndarray:
 
 
 def short(text: str, length: int = 22) -> str:
-    """A label that fits a drawing."""
+    """A label that fits a drawing; its end is kept, since names often differ there."""
     text = " ".join(_printable(text).split())
-    return text if len(text) <= length else text[: length - 1] + "…"
+    tail = length // 3
+    return text if len(text) <= length else f"{text[: length - tail - 1]}…{text[-tail:]}"
 
 
 def limits(values: np.ndarray) -> tuple[float, float]:
@@ -116,7 +117,8 @@ def identity(axes: Any, span: tuple[float, float]) -> None:
 
 def dots(axes: Any, x: np.ndarray, y: np.ndarray, colour: str, label: str) -> None:
     """A scatter of many points."""
-    axes.scatter(x, y, s=11, color=colour, alpha=0.55, linewidths=0, label=label or None)
+    size = 11 if len(x) > 600 else 20
+    axes.scatter(x, y, s=size, color=colour, alpha=0.55, linewidths=0, label=label or None)
 
 
 def _printable(text: str) -> str:

@@ -156,7 +156,7 @@ def distances_figure(distances: Distances | None) -> Any:
         "a prediction is right."
     )
     if crowded:
-        caption += " The darker a hexagon, the more pairs (logarithmic)."
+        caption += " The stronger a hexagon's colour, the more pairs (logarithmic)."
     if known:
         caption += f" Orange: {int(within.sum()):,} pairs within a group"
         caption += f", {len(shown)} of them drawn." if len(shown) < within.sum() else "."
@@ -223,7 +223,7 @@ def check_figure(check: Any) -> Any:
         "true ones and must not depend on the mode: what differs in train mode is noise that the "
         "model uses as distance."
     )
-    panel = draw("distance-check", f"Mean and spread of distances. {said}.", plot, size=(6.4, 2.4))
+    panel = draw("distance-check", f"Mean and spread of distances. {said}.", plot, size=(4.8, 2.3))
     return Figure("distance-check", "Distances in train and eval mode", (panel,), caption)
 
 
@@ -259,16 +259,16 @@ def _ordination_pair(
     found, share = statistics.principal_components(values)
     found, correlation = statistics.procrustes(true, found)
     by, colours, legend = _sample_colours(run, ids, true[:, 0])
+    frame = np.concatenate([true, found])
     caption = (
         f"{len(ids)} validation samples. Left: principal coordinates of the true distances "
         f"({100 * true_share.sum():.0f} % of their variance). Right: principal components of the "
         f"model's embeddings ({100 * share.sum():.0f} %), turned and scaled onto the left "
-        f"(Procrustes correlation {number(correlation)}; 1 is the same picture). "
-        f"The same colour is {by} in both."
+        f"(Procrustes correlation {number(correlation)}; 1 is the same picture). {by}"
     )
     panels = (
-        _map_panel("true", "True distances (PCoA)", true, colours, legend),
-        _map_panel("embeddings", "Embeddings", found, colours, legend),
+        _map_panel("true", "True distances (PCoA)", true, colours, legend, frame),
+        _map_panel("embeddings", "Embeddings", found, colours, legend, frame),
     )
     return Figure("ordination", "Ordination of validation samples", panels, caption)
 
@@ -278,9 +278,9 @@ def _embedding_only(run: RunFiles, values: np.ndarray, ids: Sequence[str]) -> Fi
     by, colours, legend = _sample_colours(run, ids, found[:, 0])
     caption = (
         f"Principal components of the embeddings of {len(ids)} samples "
-        f"({100 * share.sum():.0f} % of their variance); the colour is {by}."
+        f"({100 * share.sum():.0f} % of their variance). {by}"
     )
-    panel = _map_panel("embeddings", "Embeddings", found, colours, legend)
+    panel = _map_panel("embeddings", "Embeddings", found, colours, legend, found)
     return Figure("ordination", "Ordination of embeddings", (panel,), caption)
 
 
@@ -293,7 +293,9 @@ def _sample_colours(
     target = run.summary.get("target")
     target = target if isinstance(target, Mapping) else {}
     column = short(str(target.get("column") or "the target"), 40)
-    known = dict(zip(run.predictions.ids, run.predictions.true, strict=True)) if run.predictions else {}
+    known = (
+        dict(zip(run.predictions.ids, run.predictions.true, strict=True)) if run.predictions else {}
+    )
     labels = [known.get(name, "") for name in ids]
     scale = colormaps["viridis"]
     if target.get("kind") == "classification" and any(labels):
@@ -303,21 +305,31 @@ def _sample_colours(
         legend = [(short(name), colour[name]) for name in ranked[:7]]
         if len(colour) < len(set(labels)):
             legend.append(("other or missing", other))
-        return f"the same class of {column}", [colour.get(n, other) for n in labels], legend
+        return f"Colours are classes of {column}.", [colour.get(n, other) for n in labels], legend
     numbers = np.array([to_float(label) for label in labels])
-    by = f"the same {column}, from low (dark) to high (yellow)"
+    by = f"Colours are {column}, from low (violet) to high (yellow)."
     if not np.isfinite(numbers).any():
-        numbers, by = fallback, "the same place on the first axis, so the same sample"
-        by = by if run.distances else "the place on the first axis"
+        numbers = fallback
+        by = "A sample has the same colour in both: its place on the first axis of the left map."
+        by = by if run.distances else "Colours are the place on the first axis."
     low, high = np.nanmin(numbers), np.nanmax(numbers)
     placed = (numbers - low) / (high - low if high > low else 1.0)
     muted = COLOUR["muted"]
-    return by, [scale(0.95 * x) if np.isfinite(x) else muted for x in placed], []
+    return by, [scale(0.15 + 0.77 * x) if np.isfinite(x) else muted for x in placed], []
 
 
 def _map_panel(
-    name: str, title: str, points: np.ndarray, colours: list[Any], legend: list[tuple[str, str]]
+    name: str,
+    title: str,
+    points: np.ndarray,
+    colours: list[Any],
+    legend: list[tuple[str, str]],
+    frame: np.ndarray,
 ) -> str:
+    """A map of samples; ``frame`` holds the points that all maps of a figure make room for."""
+    middle = (frame.max(axis=0) + frame.min(axis=0)) / 2
+    reach = (float(np.ptp(frame, axis=0).max()) * 0.54 or 0.5) * np.array([-1.0, 1.0])
+
     def plot(axes: Any) -> None:
         axes.scatter(
             *points.T, c=colours, s=26, alpha=0.85, linewidths=0.4, edgecolors=COLOUR["paper"]
@@ -326,7 +338,7 @@ def _map_panel(
             axes.plot([], [], "o", color=colour, label=label)
         if legend:
             axes.legend(loc="best", handletextpad=0.2)
-        axes.set_aspect("equal", adjustable="datalim")
+        axes.set(xlim=middle[0] + reach, ylim=middle[1] + reach, aspect="equal")
         axes.set(xlabel="axis 1", ylabel="axis 2", title=title)
 
     alt = f"{title}: map of {len(points)} samples on two axes."

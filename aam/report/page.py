@@ -72,14 +72,14 @@ def render(run: RunFiles) -> str:
     results = read_results(run.summary)
     check = run.summary.get("distance_check")
     drawn = [
-        figures.distances_figure(run.distances),
-        figures.check_figure(check),
-        figures.ordination_figure(run),
-        *target_figures(run.predictions, run.summary.get("target")),
-        figures.curves_figure(run.curves, results),
-        figures.mechanics_figure(run.curves),
+        [figures.distances_figure(run.distances)],
+        [figures.check_figure(check)],
+        target_figures(run.predictions, run.summary.get("target")),
+        [figures.ordination_figure(run)],
+        [figures.curves_figure(run.curves, results)],
+        [figures.mechanics_figure(run.curves)],
     ]
-    found = [figure for figure in drawn if figure is not None]
+    groups = [found for group in drawn if (found := [figure for figure in group if figure])]
     given = run.summary.get("warnings")
     warnings = [str(entry) for entry in given] if isinstance(given, list) else []
     # The training run may have noticed the same: its words win.
@@ -88,7 +88,7 @@ def render(run: RunFiles) -> str:
     warnings += run.problems
     sections = [
         ("results", "Results", _results(results, run.summary)),
-        *((f"section-{f.id}", f.title, _figure(f)) for f in found),
+        *((f"section-{group[0].id}", group[0].title, _figures(group)) for group in groups),
         ("data", "Data", _data(run.summary.get("data"))),
     ]
     present = [entry for entry in sections if entry[2]]
@@ -157,20 +157,26 @@ def _warnings(warnings: Sequence[str]) -> str:
     if len(warnings) > 50:
         listed += f"<li>{len(warnings) - 50} more in summary.json</li>"
     title = "Warning" if len(warnings) == 1 else f"{len(warnings)} warnings"
-    return f'<div class="warnings" id="warnings" role="note"><h2>{title}</h2><ul>{listed}</ul></div>\n'
+    return (
+        f'<div class="warnings" id="warnings" role="note"><h2>{title}</h2><ul>{listed}</ul></div>\n'
+    )
 
 
 def _results(results: Sequence[Result], summary: Mapping[str, Any]) -> str:
     if not results:
         return ""
     target = summary.get("target")
-    column = str(target.get("column") or "the target") if isinstance(target, Mapping) else "the target"
+    column = (
+        str(target.get("column") or "the target") if isinstance(target, Mapping) else "the target"
+    )
     judged = [result for result in results if result.verdict in ("better", "worse", "equal")]
     words = []
     if judged:
         ahead = sum(result.verdict == "better" for result in judged)
         words.append(f"Better than every baseline in {ahead} of {len(judged)} comparisons.")
-    words += [sentence(r, column) for r in results if r.verdict != "undefined" and r.part != "train"]
+    words += [
+        sentence(r, column) for r in results if r.verdict != "undefined" and r.part != "train"
+    ]
     said = "".join(f"<li>{text(line)}</li>" for line in words)
     rows = "".join(_result_row(result) for result in results)
     return (
@@ -205,6 +211,12 @@ def _result_row(result: Result) -> str:
         f'{unit}</td><td><span class="chip {verdict.replace(" ", "-")}">{MARKS[verdict]} '
         f'{text(words)}</span></td><td><ul class="baselines">{listed or "<li>–</li>"}</ul></td></tr>'
     )
+
+
+def _figures(group: Sequence[figures.Figure]) -> str:
+    """One figure, or several side by side where the page is wide."""
+    drawn = "".join(_figure(figure) for figure in group)
+    return drawn if len(group) == 1 else f'<div class="pair">{drawn}</div>'
 
 
 def _figure(figure: figures.Figure) -> str:

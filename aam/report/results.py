@@ -78,9 +78,12 @@ def read_results(summary: Mapping[str, Any]) -> list[Result]:
 
 
 def number(value: Any) -> str:
-    """A number for people: three decimals, fewer for large ones; a dash where there is none."""
+    """A number for people: three decimals, fewer for large ones and none for
+    integers; a dash where there is none."""
     if isinstance(value, bool) or value is None:
         return "–" if value is None else str(value)
+    if isinstance(value, int):
+        return f"{value:,}".replace("-", "−")
     value = to_float(value)
     if not math.isfinite(value):
         return "–"
@@ -134,10 +137,14 @@ def sentence(result: Result, target: str) -> str:
         "r2": f"The model explains {_percent(result.value)} of the variance of {target}",
         "mae": f"Predictions of {target} are off by {value}{unit} on average",
         "accuracy": f"The model names the right {target} for {_percent(result.value)} of samples",
+        "balanced_accuracy": f"Balanced accuracy of {target} is {value}",
+        "auc": f"The area under the ROC curve of {target} is {value}",
     }
     if result.value < 0:
         named["r2"] = f"Predictions of {target} are worse than its mean (r2 {value})"
-    said = named.get(metric_key(result.name), f"{result.name}: {value}{unit}")
+    said = named.get(
+        metric_key(result.name), f"{result.name[:1].upper()}{result.name[1:]} is {value}{unit}"
+    )
     if result.best is None:
         return f"{said}."
     name, best = result.best

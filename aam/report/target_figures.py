@@ -69,11 +69,15 @@ def _scatter(predictions: Predictions, column: str, unit: str) -> Figure | None:
             axes.legend(loc="upper left", handletextpad=0.2)
 
     sizes = ", ".join(f"{len(rows):,} {part or 'samples'}" for part, rows in sorted(parts.items()))
-    caption = f"Predicted against true {column} ({sizes}); on the dashed line a prediction is right."
+    caption = (
+        f"Predicted against true {column} ({sizes}); on the dashed line a prediction is right."
+    )
     if any(len(rows) > DOTS for rows in parts.values()):
         caption += f" At most {DOTS:,} samples of a part are drawn."
     if not usable.all():
-        caption += f" {int((~usable).sum())} samples without a true or predicted number are left out."
+        caption += (
+            f" {int((~usable).sum())} samples without a true or predicted number are left out."
+        )
     alt = f"Predicted against true {column} of {int(usable.sum())} samples."
     scatter = draw("target-scatter", alt, plot, size=(4.4, 4.2))
     panels = (scatter, _residuals((predicted - true)[held_out], column, unit))
@@ -143,7 +147,7 @@ def _confusion(predictions: Predictions, rows: np.ndarray, part: str, column: st
     right = int(np.sum(np.array(true, dtype=object) == np.array(predicted, dtype=object)))
 
     def plot(axes: Any) -> None:
-        _matrix(axes, counts, share, [short(name, 16) for name in labels])
+        _matrix(axes, counts, share, [short(name, 18) for name in labels])
         axes.set(xlabel=f"predicted {column}", ylabel=f"true {column}")
 
     side = 2.0 + 0.55 * len(labels) if len(labels) < 6 else 2.4 + 0.3 * len(labels)
@@ -151,7 +155,7 @@ def _confusion(predictions: Predictions, rows: np.ndarray, part: str, column: st
     alt = f"Confusion matrix of {column}: {right} of {len(true)} samples on the diagonal."
     caption = (
         f"{len(true):,} samples ({part}); {right:,} of them right. A row is a true class; the "
-        "darker a cell, the larger its share of the row."
+        "stronger its colour, the larger a cell's share of the row."
     )
     if rare:
         caption += f" The {CLASSES - 1} most frequent classes are told apart."

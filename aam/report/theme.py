@@ -47,7 +47,7 @@ section, .warnings {
 .warnings h2 { color: var(--warn); }
 .warnings ul, ul.words { margin: 0; padding-left: 1.2rem; }
 .warnings li, ul.words li { margin: .3rem 0; overflow-wrap: anywhere; }
-ul.words { font-size: 1.06rem; }
+ul.words { font-size: 1.06rem; margin-bottom: 1.1rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .94rem; }
 th { text-align: left; font-weight: 600; color: var(--muted); font-size: .82rem; }
@@ -60,17 +60,20 @@ tbody th { color: var(--ink); font-size: inherit; }
 .baselines { display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; margin: 0; padding: 0;
   list-style: none; }
 .baselines .best { font-weight: 650; }
-.quiet { color: var(--muted); }
+.quiet { color: var(--muted); font-weight: 400; }
+th .quiet { font-size: .84rem; }
 .chip { display: inline-block; border-radius: 999px; padding: .08rem .65rem; font-size: .84rem;
   font-weight: 600; background: var(--plain-paper); color: var(--ink); }
 .better { background: var(--good-paper); color: var(--good); }
 .worse { background: var(--bad-paper); color: var(--bad); }
 .cut, .dropped { background: var(--warn-paper); color: var(--warn); }
-figure { margin: 0; }
+figure { margin: 0; min-width: 0; }
+.pair { display: grid; gap: 1.5rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); }
 .panels { display: grid; gap: 1rem 1.5rem;
   grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); }
 .panels.wide { grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); }
-.plot { width: 100%; height: auto; max-width: 36rem; max-height: 34rem; display: block;
+.plot { width: 100%; height: auto; max-width: 31rem; max-height: 31rem; display: block;
   margin: 0 auto; overflow: visible; font-family: var(--font); }
 figcaption { color: var(--muted); font-size: .9rem; margin-top: .75rem; max-width: 52rem;
   overflow-wrap: anywhere; }

@@ -1,8 +1,10 @@
 """Fabricated run directories: the files that training leaves, with numbers that look like runs."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
 
 def summary(title, **entries):
@@ -22,8 +24,12 @@ def summary(title, **entries):
         "parameters": 2_345_678,
         "data": [
             {"what": "samples read", "count": 428, "detail": "table.biom", "kind": "info"},
-            {"what": "samples below the rarefaction depth", "count": 42, "detail": "2538.1000102, "
-             "2538.1000103, 2538.1000104 and 39 more", "kind": "dropped"},
+            {
+                "what": "samples below the rarefaction depth",
+                "count": 42,
+                "detail": "2538.1000102, 2538.1000103, 2538.1000104 and 39 more",
+                "kind": "dropped",
+            },
             {"what": "sequences longer than max_bp", "count": 3, "detail": "", "kind": "cut"},
         ],
         "results": [],
@@ -95,11 +101,12 @@ def pretraining(folder, samples=60, **entries):
     )
     results = [
         _result("Mantel r", 0.938, {"Jaccard": 0.9, "Bray-Curtis": 0.71, "constant": None}),
+        _result("Mantel r between groups", 0.842, {"Jaccard": 0.849, "Bray-Curtis": 0.57}),
         _result(
-            "Mantel r between groups", 0.842, {"Jaccard": 0.849, "Bray-Curtis": 0.57}
-        ),
-        _result(
-            "Distance MAE", 0.031, {"Jaccard": 0.038, "Bray-Curtis": 0.061, "constant": 0.081}, False
+            "Distance MAE",
+            0.031,
+            {"Jaccard": 0.038, "Bray-Curtis": 0.061, "constant": 0.081},
+            False,
         ),
         _result("Masked nucleotide accuracy", 0.836, {"consensus": 0.79}),
     ]
@@ -177,7 +184,12 @@ def classification(folder, classes=("Control", "Crohns"), column="ibd", **entrie
             _result("balanced accuracy", 0.75, {"random forest": 0.75, "majority": 0.5}),
             _result("auc", None, {"random forest": None, "majority": 0.5}),
         ],
-        "target": {"column": column, "kind": "classification", "classes": list(classes), "unit": ""},
+        "target": {
+            "column": column,
+            "kind": "classification",
+            "classes": list(classes),
+            "unit": "",
+        },
         **entries,
     }
     write_json(folder / "summary.json", summary("Fine-tuning", **values))
@@ -193,3 +205,17 @@ def _result(name, value, baselines, higher_is_better=True, unit=""):
         "higher_is_better": higher_is_better,
         "baselines": baselines,
     }
+
+
+@pytest.fixture
+def fabricate():
+    """The functions of this file that write run directories."""
+    return SimpleNamespace(
+        pretraining=pretraining,
+        regression=regression,
+        classification=classification,
+        summary=summary,
+        write_json=write_json,
+        write_rows=write_rows,
+        result=_result,
+    )

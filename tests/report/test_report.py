@@ -1,0 +1,323 @@
+"""The page holds what the run directory holds, says so in words, and never breaks."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from aam.errors import InputError
+from aam.report import write_report
+
+VOID = {"meta", "br", "link", "img", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Parses a page strictly: balanced elements, ids once; collects figures and text."""
+
+    def __init__(self, path):
+        super().__init__(convert_charrefs=True)
+        self.html = path.read_text(encoding="utf-8")
+        self.size = path.stat().st_size
+        self.open, self.ids, self.tags = [], [], []
+        self.figures, self.text = {}, []
+        self.feed(self.html)
+        self.close()
+        assert self.open == []
+        assert len(self.ids) == len(set(self.ids)), "an id occurs twice"
+        self.words = " ".join("".join(self.text).split())
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.append((tag, attributes))
+        if "id" in attributes:
+            self.ids.append(attributes["id"])
+        if tag == "figure":
+            self.figures[attributes["id"]] = {"alt": [], "caption": False, "shapes": 0}
+        elif "figure" in self.open:
+            figure = list(self.figures.values())[-1]
+            if tag == "svg":
+                assert attributes["role"] == "img"
+                figure["alt"].append(attributes["aria-label"])
+            figure["caption"] |= tag == "figcaption"
+            figure["shapes"] += tag in ("path", "use")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text.append(data + " ")
+
+
+def report(folder):
+    path = write_report(folder)
+    assert path == folder / "report.html"
+    page = Page(path)
+    assert page.size < 3_000_000
+    assert_nothing_is_loaded(page)
+    for name, figure in page.figures.items():
+        assert figure["caption"] and figure["shapes"] > 5, name
+        assert figure["alt"] and all(len(alt) > 10 for alt in figure["alt"]), name
+    return page
+
+
+def assert_nothing_is_loaded(page):
+    for tag, attributes in page.tags:
+        assert tag not in ("script", "link", "img", "iframe", "object", "embed", "base"), tag
+        for name, value in attributes.items():
+            assert not name.startswith("on"), (tag, name)
+            if name in ("href", "xlink:href", "src"):
+                assert value.startswith("#"), (tag, value)
+                assert value[1:] in page.ids, value
+    assert set(re.findall(r"url\((.)", page.html)) <= {"#"}
+    assert "@import" not in page.html and "http://" not in page.html
+    assert "default-src 'none'" in page.html
+
+
+def test_pretraining_shows_distances_ordination_and_curves(tmp_path, fabricate):
+    page = report(fabricate.pretraining(tmp_path / "pre"))
+    assert list(page.figures) == [
+        "distances", "distance-check", "ordination", "curves", "mechanics"
+    ]  # fmt: skip
+    assert len(page.figures["ordination"]["alt"]) == 2
+    assert len(page.figures["curves"]["alt"]) == 6
+    assert "1,770 pairs of 60 validation samples" in page.words
+    assert "Orange: 90 pairs within a group" in page.words
+    assert "Better than every baseline in 3 of 4 comparisons." in page.words
+    assert "better than Jaccard by 0.038" in page.words
+    assert "worse than Jaccard by 0.007" in page.words
+    assert "Bray-Curtis 0.710" in page.words and "constant –" in page.words
+    assert "The model names 83.6 % of the masked nucleotides" in page.words
+    assert "20 min 34 s" in page.words and "2,345,678" in page.words
+    assert "warnings" not in page.ids
+    assert page.html.index("below the rarefaction depth") < page.html.index("samples read")
+    assert "2 of 3 entries are about something dropped or cut" in page.words
+    assert "model.dim" in page.words and "0.0006" in page.words
+
+
+def test_pretraining_warns_where_the_modes_disagree(tmp_path, fabricate):
+    check = {
+        "train_mode": {"mean": 0.63, "sd": 0.05},
+        "eval_mode": {"mean": 0.1, "sd": 0.03},
+        "true": {"mean": 0.62, "sd": 0.09},
+    }
+    page = report(
+        fabricate.pretraining(tmp_path / "a", distance_check=check, warnings=["Subjects leak."])
+    )
+    assert "3 warnings Subjects leak. Train and eval mode disagree" in page.words
+    assert "0.630 in train mode and 0.100 in eval mode (true 0.620)" in page.words
+    assert "Predicted distances hardly differ: their spread is 0.030" in page.words
+    assert page.html.index('id="warnings"') < page.html.index('id="results"')
+
+
+def test_regression_shows_scatter_and_verdicts(tmp_path, fabricate):
+    page = report(fabricate.regression(tmp_path))
+    assert list(page.figures) == ["target", "ordination", "curves"]
+    assert "The model explains 43.1 % of the variance of age: worse than the best baseline" in (
+        page.words
+    )
+    assert "off by 5.910 years on average" in page.words
+    assert "190 train, 60 validation" in page.words
+    assert "true age (years)" in page.words
+    assert "Better than every baseline in 0 of 2 comparisons." in page.words
+
+
+def test_two_classes_show_confusion_and_roc(tmp_path, fabricate):
+    page = report(fabricate.classification(tmp_path))
+    assert list(page.figures) == ["confusion", "roc", "ordination", "curves"]
+    assert "= equal to random forest" in page.words
+    assert "? not defined" in page.words
+    from sklearn.metrics import roc_auc_score
+
+    rows = [line.split("\t") for line in (tmp_path / "predictions.tsv").read_text().splitlines()]
+    rows = [row for row in rows[1:] if row[1] == "validation"]
+    area = roc_auc_score([row[2] == "Crohns" for row in rows], [float(row[5]) for row in rows])
+    assert f"area {area:.3f}" in page.words
+    right = sum(row[2] == row[3] for row in rows)
+    assert f"80 samples (validation); {right} of them right" in page.words
+
+
+@pytest.mark.parametrize("count", [3, 30])
+def test_many_classes_show_a_confusion_matrix(tmp_path, fabricate, count):
+    classes = tuple(f"a rather long class name that ends in {i}" for i in range(count))
+    page = report(fabricate.classification(tmp_path, classes, "body site"))
+    assert "confusion" in page.figures and "roc" not in page.figures
+    assert ("The 19 most frequent classes are told apart" in page.words) == (count == 30)
+
+
+def test_predictions_without_truth(tmp_path, fabricate):
+    rows = [(f"s{i}", 20 + i) for i in range(30)]
+    fabricate.write_rows(tmp_path / "predictions.tsv", ["sample-id", "predicted"], rows)
+    page = report(tmp_path)
+    assert list(page.figures) == ["target"]
+    assert "Predictions for 30 samples" in page.words
+    rows = [(f"s{i}", "ab"[i % 2], 0.5, 0.5) for i in range(30)]
+    header = ["sample-id", "predicted", "probability_a", "probability_b"]
+    fabricate.write_rows(tmp_path / "predictions.tsv", header, rows)
+    assert "their true target is not known" in report(tmp_path).words
+
+
+@pytest.mark.parametrize(
+    "absent",
+    ["summary.json", "metrics.csv", "distances.tsv", "embeddings.tsv", "predictions.tsv"],
+)
+def test_what_is_absent_is_left_out(tmp_path, fabricate, absent):
+    fabricate.regression(tmp_path)
+    fabricate.pretraining(tmp_path)
+    fabricate.regression(tmp_path / "other")
+    (tmp_path / "other" / "predictions.tsv").rename(tmp_path / "predictions.tsv")
+    (tmp_path / absent).unlink()
+    page = report(tmp_path)
+    figures = {
+        "metrics.csv": {"curves", "mechanics"},
+        "distances.tsv": {"distances"},
+        "embeddings.tsv": {"ordination"},
+        "predictions.tsv": {"target"},
+        "summary.json": {"distance-check"},
+    }
+    everything = set().union(*figures.values())
+    assert set(page.figures) == everything - figures[absent]
+    assert ("summary.json is absent" in page.words) == (absent == "summary.json")
+
+
+def test_an_empty_directory_gives_a_page(tmp_path):
+    page = report(tmp_path)
+    assert page.figures == {} and "summary.json is absent" in page.words
+
+
+def test_a_path_that_is_no_directory_is_an_input_error(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere: expected the directory of a run"):
+        write_report(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("summary.json", "{", "summary.json could not be read"),
+        ("summary.json", "[1]", "expected a JSON object, got list"),
+        ("metrics.csv", "step,value\n1,2\n", "column 'metric' is missing"),
+        (
+            "distances.tsv",
+            "sample_a\tsample_b\ttrue\tpredicted\na\tb\t0.1\n",
+            "line 2 has 3 fields",
+        ),
+        ("embeddings.tsv", "sample-id\tpart\te0\n", ""),
+        ("predictions.tsv", "", ""),
+    ],
+)
+def test_damaged_files_are_named_and_the_rest_is_shown(tmp_path, fabricate, name, content, reason):
+    fabricate.pretraining(tmp_path)
+    (tmp_path / name).write_text(content)
+    page = report(tmp_path)
+    assert reason in page.words
+    assert len(page.figures) >= 2
+
+
+def test_numbers_that_are_none_or_not_finite(tmp_path, fabricate):
+    folder = fabricate.pretraining(
+        tmp_path,
+        results=[
+            fabricate.result("Mantel r", float("nan"), {"Jaccard": 0.9}),
+            fabricate.result("Distance MAE", None, {}),
+            fabricate.result("accuracy", 0.5, {"majority": float("inf")}),
+            fabricate.result("r2", -0.59, {"mean": -0.01}),
+        ],
+        distance_check={"train_mode": None, "eval_mode": {"mean": None, "sd": None}},
+        seconds=None,
+        samples_train=None,
+        data=None,
+        warnings=None,
+        config=None,
+        target=None,
+    )
+    lines = (folder / "distances.tsv").read_text().splitlines()
+    lines[1:4] = ["\t".join([*line.split("\t")[:3], "nan", "0"]) for line in lines[1:4]]
+    (folder / "distances.tsv").write_text("\n".join(lines))
+    with (folder / "metrics.csv").open("a") as file:
+        file.write("401,12,train,loss,nan\n402,12,train,loss,inf\n402,12,train,count_loss,nan\n")
+    page = report(folder)
+    assert page.words.count("? not defined") == 2
+    assert "no baseline" in page.words
+    assert "worse than its mean (r2 −0.590)" in page.words
+    assert "3 pairs without a finite number are left out" in page.words
+    assert "3 values in metrics.csv are not finite numbers" in page.words
+    assert "nan" not in re.sub(r"[a-z]nan|nan[a-z]", "", page.words.lower())
+
+
+def test_user_strings_are_escaped(tmp_path, fabricate):
+    bad = "<script>alert('1')</script>\"&$x^2$\u202e\x00</title></svg>"
+    classes = (bad, "</style><img src=x onerror=alert(1)>")
+    page = report(
+        fabricate.classification(
+            tmp_path,
+            classes,
+            bad,
+            warnings=[bad],
+            command=bad,
+            data=[{"what": bad, "count": 3, "detail": bad, "kind": bad}],
+            config={bad: bad, "nested": {"empty": {}, "list": [bad]}},
+            results=[fabricate.result(bad, 0.5, {bad: 0.4}, True, bad)],
+        )
+    )
+    assert "<script>alert('1')</script>" in page.words  # shown, not run
+    assert "\x00" not in page.html and "\u202e" not in page.html
+    assert {"confusion", "roc", "ordination"} <= set(page.figures)
+
+
+def test_ids_with_quotes_do_not_swallow_rows(tmp_path, fabricate):
+    rows = [(f'"s{i}', "validation", i, i + 0.5) for i in range(20)]
+    header = ["sample-id", "part", "true", "predicted"]
+    fabricate.write_rows(tmp_path / "predictions.tsv", header, rows)
+    assert "(20 validation)" in report(tmp_path).words
+
+
+def test_a_large_run_stays_small_and_quick(tmp_path, fabricate):
+    folder = fabricate.pretraining(tmp_path, samples=400)
+    rng = np.random.default_rng(0)
+    rows = [
+        (step, 0, part, f"metric_{name}", rng.random())
+        for step in range(3000)
+        for part in ("train", "validation")
+        for name in range(4)
+    ]
+    with (folder / "metrics.csv").open("a") as file:
+        file.writelines(",".join(map(str, row)) + "\n" for row in rows)
+    page = report(folder)
+    assert page.size < 1_500_000
+    assert "79,800 pairs" in page.words and "400 of them drawn" in page.words
+
+
+def test_many_long_strings_stay_small(tmp_path, fabricate):
+    page = report(
+        fabricate.regression(
+            tmp_path,
+            warnings=["x" * 10_000] * 500,
+            data=[{"what": "y" * 10_000, "count": 1, "kind": "cut"}] * 500,
+            config={"ids": ["z"] * 100_000},
+        )
+    )
+    assert "450 more in summary.json" in page.words and "300 more in summary.json" in page.words
+
+
+def test_the_page_is_the_same_for_the_same_run(tmp_path, fabricate):
+    folder = fabricate.classification(tmp_path)
+    first = write_report(folder).read_bytes()
+    assert write_report(folder).read_bytes() == first
+    assert sorted(p.name for p in folder.glob("*report*")) == ["report.html"]
+
+
+def test_the_configuration_file_stands_in_for_the_summary(tmp_path):
+    (tmp_path / "summary.json").write_text(json.dumps({"title": "Bare"}))
+    (tmp_path / "config.toml").write_text("lr = 0.1 # <b>\n")
+    page = report(tmp_path)
+    assert "lr = 0.1 # <b>" in page.words
+    assert "configuration" in page.ids
