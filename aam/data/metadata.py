@@ -178,7 +178,8 @@ def _scan(path: Path) -> dict[str, str]:
         raise InputError(f"{path}: no such file; expected sample metadata as TSV")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = [[cell.strip() for cell in row] for row in csv.reader(file, "excel-tab")]
+            reader = csv.reader(file, "excel-tab", strict=True)
+            rows = [[cell.strip() for cell in row] for row in reader]
             rows = [row for row in rows if any(row)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(

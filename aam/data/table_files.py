@@ -9,7 +9,6 @@ import itertools
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,7 +93,11 @@ def _read_hdf5(content: bytes, path: Path) -> RawTable:
             samples = [_text(one) for one in file["sample/ids"][()]]
             features = [_text(one) for one in file["observation/ids"][()]]
             check_ids(samples, features, path)
-            return _from_biom(samples, features, lambda: biom.Table.from_hdf5(file))
+            if samples and features:
+                counts = sp.csr_array(biom.Table.from_hdf5(file).matrix_data.T.tocsr())
+            else:  # biom-format refuses these
+                counts = sp.csr_array((len(samples), len(features)), dtype=np.float64)
+            return RawTable(tuple(samples), tuple(features), counts)
     except InputError:
         raise
     except Exception as error:  # h5py and biom raise a dozen kinds on damaged files
@@ -105,30 +108,26 @@ def _read_hdf5(content: bytes, path: Path) -> RawTable:
 
 
 def _read_json(content: bytes, path: Path) -> RawTable:
-    import biom
-
     try:
         document = json.loads(content)
         samples = [_text(one["id"]) for one in document["columns"]]
         features = [_text(one["id"]) for one in document["rows"]]
-        check_ids(samples, features, path)
-        return _from_biom(samples, features, lambda: biom.Table.from_json(document))
-    except InputError:
-        raise
-    except Exception as error:  # biom raises a dozen kinds on unexpected documents
+        shape = (len(features), len(samples))
+        # Not with biom-format: it takes a table without any count for one with repeated ids.
+        data = np.asarray(document["data"], dtype=np.float64)
+        if document.get("matrix_type", "sparse") == "sparse":
+            row, column, value = data.reshape(-1, 3).T
+            places = (row.astype(np.int64), column.astype(np.int64))
+            counts = sp.coo_array((value, places), shape=shape)
+        else:
+            counts = sp.coo_array(data.reshape(shape))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{path}: is no complete BIOM 1.0 table ({_one_line(error)}): the file may be "
             "truncated, copy or export it again"
         ) from error
-
-
-def _from_biom(samples: list[str], features: list[str], read: Callable[[], Any]) -> RawTable:
-    """Read the matrix with biom-format, which refuses tables without samples or features."""
-    if not samples or not features:
-        counts = sp.csr_array((len(samples), len(features)), dtype=np.float64)
-    else:
-        counts = sp.csr_array(read().matrix_data.T.tocsr())
-    return RawTable(tuple(samples), tuple(features), counts)
+    check_ids(samples, features, path)
+    return RawTable(tuple(samples), tuple(features), sp.csr_array(counts.T))
 
 
 def _text(name: Any) -> str:

@@ -1,0 +1,217 @@
+"""Ragged batches against a plain loop over the table, and what must not change them."""
+
+import time
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+
+from aam.data.dataset import SampleDataset
+from aam.data.sequences import tokenize
+from aam.data.table import FeatureTable, read_table
+from aam.errors import InputError
+
+
+def random_table(samples=9, features=40, seed=0, lengths=(3, 12)):
+    generator = np.random.default_rng(seed)
+    dna = set()
+    while len(dna) < features:
+        dna.add("".join(generator.choice(list("ACGT"), generator.integers(*lengths))))
+    counts = generator.integers(1, 9, (samples, features))
+    counts[generator.random(counts.shape) < 0.5] = 0
+    counts[:, 0] = 1
+    names = tuple(f"s{n}" for n in range(samples))
+    return FeatureTable(names, tuple(generator.permutation(sorted(dna)).tolist()),
+                        sp.csr_array(counts), "random")  # fmt: skip
+
+
+def permuted(table, seed=1):
+    generator = np.random.default_rng(seed)
+    columns = generator.permutation(len(table.feature_ids))
+    counts = sp.csr_array(table.counts.toarray()[:, columns])
+    return FeatureTable(table.sample_ids, tuple(table.feature_ids[c] for c in columns), counts, "p")
+
+
+def read_back(dataset, batch):
+    """Return, for each sample of the batch, {sequence tokens: count} from its tensors."""
+    result = []
+    for at in range(len(batch)):
+        start, stop = batch.slots.offsets[at : at + 2].tolist()
+        rows = batch.slots.values[start:stop].tolist()
+        counts = batch.counts[start:stop].tolist()
+        asvs = [dataset.sequences[int(batch.asv_ids[row])] for row in rows]
+        for row, asv in zip(rows, asvs, strict=True):
+            assert batch.tokens[row].tolist() == tokenize([asv])[0].values.tolist()
+        result.append(dict(zip(asvs, counts, strict=True)))
+    return result
+
+
+def in_table(table, row):
+    counts = table.counts.toarray()[row]
+    return {one: float(c) for one, c in zip(table.feature_ids, counts, strict=True) if c}
+
+
+@pytest.mark.parametrize("share_asvs", [True, False])
+@pytest.mark.parametrize("lengths", [(3, 12), (8, 9)])
+def test_a_batch_says_what_the_table_says(share_asvs, lengths):
+    table = random_table(lengths=lengths)
+    dataset = SampleDataset(table, share_asvs=share_asvs)
+    rows = [4, 0, 7, 4]
+    batch = dataset.batch(rows)
+    assert read_back(dataset, batch) == [in_table(table, row) for row in rows]
+    assert batch.rows.tolist() == rows and len(batch) == 4
+    assert batch.tokens.values.dtype == torch.uint8
+    assert batch.slots.values.dtype == batch.asv_ids.dtype == torch.int64
+    assert batch.counts.dtype == torch.float32
+    assert batch.targets is None and batch.categories is None
+    slots = sum(len(in_table(table, row)) for row in rows)
+    assert len(batch.counts) == slots
+    assert batch.slots.max_length == max(len(in_table(table, row)) for row in rows)
+    if share_asvs:
+        distinct = {one for row in rows for one in in_table(table, row)}
+        assert len(batch.tokens) == len(batch.asv_ids) == len(distinct)
+    else:
+        assert len(batch.tokens) == slots and batch.slots.values.tolist() == list(range(slots))
+
+
+def test_lengths_for_the_planner():
+    table = random_table()
+    dataset = SampleDataset(table, token_limit=15)
+    full = (table.counts.toarray() > 0).sum(axis=1)
+    np.testing.assert_array_equal(dataset.asv_count, np.minimum(full, 15))
+    np.testing.assert_array_equal(dataset.sequence_lengths, [len(s) + 1 for s in dataset.sequences])
+    assert len(dataset) == 9
+
+
+def test_an_empty_batch_and_rows_that_are_not_there():
+    dataset = SampleDataset(random_table())
+    batch = dataset.batch([])
+    assert len(batch) == 0 and len(batch.tokens) == 0 and batch.slots.max_length == 0
+    for wrong in (9, -1):
+        with pytest.raises(IndexError, match=r"0\.\.8"):
+            dataset.batch([0, wrong])
+
+
+def test_abundance_keeps_the_most_abundant_and_breaks_ties_by_sequence():
+    counts = np.array([[2, 9, 2, 2, 1]])
+    dna = ("TTT", "GGG", "CCC", "AAA", "ACG")
+    table = FeatureTable(("s",), dna, sp.csr_array(counts), "t")
+    for order in ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [2, 0, 3, 1, 4]):
+        moved = FeatureTable(("s",), tuple(dna[n] for n in order),
+                             sp.csr_array(counts[:, order]), "t")  # fmt: skip
+        dataset = SampleDataset(moved, token_limit=3)
+        assert read_back(dataset, dataset.batch([0])) == [{"GGG": 9.0, "AAA": 2.0, "CCC": 2.0}]
+    first = SampleDataset(table, token_limit=3, asv_sampling="first")
+    assert list(read_back(first, first.batch([0]))[0]) == ["TTT", "GGG", "CCC"]
+
+
+def test_random_sampling_is_seeded_uniform_and_without_repeats():
+    table = FeatureTable(
+        ("s", "small"), tuple(f"{a}{b}" for a in "ACGT" for b in "AC"),
+        sp.csr_array(np.array([[5] * 8, [1, 1] + [0] * 6])), "t",
+    )  # fmt: skip
+    dataset = SampleDataset(table, token_limit=3, asv_sampling="random")
+
+    def draw(seed):
+        batch = dataset.batch([0, 1], generator=torch.Generator().manual_seed(seed))
+        assert batch.slots.lengths.tolist() == [3, 2]
+        return tuple(read_back(dataset, batch)[0])
+
+    assert draw(0) == draw(0)
+    drawn = [draw(seed) for seed in range(300)]
+    assert all(len(one) == 3 for one in drawn)
+    times = [sum(name in one for one in drawn) for name in dataset.sequences]
+    assert min(times) > 75 and max(times) < 150  # 300 * 3 / 8 = 112
+    torch.manual_seed(3)
+    one = dataset.batch([0]).asv_ids
+    torch.manual_seed(3)
+    assert torch.equal(one, dataset.batch([0]).asv_ids)
+
+
+@pytest.mark.parametrize("asv_sampling", ["abundance", "random"])
+@pytest.mark.parametrize("token_limit", [7, 1024])
+def test_the_order_of_the_tables_features_changes_nothing(asv_sampling, token_limit):
+    table = random_table(samples=20, features=60)
+    batches = []
+    for one in (table, permuted(table)):
+        dataset = SampleDataset(one, token_limit=token_limit, asv_sampling=asv_sampling)
+        generator = torch.Generator().manual_seed(0)
+        batches.append((dataset, dataset.batch([3, 11, 5], generator=generator)))
+    (first, a), (second, b) = batches
+    assert first.sequences == second.sequences
+    assert torch.equal(a.tokens.values, b.tokens.values)
+    assert torch.equal(a.slots.values, b.slots.values)
+    assert torch.equal(a.counts, b.counts) and torch.equal(a.asv_ids, b.asv_ids)
+
+
+def test_facts_count_what_was_cut():
+    table = random_table()
+    full = (table.counts.toarray() > 0).sum(axis=1)
+    long = sum(len(one) > 6 for one in table.feature_ids)
+    sequences, samples = SampleDataset(table, max_bp=6, token_limit=18).facts
+    assert (sequences.count, sequences.kind) == (long, "cut")
+    assert "cut at 6 bases" in sequences.what and "longest 11" in sequences.detail
+    assert (samples.count, samples.kind) == (int((full > 18).sum()), "cut")
+    lost = int((full - 18).clip(0).sum())
+    assert f"{lost} of {int(full.sum())}" in samples.detail
+    assert SampleDataset(table).facts == []
+
+
+def test_targets_and_categories_follow_their_samples():
+    table = random_table()
+    values = np.linspace(0, 1, 9)
+    categories = np.arange(18).reshape(9, 2)
+    batch = SampleDataset(table, targets=values, categories=categories).batch([8, 2])
+    assert batch.targets.dtype == torch.float32
+    np.testing.assert_allclose(batch.targets.numpy(), values[[8, 2]], rtol=1e-6)
+    assert batch.categories.tolist() == [[16, 17], [4, 5]]
+    classes = SampleDataset(table, targets=np.arange(9, dtype=np.int32)).batch([8, 2]).targets
+    assert classes.dtype == torch.int64 and classes.tolist() == [8, 2]
+    with pytest.raises(ValueError, match="one row a sample"):
+        SampleDataset(table, targets=values[:-1])
+
+
+def test_a_dataset_moves_to_a_device_with_its_batches():
+    dataset = SampleDataset(random_table(), targets=np.zeros(9))
+    here = dataset.batch([0])
+    batch = dataset.to("meta").batch([0])
+    assert batch.tokens.values.shape == here.tokens.values.shape
+    assert here.to("meta").tokens.max_length == here.tokens.max_length
+    for tensor in (batch.rows, batch.tokens.values, batch.tokens.offsets, batch.asv_ids,
+                   batch.slots.values, batch.counts, batch.targets):  # fmt: skip
+        assert tensor.device.type == "meta"
+    assert dataset.to("cpu").device.type == "cpu"
+
+
+def test_options_and_samples_that_do_not_serve():
+    table = random_table()
+    with pytest.raises(InputError, match="token_limit must be at least 1, got 0"):
+        SampleDataset(table, token_limit=0)
+    with pytest.raises(InputError, match="asv_sampling must be abundance, first or random"):
+        SampleDataset(table, asv_sampling="best")
+    counts = table.counts.toarray()
+    counts[[2, 5]] = 0
+    empty = FeatureTable(table.sample_ids, table.feature_ids, sp.csr_array(counts), "t.biom")
+    with pytest.raises(InputError, match=r"t\.biom: 2 samples have no reads \('s2', 's5'\)"):
+        SampleDataset(empty)
+
+
+@pytest.mark.real
+def test_real_batches_share_their_asvs_and_are_quick(real_data):
+    table = read_table(real_data / "ibd" / "table-rarefied-5000.biom")
+    dataset = SampleDataset(table)
+    generator = np.random.default_rng(0)
+    share = {}
+    for size in (8, 32):
+        batches = [dataset.batch(generator.permutation(428)[:size]) for _ in range(30)]
+        share[size] = np.mean([len(b.asv_ids) / len(b.counts) for b in batches])
+    assert abs(share[8] - 0.53) < 0.03 and abs(share[32] - 0.28) < 0.02
+    rows = generator.permutation(428)[:32]
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        dataset.batch(rows)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 5e-3
+    assert read_back(dataset, dataset.batch(rows[:2])) == [in_table(table, r) for r in rows[:2]]
