@@ -135,7 +135,9 @@ def _parse_newick(path: Path) -> Any:
             "(a truncated file must be copied again)"
         )
     try:
-        root = TreeNode.read(io.StringIO(text), format="newick", convert_underscores=False)
+        root = TreeNode.read(
+            io.StringIO(text), format="newick", verify=False, convert_underscores=False
+        )
     except (NewickFormatError, ValueError, IndexError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: not a tree in Newick format: {reason}") from error
