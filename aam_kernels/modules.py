@@ -12,7 +12,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from aam_kernels.encoder_layer import EncoderLayerWeights, encoder_layer
+from aam_kernels.encoder_layer.api import encoder_layer
+from aam_kernels.encoder_layer.weights import EncoderLayerWeights
+from aam_kernels.pooling.api import attention_pool
 from aam_kernels.ragged import Ragged
 
 
@@ -43,10 +45,10 @@ class AttentionPool(nn.Module):
     def forward(self, x: Ragged) -> Tensor:
         """(total, dim) in n sequences -> (n, dim)."""
         scores = (x.values @ self.query) / math.sqrt(len(self.query))
-        padded = Ragged(scores, x.offsets, x.max_length).to_padded(torch.finfo(scores.dtype).min)
-        probabilities = torch.softmax(padded, dim=1)
-        values = x.to_padded()
-        return self.norm((probabilities.unsqueeze(1) @ values).squeeze(1))
+        pooled = attention_pool(
+            x.values, scores, x.offsets, max_length=x.max_length, impl=self.impl
+        )
+        return self.norm(pooled)
 
 
 class TransformerEncoderLayer(nn.Module):

@@ -7,84 +7,126 @@ With ``x`` (tokens, dim) and LN the layer norm (eps 1e-5)::
     out = mid + drop3(drop2(gelu(LN2(mid) Win' + bin)) Wffn' + bffn)
 
 Dropout site 0 acts on attention probabilities, sites 1 to 3 on token features. Rows that belong
-to no sequence are 0 in the output and are never read.
+to no sequence are 0 in the output and are never read. float16 and bfloat16 are computed in float32
+and rounded once; float64 in float64. Nothing but the input is kept for the backward pass.
 """
 
 from __future__ import annotations
-
-import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear
 
-from aam_kernels._runtime import dropout
-
-NORM_EPS = 1e-5
-BRANCH_SITE, HIDDEN_SITE, OUTPUT_SITE = 1, 2, 3
-
-
-class EncoderLayerWeights(NamedTuple):
-    """The weights of one layer; D is the model width, F the width of the feed-forward part."""
-
-    norm1_weight: Tensor  # (D,)
-    norm1_bias: Tensor  # (D,)
-    qkv_weight: Tensor  # (3 D, D): query, key, value rows, each heads x head_dim
-    qkv_bias: Tensor  # (3 D,)
-    out_weight: Tensor  # (D, D)
-    out_bias: Tensor  # (D,)
-    norm2_weight: Tensor  # (D,)
-    norm2_bias: Tensor  # (D,)
-    ffn_in_weight: Tensor  # (F, D)
-    ffn_in_bias: Tensor  # (F,)
-    ffn_out_weight: Tensor  # (D, F)
-    ffn_out_bias: Tensor  # (D,)
+from aam_kernels._runtime.dropout import feature_dropped
+from aam_kernels._runtime.grouping import Sequences
+from aam_kernels.attention import reference as attention
+from aam_kernels.encoder_layer.weights import (
+    BRANCH_SITE,
+    HIDDEN_SITE,
+    NORM_EPS,
+    OUTPUT_SITE,
+    EncoderLayerWeights,
+)
 
 
-def encoder_layer(
+def forward(
     x: Tensor,
     offsets: Tensor,
     weights: EncoderLayerWeights,
     num_heads: int,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-) -> Tensor:
-    """The layer, differentiable by autograd: (tokens, D) -> (tokens, D), one dtype throughout."""
-    w, end = weights, int(offsets[-1])
-    real = x[:end]
-    rows = torch.arange(end, device=x.device)
+    dropout_p: float,
+    seed: Tensor | None,
+    max_length: int,
+    keep: bool = False,
+) -> tuple[Tensor, None]:
+    """The layer, (total, D) -> (total, D); nothing is kept, whatever ``keep`` says."""
+    out = _Layer(x, offsets, weights, num_heads, dropout_p, seed).out
+    return torch.cat([out.to(x.dtype), x.new_zeros(x.shape[0] - out.shape[0], x.shape[1])]), None
 
-    def drop(values: Tensor, site: int) -> Tensor:
-        if dropout_p == 0.0:
+
+def backward(
+    grad_output: Tensor,
+    x: Tensor,
+    offsets: Tensor,
+    weights: EncoderLayerWeights,
+    num_heads: int,
+    dropout_p: float,
+    seed: Tensor | None,
+    max_length: int,
+    saved: list[Tensor],
+    needs: list[bool],
+) -> list[Tensor | None]:
+    """Gradients of ``x`` and the weights, None where ``needs`` says so."""
+    layer = _Layer(x, offsets, weights, num_heads, dropout_p, seed)
+    w, end = layer.weights, layer.out.shape[0]
+    grad_output = _computable(grad_output[:end])
+    grad = layer.drop(grad_output, OUTPUT_SITE)
+    ffn_out = grad.t() @ layer.hidden, grad.sum(0)
+    grad = layer.drop(grad @ w.ffn_out_weight, HIDDEN_SITE)
+    grad = torch.ops.aten.gelu_backward(grad, layer.hidden_input)
+    ffn_in = grad.t() @ layer.normed2, grad.sum(0)
+    grad, *norm2 = _norm_backward(grad @ w.ffn_in_weight, layer.mid, w.norm2_weight, w.norm2_bias)
+    grad_mid = grad + grad_output
+    grad = layer.drop(grad_mid, BRANCH_SITE)
+    out = grad.t() @ layer.attended, grad.sum(0)
+    grad_heads = (grad @ w.out_weight).view_as(layer.heads[0])
+    grads = attention.backward(grad_heads, *layer.heads, *layer.how)
+    grad = torch.cat([part.flatten(1) for part in grads], dim=1)
+    qkv = grad.t() @ layer.normed1, grad.sum(0)
+    grad, *norm1 = _norm_backward(grad @ w.qkv_weight, layer.x, w.norm1_weight, w.norm1_bias)
+    grad_x = torch.cat([grad + grad_mid, grad.new_zeros(x.shape[0] - end, x.shape[1])])
+    found = (grad_x, *norm1, *qkv, *out, *norm2, *ffn_in, *ffn_out)
+    triples = zip(found, (x, *weights), needs, strict=True)
+    return [part.to(tensor.dtype) if need else None for part, tensor, need in triples]
+
+
+class _Layer:
+    """The forward pass with everything that it makes on the way."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        offsets: Tensor,
+        weights: EncoderLayerWeights,
+        num_heads: int,
+        dropout_p: float,
+        seed: Tensor | None,
+    ) -> None:
+        self.dropout_p, self.seed = dropout_p, seed
+        self.x = _computable(x[: int(offsets[-1])])
+        self.weights = w = EncoderLayerWeights(*(_computable(weight) for weight in weights))
+        scale = (x.shape[1] // num_heads) ** -0.5
+        self.how = Sequences(offsets), scale, dropout_p, seed
+        self.normed1 = layer_norm(self.x, x.shape[1:], w.norm1_weight, w.norm1_bias, NORM_EPS)
+        qkv = linear(self.normed1, w.qkv_weight, w.qkv_bias)
+        heads = qkv.unflatten(1, (3, num_heads, x.shape[1] // num_heads)).unbind(1)
+        self.heads = (*heads, *attention.forward(*heads, *self.how))  # q, k, v, output, lse
+        self.attended = self.heads[3].flatten(1)
+        branch = linear(self.attended, w.out_weight, w.out_bias)
+        self.mid = self.x + self.drop(branch, BRANCH_SITE)
+        self.normed2 = layer_norm(self.mid, x.shape[1:], w.norm2_weight, w.norm2_bias, NORM_EPS)
+        self.hidden_input = linear(self.normed2, w.ffn_in_weight, w.ffn_in_bias)
+        self.hidden = self.drop(gelu(self.hidden_input), HIDDEN_SITE)
+        branch = linear(self.hidden, w.ffn_out_weight, w.ffn_out_bias)
+        self.out = self.mid + self.drop(branch, OUTPUT_SITE)
+
+    def drop(self, values: Tensor, site: int) -> Tensor:
+        """Dropout of (tokens, features), and its own derivative."""
+        if self.dropout_p == 0.0:
             return values
-        assert seed is not None
-        lost = dropout.feature_dropped(seed, rows, values.shape[1], site, dropout_p)
-        return values.masked_fill(lost, 0.0) / (1.0 - dropout_p)
-
-    normed = layer_norm(real, real.shape[1:], w.norm1_weight, w.norm1_bias, NORM_EPS)
-    qkv = linear(normed, w.qkv_weight, w.qkv_bias)
-    attended = _attention(qkv, offsets, num_heads, dropout_p, seed)
-    mid = real + drop(linear(attended, w.out_weight, w.out_bias), BRANCH_SITE)
-    normed = layer_norm(mid, mid.shape[1:], w.norm2_weight, w.norm2_bias, NORM_EPS)
-    hidden = drop(gelu(linear(normed, w.ffn_in_weight, w.ffn_in_bias)), HIDDEN_SITE)
-    out = mid + drop(linear(hidden, w.ffn_out_weight, w.ffn_out_bias), OUTPUT_SITE)
-    return torch.cat([out, out.new_zeros(x.shape[0] - end, x.shape[1])])
+        assert self.seed is not None
+        rows = torch.arange(values.shape[0], device=values.device)
+        lost = feature_dropped(self.seed, rows, values.shape[1], site, self.dropout_p)
+        return values.masked_fill(lost, 0.0) / (1.0 - self.dropout_p)
 
 
-def _attention(
-    qkv: Tensor, offsets: Tensor, num_heads: int, dropout_p: float, seed: Tensor | None
-) -> Tensor:
-    bounds, attended = offsets.tolist(), [qkv.new_zeros(0, qkv.shape[1] // 3)]
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
-        sequence = qkv[start:stop].unflatten(1, (3, num_heads, -1)).permute(1, 2, 0, 3)
-        query, key, value = sequence  # (heads, length, head_dim)
-        scores = query @ key.transpose(1, 2) / math.sqrt(query.shape[-1])
-        probabilities = torch.softmax(scores, dim=-1)
-        if dropout_p > 0.0:
-            assert seed is not None
-            rows = torch.arange(start, stop, device=qkv.device)
-            lost = dropout.attention_dropped(seed, rows, rows, num_heads, dropout_p)
-            probabilities = probabilities.masked_fill(lost, 0.0) / (1.0 - dropout_p)
-        attended.append((probabilities @ value).transpose(0, 1).flatten(1))
-    return torch.cat(attended)
+def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of a layer norm's input, weight and bias."""
+    _, mean, rstd = torch.native_layer_norm(x, x.shape[1:], weight, bias, NORM_EPS)
+    return torch.ops.aten.native_layer_norm_backward(
+        grad, x, x.shape[1:], mean, rstd, weight, bias, [True, True, True]
+    )
+
+
+def _computable(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

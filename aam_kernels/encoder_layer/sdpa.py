@@ -1,0 +1,274 @@
+"""The layer through torch's own kernels, one cache-sized chunk of whole sequences at a time.
+
+Each chunk goes through the whole layer before the next one starts, so what the layer makes on the
+way stays in cache; the backward pass does the same with the derivative written out, adding each
+chunk's weight gradients to the totals in order. Nothing is recorded by autograd. With
+``recompute`` only the layer's input is kept and a chunk's activations are made again right
+before they are used; without it, what `SAVED` names is kept. Both run the same `forward_chunk`
+arithmetic, so their gradients are equal bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu
+
+from aam_kernels._runtime.dropout import feature_dropped
+from aam_kernels.encoder_layer import chunk_attention
+from aam_kernels.encoder_layer.chunks import Chunk, layer_chunks
+from aam_kernels.encoder_layer.products import (
+    add_weight_gradient,
+    input_gradient,
+    linear,
+    linear_add,
+)
+from aam_kernels.encoder_layer.weights import (
+    BRANCH_SITE,
+    HIDDEN_SITE,
+    NORM_EPS,
+    OUTPUT_SITE,
+    EncoderLayerWeights,
+)
+
+# Rows of a chunk; 8 sequences of 101 tokens. Measured: see aam_kernels/README.md, "Chunks".
+CHUNK_ROWS = 832
+
+
+class Saved(NamedTuple):
+    """What is kept for backward without recomputation; all (total, ...)."""
+
+    qkv: Tensor  # (total, 3 D)
+    attended: Tensor  # (total, D)
+    mid: Tensor  # (total, D), after the attention branch
+    hidden_input: Tensor  # (total, F), before GELU
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Everything about a call that is the same for every chunk."""
+
+    weights: EncoderLayerWeights
+    num_heads: int
+    dropout_p: float
+    seed: Tensor | None
+
+    def multiplier(self, x: Tensor, rows: Tensor | None, site: int) -> Tensor | None:
+        """0 where an element of ``x`` is dropped, 1 / (1 - p) elsewhere; None without dropout."""
+        if self.dropout_p == 0.0:
+            return None
+        assert self.seed is not None and rows is not None
+        lost = feature_dropped(self.seed, rows, x.shape[1], site, self.dropout_p)
+        kept = torch.logical_not(lost, out=torch.empty_like(x))
+        return kept.mul_(1.0 / (1.0 - self.dropout_p))
+
+
+class Activations(NamedTuple):
+    """What one chunk's backward pass needs; (chunk rows, ...)."""
+
+    rows: Tensor | None  # rows in the packed tensor, None without dropout
+    x: Tensor
+    normed1: Tensor
+    statistics1: tuple[Tensor, Tensor]
+    attention: list[chunk_attention.Kept]
+    branch_kept: Tensor | None
+    normed2: Tensor
+    statistics2: tuple[Tensor, Tensor]
+    hidden: Tensor  # after GELU and its dropout
+    hidden_kept: Tensor | None
+    saved: Saved
+
+
+def forward_chunk(x: Tensor, chunk: Chunk, layer: Layer, saved: Saved | None = None) -> Activations:
+    """Everything of the layer but its last product; what ``saved`` holds is not made again."""
+    w = layer.weights
+    rows = chunk.numbers().to(x.device) if layer.dropout_p else None
+    normed1, *statistics1 = _norm(x, w.norm1_weight, w.norm1_bias)
+    qkv = linear(normed1, w.qkv_weight, w.qkv_bias) if saved is None else saved.qkv
+    attended, attention = chunk_attention.forward(
+        qkv, chunk, layer.num_heads, layer.dropout_p, layer.seed, rows,
+        None if saved is None else saved.attended,
+    )  # fmt: skip
+    branch_kept = layer.multiplier(x, rows, BRANCH_SITE)
+    if saved is not None:
+        mid = saved.mid
+    elif branch_kept is None:
+        mid = linear_add(attended, w.out_weight, w.out_bias, x)
+    else:
+        mid = torch.addcmul(x, linear(attended, w.out_weight, w.out_bias), branch_kept)
+    normed2, *statistics2 = _norm(mid, w.norm2_weight, w.norm2_bias)
+    hidden_input = (
+        linear(normed2, w.ffn_in_weight, w.ffn_in_bias) if saved is None else saved.hidden_input
+    )
+    hidden = gelu(hidden_input)
+    hidden_kept = layer.multiplier(hidden, rows, HIDDEN_SITE)
+    if hidden_kept is not None:
+        hidden.mul_(hidden_kept)
+    return Activations(
+        rows, x, normed1, (statistics1[0], statistics1[1]), attention, branch_kept, normed2,
+        (statistics2[0], statistics2[1]), hidden, hidden_kept,
+        Saved(qkv, attended, mid, hidden_input),
+    )  # fmt: skip
+
+
+def last_product(made: Activations, layer: Layer) -> Tensor:
+    """The layer's output from `forward_chunk`'s result."""
+    w = layer.weights
+    kept = layer.multiplier(made.x, made.rows, OUTPUT_SITE)
+    if kept is None:
+        return linear_add(made.hidden, w.ffn_out_weight, w.ffn_out_bias, made.saved.mid)
+    return torch.addcmul(
+        made.saved.mid, linear(made.hidden, w.ffn_out_weight, w.ffn_out_bias), kept
+    )
+
+
+def backward_chunk(
+    grad_output: Tensor,
+    made: Activations,
+    chunk: Chunk,
+    layer: Layer,
+    totals: list[Tensor | None],
+    need_input: bool,
+) -> Tensor | None:
+    """Adds the chunk's weight gradients to ``totals`` and returns the gradient of its input."""
+    w, total, saved = layer.weights, EncoderLayerWeights(*totals), made.saved
+    kept = layer.multiplier(made.x, made.rows, OUTPUT_SITE)
+    grad = grad_output if kept is None else grad_output * kept
+    _add_linear(total.ffn_out_weight, total.ffn_out_bias, grad, made.hidden)
+    grad = input_gradient(grad, w.ffn_out_weight)
+    if made.hidden_kept is not None:
+        grad.mul_(made.hidden_kept)
+    grad = torch.ops.aten.gelu_backward.grad_input(grad, saved.hidden_input, grad_input=grad)
+    _add_linear(total.ffn_in_weight, total.ffn_in_bias, grad, made.normed2)
+    grad = input_gradient(grad, w.ffn_in_weight)
+    grad_mid = _norm_backward(
+        grad, saved.mid, made.statistics2, w.norm2_weight, w.norm2_bias,
+        total.norm2_weight, total.norm2_bias,
+    ).add_(grad_output)  # fmt: skip
+    grad = grad_mid if made.branch_kept is None else grad_mid * made.branch_kept
+    _add_linear(total.out_weight, total.out_bias, grad, saved.attended)
+    grad = input_gradient(grad, w.out_weight)
+    grad = chunk_attention.backward(
+        grad, saved.qkv, saved.attended, made.attention, chunk, layer.num_heads,
+        layer.dropout_p, layer.seed, made.rows,
+    )  # fmt: skip
+    _add_linear(total.qkv_weight, total.qkv_bias, grad, made.normed1)
+    if not need_input and total.norm1_weight is None and total.norm1_bias is None:
+        return None
+    grad = input_gradient(grad, w.qkv_weight)
+    return _norm_backward(
+        grad, made.x, made.statistics1, w.norm1_weight, w.norm1_bias,
+        total.norm1_weight, total.norm1_bias,
+    ).add_(grad_mid)  # fmt: skip
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.native_layer_norm(x, x.shape[1:], weight, bias, NORM_EPS)
+
+
+def _norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    statistics: tuple[Tensor, Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    total_weight: Tensor | None,
+    total_bias: Tensor | None,
+) -> Tensor:
+    mask = [True, total_weight is not None, total_bias is not None]
+    grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+        grad, x, x.shape[1:], *statistics, weight, bias, mask
+    )
+    if total_weight is not None:
+        total_weight.add_(grad_weight)
+    if total_bias is not None:
+        total_bias.add_(grad_bias)
+    return grad_x
+
+
+def _add_linear(
+    total_weight: Tensor | None, total_bias: Tensor | None, grad: Tensor, x: Tensor
+) -> None:
+    if total_weight is not None:
+        add_weight_gradient(total_weight, grad, x)
+    if total_bias is not None:
+        total_bias.add_(grad.sum(0))
+
+
+def forward(
+    x: Tensor,
+    offsets: Tensor,
+    weights: EncoderLayerWeights,
+    num_heads: int,
+    dropout_p: float,
+    seed: Tensor | None,
+    max_length: int,
+    keep: bool,
+) -> tuple[Tensor, Saved | None]:
+    """The layer's output (total, D), and with ``keep`` what backward would have to recompute.
+
+    Rows that belong to no sequence are 0 in the output; in what is kept they are undefined.
+    """
+    layer = Layer(_computable(weights, x), num_heads, dropout_p, seed)
+    offsets = offsets.cpu()
+    compute = layer.weights.qkv_weight.dtype
+    output = torch.empty_like(x, memory_format=torch.contiguous_format)
+    output[int(offsets[-1]) :] = 0
+    saved = None
+    if keep:
+        widths = (3 * x.shape[1], x.shape[1], x.shape[1], weights.ffn_in_weight.shape[0])
+        saved = Saved(*(x.new_empty(x.shape[0], width, dtype=compute) for width in widths))
+    for chunk in layer_chunks(offsets, CHUNK_ROWS):
+        made = forward_chunk(chunk.take(x).to(compute), chunk, layer)
+        chunk.put(output, last_product(made, layer))
+        if saved is not None:
+            for whole, part in zip(saved, made.saved, strict=True):
+                chunk.put(whole, part)
+    return output, saved
+
+
+def backward(
+    grad_output: Tensor,
+    x: Tensor,
+    offsets: Tensor,
+    weights: EncoderLayerWeights,
+    num_heads: int,
+    dropout_p: float,
+    seed: Tensor | None,
+    max_length: int,
+    saved: list[Tensor],
+    needs: list[bool],
+) -> list[Tensor | None]:
+    """Gradients of ``x`` and the twelve weights, each only where ``needs`` says so."""
+    layer = Layer(_computable(weights, x), num_heads, dropout_p, seed)
+    offsets = offsets.cpu()
+    totals = [
+        torch.zeros_like(weight, memory_format=torch.contiguous_format) if need else None
+        for weight, need in zip(layer.weights, needs[1:], strict=True)
+    ]
+    compute = layer.weights.qkv_weight.dtype
+    grad_x = None
+    if needs[0]:
+        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        grad_x[int(offsets[-1]) :] = 0
+    for chunk in layer_chunks(offsets, CHUNK_ROWS):
+        part = None if saved[0].dim() == 1 else Saved(*(chunk.take(whole) for whole in saved))
+        made = forward_chunk(chunk.take(x).to(compute), chunk, layer, part)
+        grad = chunk.take(grad_output).to(compute)
+        grad = backward_chunk(grad, made, chunk, layer, totals, needs[0])
+        if grad_x is not None and grad is not None:
+            chunk.put(grad_x, grad)
+    finished = [
+        total if total is None else total.to(weight.dtype)
+        for total, weight in zip(totals, weights, strict=True)
+    ]
+    return [grad_x, *finished]
+
+
+def _computable(weights: EncoderLayerWeights, x: Tensor) -> EncoderLayerWeights:
+    """The weights, contiguous, in the dtype that a CPU computes in."""
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return EncoderLayerWeights(*(weight.to(compute).contiguous() for weight in weights))
