@@ -1,7 +1,7 @@
 """Peak memory of a piece of work, each measured in a process of its own.
 
 `growth(MODULE:FUNCTION, **arguments)` starts a fresh interpreter, lets FUNCTION prepare and return
-the work as a callable, notes what the process holds, runs the work twice and reads the peak.
+the work as a callable, notes what the process holds, runs the work and reads the peak.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ class Memory:
         return f"{self.growth:,.0f} MB ({self.peak:,.0f} peak - {self.prepared:,.0f} before)"
 
 
-def growth(target: str, timeout: float = 600.0, **arguments: Any) -> Memory:
+def growth(target: str, *, repeats: int = 2, timeout: float = 600.0, **arguments: Any) -> Memory:
     """Memory of the work that `target` prepares.
 
     Args:
         target: "module:function"; called with `arguments`, it returns a callable without arguments.
+        repeats: how often the work runs; optimizer state exists from the second step on.
         timeout: seconds.
         arguments: what JSON can carry.
 
@@ -49,7 +50,8 @@ def growth(target: str, timeout: float = 600.0, **arguments: Any) -> Memory:
         MemoryError: the process was killed, which is what Linux does when memory runs out.
         RuntimeError: the process failed; its error output is in the message.
     """
-    command = [sys.executable, "-m", "benchmarks.peak_memory", target, json.dumps(arguments)]
+    command = [sys.executable, "-m", "benchmarks.peak_memory", target, str(repeats)]
+    command.append(json.dumps(arguments))
     result = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
     )
@@ -76,15 +78,15 @@ def high_water_mark() -> float:
 
 def main() -> None:
     """Child process: prepare, measure, print one line of JSON."""
-    target, arguments = sys.argv[1], json.loads(sys.argv[2])
+    target, repeats, arguments = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
     module, function = target.split(":")
     work = getattr(importlib.import_module(module), function)(**arguments)
     reset = Path("/proc/self/clear_refs")
     if reset.exists() and os.access(reset, os.W_OK):
         reset.write_text("5")  # the mark begins again at what is resident now
     prepared = high_water_mark()
-    work()
-    work()
+    for _ in range(repeats):
+        work()
     print(json.dumps({"prepared": prepared, "peak": high_water_mark()}))
 
 
