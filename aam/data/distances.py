@@ -122,27 +122,44 @@ def _check_shape(path: Path, ids: list[str], matrix: NDArray[np.floating]) -> No
 
 
 def _check_values(path: Path, ids: list[str], matrix: NDArray[np.floating]) -> None:
+    counts: Counter[str] = Counter()
+    first: dict[str, tuple[int, int]] = {}
     for low in range(0, len(matrix), _CHECKED_ROWS):
-        block = matrix[low : low + _CHECKED_ROWS]
-        on_diagonal = np.zeros(block.shape, dtype=bool)
-        on_diagonal[np.arange(len(block)), np.arange(low, low + len(block))] = True
-        mirrored = matrix[:, low : low + _CHECKED_ROWS].T
-        scale = np.maximum(1.0, np.abs(block))
-        for bad, problem in (
-            (np.isnan(block), "not a number (NaN)"),
-            (np.isinf(block), "infinite"),
-            (block < -_TOLERANCE, "negative"),
-            (on_diagonal & (np.abs(block) > _TOLERANCE), "a distance of a sample to itself"),
-            (np.abs(block - mirrored) > _TOLERANCE * scale, "not equal in the two directions"),
-        ):
-            if bad.any():
-                row, column = np.argwhere(bad)[0]
-                raise InputError(
-                    f"{path}: {int(bad.sum())} distances are {problem}: "
-                    f"{ids[low + row]!r} to {ids[column]!r} is {block[row, column]:.6g} (back: "
-                    f"{mirrored[row, column]:.6g}); expected a symmetric matrix of finite "
-                    "distances with a zero diagonal: make it again"
-                )
+        for problem, bad in _find_problems(matrix, low):
+            counts[problem] += int(bad.sum())
+            row, column = np.argwhere(bad)[0]
+            first.setdefault(problem, (low + int(row), int(column)))
+    if first:
+        problem, (row, column) = next(iter(first.items()))
+        raise InputError(
+            f"{path}: {counts[problem]} distances are {problem}: {ids[row]!r} to {ids[column]!r} "
+            f"is {matrix[row, column]:.6g} (back: {matrix[column, row]:.6g}); expected a symmetric "
+            "matrix of finite distances with a zero diagonal: make it again"
+        )
+
+
+def _find_problems(
+    matrix: NDArray[np.floating], low: int
+) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+    """What is wrong with the rows from ``low`` on, and where (rows, samples)."""
+    block = matrix[low : low + _CHECKED_ROWS]
+    mirrored = matrix[:, low : low + _CHECKED_ROWS].T
+    finite = np.isfinite(block) & np.isfinite(mirrored)
+    difference = np.abs(np.subtract(block, mirrored, where=finite, out=np.zeros_like(block)))
+    on_diagonal = np.zeros(block.shape, dtype=bool)
+    on_diagonal[np.arange(len(block)), np.arange(low, low + len(block))] = True
+    for problem, bad in (
+        ("not a number (NaN)", np.isnan(block)),
+        ("infinite", np.isinf(block)),
+        ("negative", block < -_TOLERANCE),
+        ("a distance of a sample to itself", on_diagonal & (np.abs(block) > _TOLERANCE)),
+        (
+            "not equal in the two directions",
+            difference > _TOLERANCE * np.maximum(1.0, np.abs(block)),
+        ),
+    ):
+        if bad.any():
+            yield problem, bad
 
 
 # ----------------------------------------------------------------------------------- writing
