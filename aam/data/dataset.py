@@ -190,6 +190,11 @@ class SampleDataset:
         )
         return batch.to(self.device)
 
+    def asvs_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the distinct ASVs of some samples, as sorted indices of ``sequences``."""
+        starts, lengths = self._indptr[rows], np.diff(self._indptr)[rows]
+        return np.unique(self._asvs[_ranges(starts, lengths)])
+
     def gather_tokens(self, asv_ids: np.ndarray) -> Ragged:
         """Return the tokens of ``sequences[asv_ids]``, one row each, uint8, on their device."""
         lengths = self.sequence_lengths[asv_ids]
@@ -206,17 +211,6 @@ class SampleDataset:
                 + torch.arange(total, device=self.device)
             ]
         return Ragged(values, offsets, int(lengths.max(initial=0)))
-
-    def with_targets(
-        self,
-        targets: np.ndarray | Tensor | Sequence[float] | None = None,
-        categories: np.ndarray | Tensor | None = None,
-    ) -> SampleDataset:
-        """Return the same samples and tokens with these targets and categories."""
-        other = copy.copy(self)
-        other._targets = _as_tensor(targets, len(self), "targets")
-        other._categories = _as_tensor(categories, len(self), "categories")
-        return other
 
     def _check_reads(self, counts: Any, source: str) -> None:
         empty = [self.sample_ids[row] for row in np.flatnonzero(np.diff(counts.indptr) == 0)]

@@ -28,3 +28,8 @@ def name_some(ids: Sequence[str], most: int = 3) -> str:
     """Return the first ids, quoted and shortened, for a one-line message ("'a', 'b', 'c', ...")."""
     shown = ", ".join(repr(one if len(one) <= 40 else one[:37] + "...") for one in ids[:most])
     return shown + (", ..." if len(ids) > most else "")
+
+
+def one_line(error: Exception, most: int = 200) -> str:
+    """Return another library's message for use within ours: no line breaks, shortened."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:most]

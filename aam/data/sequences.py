@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from aam.data.facts import name_some
+from aam.data.facts import name_some, one_line
 from aam.errors import InputError
 from aam_kernels import Ragged
 
@@ -103,7 +103,7 @@ def _fasta_text(path: Path) -> str:
             content = path.read_bytes()
         return content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as FASTA text ({error})") from error
+        raise InputError(f"{path}: cannot be read as FASTA text ({one_line(error)})") from error
 
 
 def read_qza_member(path: Path, member: str, expected_type: str) -> bytes:
@@ -120,7 +120,7 @@ def read_qza_member(path: Path, member: str, expected_type: str) -> bytes:
             found = _artifact_type(archive)
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"{path}: is no readable .qza, which is a zip file ({error}): export it again"
+            f"{path}: is no readable .qza, which is a zip file ({one_line(error)}): export it again"
         ) from error
     raise InputError(
         f"{path}: holds {found}, expected {expected_type} ({member}): give that artifact"

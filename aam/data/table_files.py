@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.sparse as sp
 
-from aam.data.facts import name_some
+from aam.data.facts import name_some, one_line
 from aam.data.sequences import is_dna, read_qza_member
 from aam.errors import InputError
 
@@ -52,7 +52,7 @@ def read_raw_table(path: Path) -> RawTable:
         if kind in (".tsv", ".txt"):
             return _read_tsv(path.read_bytes(), path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
+        raise InputError(f"{path}: cannot be read ({one_line(error)})") from error
     raise InputError(
         f"{path}: unknown extension {kind!r}; expected a feature table as .biom, .qza or .tsv"
     )
@@ -65,7 +65,7 @@ def _read_biom(content: bytes, path: Path) -> RawTable:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
             raise InputError(
-                f"{path}: the gzip file is damaged ({error}): copy it again"
+                f"{path}: the gzip file is damaged ({one_line(error)}): copy it again"
             ) from error
     start = content[:512].lstrip()
     if content.startswith(_HDF5):
@@ -80,7 +80,6 @@ def _read_biom(content: bytes, path: Path) -> RawTable:
 
 
 def _read_hdf5(content: bytes, path: Path) -> RawTable:
-    import biom
     import h5py
 
     try:
@@ -93,16 +92,20 @@ def _read_hdf5(content: bytes, path: Path) -> RawTable:
             samples = [_text(one) for one in file["sample/ids"][()]]
             features = [_text(one) for one in file["observation/ids"][()]]
             check_ids(samples, features, path)
-            if samples and features:
-                counts = sp.csr_array(biom.Table.from_hdf5(file).matrix_data.T.tocsr())
-            else:  # biom-format refuses these
-                counts = sp.csr_array((len(samples), len(features)), dtype=np.float64)
-            return RawTable(tuple(samples), tuple(features), counts)
+            # Counts alone: HDF5 may crash, not raise, in damaged attributes and annotations,
+            # which biom-format reads too.
+            matrix = file["sample/matrix"]
+            data = np.asarray(matrix["data"], dtype=np.float64)
+            indices, starts = np.asarray(matrix["indices"]), np.asarray(matrix["indptr"])
+        counts = sp.csr_array((data, indices, starts), shape=(len(samples), len(features)))
+        counts.check_format(full_check=True)
+        counts.sum_duplicates()
+        return RawTable(tuple(samples), tuple(features), counts)
     except InputError:
         raise
-    except Exception as error:  # h5py and biom raise a dozen kinds on damaged files
+    except Exception as error:  # h5py raises a dozen kinds on damaged files
         raise InputError(
-            f"{path}: is no complete BIOM 2.1 table ({_one_line(error)}): the file may be "
+            f"{path}: is no complete BIOM 2.1 table ({one_line(error)}): the file may be "
             "truncated, copy or export it again"
         ) from error
 
@@ -123,7 +126,7 @@ def _read_json(content: bytes, path: Path) -> RawTable:
             counts = sp.coo_array(data.reshape(shape))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(
-            f"{path}: is no complete BIOM 1.0 table ({_one_line(error)}): the file may be "
+            f"{path}: is no complete BIOM 1.0 table ({one_line(error)}): the file may be "
             "truncated, copy or export it again"
         ) from error
     check_ids(samples, features, path)
@@ -132,11 +135,6 @@ def _read_json(content: bytes, path: Path) -> RawTable:
 
 def _text(name: Any) -> str:
     return name.decode("utf-8") if isinstance(name, bytes) else str(name)
-
-
-def _one_line(error: Exception) -> str:
-    """Return an exception's message without line breaks, shortened."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _read_tsv(content: bytes, path: Path) -> RawTable:
@@ -168,7 +166,9 @@ def _tsv_lines(content: bytes, path: Path) -> tuple[list[str], list[list[str]]]:
             if any(row)
         ]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: is no readable text ({error}): save it as UTF-8") from error
+        raise InputError(
+            f"{path}: is no readable text ({one_line(error)}): save it as UTF-8"
+        ) from error
     comments = list(itertools.takewhile(lambda line: line[1][0].startswith("#"), lines))
     at = len(comments) - 1 if comments and len(comments[-1][1]) > 1 else len(comments)
     if at >= len(lines) or len(lines[at][1]) < 2:
