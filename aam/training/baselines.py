@@ -269,7 +269,7 @@ def target_baselines(
     missing = int((~np.isfinite(target[np.concatenate([train, validation])])).sum())
     if missing:
         raise ValueError(f"expected a target for every row, {missing} are missing")
-    inputs = _relative_abundances(counts, train, validation)
+    known, judged = _relative_abundances(counts, train, validation)
     forest: dict[str, Any] = {
         "n_estimators": trees,
         "max_features": "sqrt",
@@ -277,10 +277,10 @@ def target_baselines(
         "n_jobs": threads or _torch_threads(),
     }
     if kind == "regression":
-        return _regression_baselines(*inputs, target[train], target[validation], forest)
-    known, judged = target[train].astype(np.int64), target[validation].astype(np.int64)
-    size = number_of_classes or int(max(known.max(), judged.max())) + 1
-    return _classification_baselines(*inputs, known, judged, size, forest)
+        return _regression_baselines(known, judged, target[train], target[validation], forest)
+    labels, true = target[train].astype(np.int64), target[validation].astype(np.int64)
+    size = number_of_classes or int(max(labels.max(), true.max())) + 1
+    return _classification_baselines(known, judged, labels, true, size, forest)
 
 
 def _regression_baselines(
@@ -366,7 +366,9 @@ def _positive(counts: sparse.csr_array) -> sparse.csr_array:
     return counts
 
 
-def _relative_abundances(counts: sparse.csr_array, train: Array, validation: Array) -> Any:
+def _relative_abundances(
+    counts: sparse.csr_array, train: Array, validation: Array
+) -> tuple[Any, Any]:
     """Float32 shares of the features seen in training, of the training and validation samples."""
     counts = sparse.csr_array(counts)
     seen = np.unique(_positive(counts[train]).indices)
@@ -378,7 +380,7 @@ def _relative_abundances(counts: sparse.csr_array, train: Array, validation: Arr
         part.data /= np.repeat(depth, np.diff(part.indptr)).astype(np.float32)
         # Trees split dense columns several times faster; a large table stays sparse to fit.
         parts.append(part.toarray() if len(rows) * len(seen) <= 50_000_000 else part)
-    return parts
+    return parts[0], parts[1]
 
 
 def _padded_tokens(sequences: Sequence[str]) -> Array:

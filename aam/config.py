@@ -1,0 +1,500 @@
+"""Every option of every command: one typed field with a docstring is the option.
+
+The command line, the TOML file (``--config run.toml``), the saved ``config.toml`` and the
+documentation are all made from these classes. Option names are the field names with dashes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+if typing.TYPE_CHECKING or __import__("sys").version_info >= (3, 11):
+    import tomllib
+else:  # Python 3.10
+    import tomli as tomllib
+
+from aam.errors import InputError
+
+DistanceMetric = Literal["unweighted", "weighted", "weighted-normalized", "faith-pd"]
+TargetTransform = Literal["none", "minmax", "zscore", "zscore-category", "log-minmax", "log-zscore"]
+
+
+@dataclass(kw_only=True)
+class TableOptions:
+    """The feature table and what becomes of it before training."""
+
+    table: Path
+    """Feature table: BIOM 2.1 or 1.0, .qza or .tsv. Feature ids are the DNA sequences."""
+    sequences: Path | None = None
+    """FASTA or .qza that maps hashed feature ids to their sequences."""
+    rarefy_depth: int = 5000
+    """Reads a sample is rarefied to, without replacement; smaller samples are dropped and
+    counted. 0: use the counts as they are."""
+    max_bp: int = 150
+    """Longest sequence; what is cut is counted."""
+    token_limit: int = 1024
+    """Most ASVs of one sample; what is left out is counted."""
+    asv_sampling: Literal["abundance", "first", "random"] = "abundance"
+    """Which ASVs a sample with more than the limit keeps."""
+    share_asvs: bool = True
+    """Encode every distinct ASV once a batch (exact; samples that share an ASV also share its
+    dropout)."""
+    allow_missing: bool = False
+    """Go on when some samples have no metadata or distance; what is dropped is counted."""
+
+
+@dataclass(kw_only=True)
+class DistanceOptions:
+    """Where the distances between samples come from."""
+
+    tree: Path | None = None
+    """Newick tree whose tips are the table's features (or their ids)."""
+    unifrac_metric: DistanceMetric = "unweighted"
+    """What the sample embedding learns; faith-pd learns each sample's Faith PD."""
+    unifrac_matrix: Path | None = None
+    """Precomputed distances (.h5 of ssu, .tsv, or .npy with ids) instead of a tree."""
+    unifrac_matrix_ids: Path | None = None
+    """Sample ids of a .npy matrix, one a line, in its order."""
+    drop_missing_tips: bool = False
+    """Drop features that are not in the tree; they are counted."""
+
+
+@dataclass(kw_only=True)
+class MetadataOptions:
+    """Sample metadata and the parts it is split into."""
+
+    metadata: Path | None = None
+    """Sample metadata, tab separated, by QIIME 2's rules."""
+    group_column: str | None = None
+    """Metadata column (for example the subject) whose values never cross the split."""
+    validation_fraction: float = 0.2
+    """Share of the samples held out for validation."""
+    train_ids: Path | None = None
+    """Samples to train on, one id a line, instead of a drawn split."""
+    validation_ids: Path | None = None
+    """Samples to validate on, one id a line; with --train-ids the rest of the table is unused."""
+
+
+@dataclass(kw_only=True)
+class ModelOptions:
+    """The shape of the encoder."""
+
+    embedding_dim: int = 128
+    """Width of every stack."""
+    num_heads: int = 4
+    """Attention heads."""
+    num_layers: int = 4
+    """Layers of each stack (nucleotides, samples, UniFrac, target, counts)."""
+    ffn_dim: int | None = None
+    """Width of the feed-forward part; 4 x embedding-dim if not given."""
+    dropout: float = 0.1
+    """Dropout; always 0 where distances are computed."""
+    count_embedding: Literal["none", "add", "concat", "film"] = "none"
+    """How ln(count + 1) enters a sample's ASVs."""
+    sample_position: Literal["none", "slot"] = "none"
+    """slot: a learned position per ASV slot (row order then matters; for imported models)."""
+    sample_embedding: Literal["lineages", "attention"] = "lineages"
+    """lineages: attention pooling, mean and max over the ASVs; attention: pooling alone."""
+    distance_scale: float = 0.0
+    """s in distance = tanh(|z_i - z_j| / s); 0: set from the data, then learned."""
+
+
+@dataclass(kw_only=True)
+class CategoricalOptions:
+    """Categorical covariates."""
+
+    categorical_columns: tuple[str, ...] = ()
+    """Metadata columns whose values the predictor is told."""
+    categorical_embed_dim: int = 16
+    """Width of each column's embedding."""
+    categorical_fusion: Literal["concat", "add"] = "concat"
+    """concat: W[h; c] at every position; add: h + Wc."""
+
+
+@dataclass(kw_only=True)
+class TargetOptions:
+    """What is predicted, and how."""
+
+    metadata_column: str
+    """Metadata column to predict."""
+    task: Literal["auto", "regression", "classification"] = "auto"
+    """auto: classification if the column holds text."""
+    target_transform: TargetTransform = "zscore"
+    """Transform of a numeric target, fitted on the training part and inverted in predictions."""
+    target_loss: Literal["smooth-l1", "mse", "mae", "quantile", "asymmetric"] = "smooth-l1"
+    """Loss of a numeric target."""
+    quantile: float = 0.5
+    """Level of the quantile loss; weight of under-prediction in the asymmetric loss."""
+    class_weights: bool = False
+    """Weight classes by the inverse of their frequency."""
+    target_head: Literal["linear", "mlp", "linear+mlp"] = "linear"
+    """Last step from the pooled sample to the prediction."""
+    target_norm: bool = True
+    """LayerNorm before the head."""
+
+
+@dataclass(kw_only=True)
+class PenaltyOptions:
+    """Weight of each loss in the total; a loss with weight 0 is not computed."""
+
+    unifrac_penalty: float = 10.0
+    """Weight of the distance (or Faith PD) loss."""
+    nucleotide_penalty: float = 1.0
+    """Weight of the masked-nucleotide loss."""
+    mask_strategy: Literal["random", "span"] = "random"
+    """Mask single nucleotides, or runs of 3 to 5."""
+    mask_probability: float = 0.15
+    """Share of the nucleotides that is masked."""
+    masked_share: float = 0.25
+    """Share of a batch's distinct ASVs of which a masked copy is encoded."""
+
+
+@dataclass(kw_only=True)
+class FinetunePenaltyOptions(PenaltyOptions):
+    """Weight of each loss in the total; a loss with weight 0 is not computed."""
+
+    target_penalty: float = 1.0
+    """Weight of the target's loss."""
+    count_penalty: float = 0.0
+    """Weight of the count loss: divergence of predicted from true relative abundances, in nats."""
+    unifrac_penalty: float = 0.0
+    """Weight of the distance loss (needs a tree or a distance matrix)."""
+    nucleotide_penalty: float = 0.0
+    """Weight of the masked-nucleotide loss."""
+
+
+@dataclass(kw_only=True)
+class OptimizerOptions:
+    """How weights are changed."""
+
+    batch_size: int = 8
+    """Samples a step."""
+    accumulate: int = 1
+    """Steps whose gradients are summed before the weights change."""
+    epochs: int = 20
+    """Passes over the training samples."""
+    max_steps: int | None = None
+    """End after this many steps, whatever the epochs say."""
+    lr: float = 6e-4
+    """Highest learning rate."""
+    weight_decay: float = 0.01
+    """Decay of weight matrices (never of norms, biases and embeddings)."""
+    warmup_fraction: float = 0.05
+    """Share of the run in which the learning rate rises; a cosine follows."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    early_stopping: int = 0
+    """End after this many validations without a better best-metric; 0: never."""
+    best_metric: str | None = None
+    """Validation metric that chooses the best checkpoint; by default mantel_r (pretrain),
+    r2 or balanced_accuracy (finetune)."""
+    validate_every: int = 1
+    """Epochs from one validation to the next."""
+
+
+@dataclass(kw_only=True)
+class RunOptions:
+    """Where a run writes, and what it runs on."""
+
+    output_dir: Path
+    """Folder of the run."""
+    overwrite: bool = False
+    """Replace a run that is already there."""
+    resume_from: Path | None = None
+    """Folder of a run (or one of its checkpoints) to continue."""
+    seed: int = 0
+    """Seed of the split, rarefaction, initial weights, order and masks."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    attn_implementation: Literal["auto", "math", "sdpa", "triton", "cpu"] = "auto"
+    """Attention kernels; an explicit choice never falls back."""
+    gradient_checkpointing: bool = True
+    """Keep only each layer's input for the backward pass and recompute the rest."""
+    compile_model: bool = False
+    """Compile the model with torch.compile."""
+    tensorboard: bool = True
+    """Write TensorBoard logs beside metrics.csv."""
+    config: Path | None = None
+    """TOML file with any of these options; the command line wins over it."""
+
+
+@dataclass(kw_only=True)
+class PretrainConfig:
+    """Learn sample embeddings from UniFrac distances and masked nucleotides."""
+
+    command: typing.ClassVar[str] = "pretrain"
+    data: TableOptions
+    distances: DistanceOptions = field(default_factory=DistanceOptions)
+    metadata: MetadataOptions = field(default_factory=MetadataOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    losses: PenaltyOptions = field(default_factory=PenaltyOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    run: RunOptions
+
+
+@dataclass(kw_only=True)
+class FinetuneConfig:
+    """Train a predictor of a metadata column, from a pretrained encoder or from scratch."""
+
+    command: typing.ClassVar[str] = "finetune"
+    data: TableOptions
+    metadata: MetadataOptions = field(default_factory=MetadataOptions)
+    target: TargetOptions
+    pretrained_encoder: Path | None = None
+    """Run folder of `pretrain`; its model options are taken over."""
+    freeze_base: bool = False
+    """Keep the encoder as it is; every distinct ASV is then encoded once for the whole run."""
+    categorical: CategoricalOptions = field(default_factory=CategoricalOptions)
+    distances: DistanceOptions = field(default_factory=DistanceOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    losses: FinetunePenaltyOptions = field(default_factory=FinetunePenaltyOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    run: RunOptions
+
+
+@dataclass(kw_only=True)
+class PredictConfig:
+    """Predict with a fine-tuned model: in the target's units, or class names and probabilities."""
+
+    command: typing.ClassVar[str] = "predict"
+    model: Path
+    """Run folder of `finetune`."""
+    table: Path
+    """Feature table."""
+    output: Path
+    """Tab-separated predictions, first column sample-id."""
+    metadata: Path | None = None
+    """Sample metadata, if the model uses categorical columns."""
+    sequences: Path | None = None
+    """FASTA or .qza that maps hashed feature ids to their sequences."""
+    rarefy_depth: int | None = None
+    """As in training if not given; 0: use the counts as they are."""
+    batch_size: int = 32
+    """Samples a step."""
+    allow_missing: bool = False
+    """Treat samples without metadata as unknown in every categorical column."""
+    overwrite: bool = False
+    """Replace an output file that is already there."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    attn_implementation: Literal["auto", "math", "sdpa", "triton", "cpu"] = "auto"
+    """Attention kernels; an explicit choice never falls back."""
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    """Measure a run (pretrained or fine-tuned) on samples with known truth."""
+
+    command: typing.ClassVar[str] = "evaluate"
+    model: Path
+    """Run folder of `pretrain` or `finetune`."""
+    table: Path
+    """Feature table."""
+    metadata: Path | None = None
+    """Sample metadata (needed for a fine-tuned model)."""
+    tree: Path | None = None
+    """Newick tree (for a pretrained model)."""
+    unifrac_matrix: Path | None = None
+    """Precomputed distances instead of a tree."""
+    unifrac_matrix_ids: Path | None = None
+    """Sample ids of a .npy matrix, one a line, in its order."""
+    drop_missing_tips: bool = False
+    """Drop features that are not in the tree; they are counted."""
+    sequences: Path | None = None
+    """FASTA or .qza that maps hashed feature ids to their sequences."""
+    ids: Path | None = None
+    """Samples to evaluate, one id a line; the run's validation samples if not given."""
+    all_samples: bool = False
+    """Evaluate every sample of the table."""
+    rarefy_depth: int | None = None
+    """As in training if not given; 0: use the counts as they are."""
+    output: Path | None = None
+    """Write the results as JSON."""
+    overwrite: bool = False
+    """Replace an output file that is already there."""
+    allow_missing: bool = False
+    """Go on when some samples have no metadata or distance; what is dropped is counted."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    attn_implementation: Literal["auto", "math", "sdpa", "triton", "cpu"] = "auto"
+    """Attention kernels; an explicit choice never falls back."""
+
+
+@dataclass(kw_only=True)
+class InspectConfig:
+    """Dry run: what is in the files, how ids match, lengths, classes, shared ASVs, step cost."""
+
+    command: typing.ClassVar[str] = "inspect"
+    data: TableOptions
+    metadata: MetadataOptions = field(default_factory=MetadataOptions)
+    metadata_column: str | None = None
+    """Metadata column to predict."""
+    distances: DistanceOptions = field(default_factory=DistanceOptions)
+    batch_size: int = 8
+    """Samples a step."""
+    seed: int = 0
+    """Seed of the split and of rarefaction."""
+
+
+@dataclass(kw_only=True)
+class UnifracConfig:
+    """UniFrac distances between all samples of a table."""
+
+    command: typing.ClassVar[str] = "unifrac"
+    table: Path
+    """Feature table."""
+    tree: Path
+    """Newick tree."""
+    output: Path
+    """.h5 (as ssu writes it) or .tsv."""
+    metric: DistanceMetric = "unweighted"
+    """faith-pd writes one value a sample (.tsv)."""
+    sequences: Path | None = None
+    """FASTA or .qza that maps hashed feature ids to their sequences."""
+    rarefy_depth: int = 0
+    """Reads a sample is rarefied to; 0: use the counts as they are."""
+    seed: int = 0
+    """Seed of the rarefaction."""
+    drop_missing_tips: bool = False
+    """Drop features that are not in the tree; they are counted."""
+    overwrite: bool = False
+    """Replace an output file that is already there."""
+
+
+@dataclass(kw_only=True)
+class DemoConfig:
+    """Make a small community, pretrain, fine-tune, predict and write a report."""
+
+    command: typing.ClassVar[str] = "demo"
+    output_dir: Path = Path("runs/demo")
+    """Folder of the demo; an earlier demo there is replaced."""
+    samples: int = 240
+    """Samples of the simulated community."""
+    pretrain_steps: int = 150
+    """Steps of pretraining."""
+    finetune_steps: int = 150
+    """Steps of fine-tuning."""
+    seed: int = 0
+    """Seed of everything."""
+
+
+Config = (
+    PretrainConfig
+    | FinetuneConfig
+    | PredictConfig
+    | EvaluateConfig
+    | InspectConfig
+    | UnifracConfig
+    | DemoConfig
+)
+
+
+def leaves(config_class: type, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Paths of all options of a config class, for example ``("data", "table")``."""
+    hints = typing.get_type_hints(config_class)
+    for option in dataclasses.fields(config_class):
+        if dataclasses.is_dataclass(hints[option.name]):
+            yield from leaves(hints[option.name], (*prefix, option.name))
+        else:
+            yield (*prefix, option.name)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The options as nested plain values; unset ones (None) are left out."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return to_dict(value)
+        if isinstance(value, Path):
+            return str(value)
+        return list(value) if isinstance(value, tuple) else value
+
+    return {
+        option.name: plain(getattr(config, option.name))
+        for option in dataclasses.fields(config)
+        if getattr(config, option.name) is not None
+    }
+
+
+def from_dict(config_class: type, values: Mapping[str, Any], missing: Any = None) -> Any:
+    """Rebuild a config from :func:`to_dict`'s output.
+
+    Args:
+        config_class: one of this module's classes.
+        values: nested options, as in a ``config.toml``.
+        missing: stands in for a required option that `values` lacks; None raises.
+
+    Raises:
+        InputError: an option is unknown or a required one is missing.
+    """
+    hints = typing.get_type_hints(config_class)
+    unknown = set(values) - set(hints)
+    if unknown:
+        raise InputError(f"unknown option {sorted(unknown)[0]!r} in {config_class.__name__}")
+    arguments: dict[str, Any] = {}
+    for option in dataclasses.fields(config_class):
+        hint = hints[option.name]
+        required = (
+            option.default is dataclasses.MISSING and option.default_factory is dataclasses.MISSING
+        )
+        if dataclasses.is_dataclass(hint):
+            arguments[option.name] = from_dict(hint, values.get(option.name, {}), missing)
+        elif option.name in values:
+            arguments[option.name] = _typed(values[option.name], hint)
+        elif required:
+            if missing is None:
+                raise InputError(f"option {option.name!r} is missing in {config_class.__name__}")
+            arguments[option.name] = missing
+    return config_class(**arguments)
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    """Turn TOML's strings and lists into the paths and tuples that the field holds."""
+    choices = typing.get_args(hint) or (hint,)
+    if isinstance(value, str) and Path in choices:
+        return Path(value)
+    if isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, int) and not isinstance(value, bool) and hint is float:
+        return float(value)
+    return value
+
+
+def read_toml(path: Path, config_class: type) -> dict[str, Any]:
+    """Read options from a TOML file; they may stand in their group's table or at the top level.
+
+    Raises:
+        InputError: the file is missing, is no TOML, or names an unknown option.
+    """
+    try:
+        loaded = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file (--config)") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a TOML file: {error}") from None
+    place = {leaf[-1]: leaf for leaf in leaves(config_class)}
+    nested: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
+    for key, value in loaded.items():
+        flat.update(value if isinstance(value, dict) else {key: value})
+    for key, value in flat.items():
+        name = key.replace("-", "_")
+        if name not in place:
+            raise InputError(f"{path}: unknown option {key!r}")
+        target = nested
+        for group in place[name][:-1]:
+            target = target.setdefault(group, {})
+        target[name] = value
+    return nested
+
+
+def write_toml(config: Any, path: Path) -> None:
+    """Write the resolved options where :func:`read_toml` can read them."""
+    import tomli_w
+
+    path.write_text(tomli_w.dumps(to_dict(config)))

@@ -1,0 +1,250 @@
+"""From files to samples: table, rarefaction, matching ids, distances and the split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aam.config import DistanceOptions, MetadataOptions, TableOptions
+from aam.data.distances import read_distances
+from aam.data.facts import DataFact, name_some
+from aam.data.matching import match_ids
+from aam.data.metadata import Metadata, read_metadata
+from aam.data.phylogeny import UniFrac
+from aam.data.splits import Split, leaking_columns, split_samples
+from aam.data.table import FeatureTable, rarefy, read_table
+from aam.data.tree import read_tree
+from aam.errors import InputError
+from aam.training.runs import say
+
+
+@dataclass
+class Samples:
+    """A table ready for a dataset, and what is known of its samples.
+
+    Attributes:
+        table: counts; its sample ids are the samples of the run.
+        metadata: rows of exactly these samples, or None.
+        facts: what was read, dropped and cut on the way.
+        warnings: what the user should know before trusting a number.
+    """
+
+    table: FeatureTable
+    metadata: Metadata | None = None
+    facts: list[DataFact] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Sample ids."""
+        return self.table.sample_ids
+
+    def rows(self, ids: Sequence[str]) -> np.ndarray:
+        """Row of each id in the table."""
+        place = {name: row for row, name in enumerate(self.ids)}
+        return np.array([place[name] for name in ids], dtype=np.int64)
+
+    def keep(self, ids: Sequence[str]) -> None:
+        """Go on with some of the samples."""
+        if len(ids) < len(self.ids):
+            self.table = self.table.select(ids)
+        if self.metadata is not None:
+            self.metadata = self.metadata.select(self.ids)
+
+    def groups(self, column: str | None) -> list[str] | None:
+        """Each sample's group, or None without a group column.
+
+        Raises:
+            InputError: a sample has none.
+        """
+        if column is None:
+            return None
+        if self.metadata is None:
+            raise InputError("--group-column needs --metadata")
+        values = self.metadata.text(column)
+        lacking = [name for name, value in zip(self.ids, values, strict=True) if value is None]
+        if lacking:
+            raise InputError(
+                f"{self.metadata.source}: column {column!r} is missing for {len(lacking)} samples "
+                f"({name_some(lacking)}): fill it in or leave --group-column out"
+            )
+        return [str(value) for value in values]
+
+
+def read_samples(
+    options: TableOptions,
+    seed: int,
+    *,
+    metadata: Path | None = None,
+    rarefy_depth: int | None = None,
+) -> Samples:
+    """Read a table, rarefy it and match it with metadata.
+
+    Args:
+        options: the table's options.
+        seed: of the rarefaction.
+        metadata: sample metadata; samples without a row are an error or, on request, dropped.
+        rarefy_depth: reads a sample; `options.rarefy_depth` if not given.
+    """
+    depth = options.rarefy_depth if rarefy_depth is None else rarefy_depth
+    table = read_table(options.table, sequences=options.sequences)
+    samples = Samples(table)
+    samples.facts.append(DataFact("samples in the table", len(table.sample_ids), table.source))
+    if metadata is not None:
+        known = read_metadata(metadata)
+        kept, facts = match_ids(
+            table.sample_ids,
+            known.ids,
+            allow_missing=options.allow_missing,
+            table_source=str(options.table),
+            metadata_source=str(metadata),
+        )
+        samples.facts += facts
+        samples.metadata = known
+        samples.keep(kept)
+    if depth:
+        samples.table, dropped = rarefy(samples.table, depth, seed)
+        if dropped:
+            what = f"samples with fewer than {depth} reads (--rarefy-depth)"
+            samples.facts.append(DataFact(what, len(dropped), name_some(dropped), "dropped"))
+        samples.keep(samples.ids)
+    samples.facts.append(DataFact("samples used", len(samples.ids)))
+    samples.facts.append(DataFact("distinct ASVs", len(samples.table.feature_ids)))
+    return samples
+
+
+def attach_distances(
+    samples: Samples, table_options: TableOptions, options: DistanceOptions
+) -> Any:
+    """True distances between the samples, from a tree or a precomputed matrix.
+
+    Samples without distances are dropped from `samples` where that is allowed.
+
+    Returns:
+        An object with ``pairwise(rows)``; a `UniFrac` also has ``faith_pd(rows)``.
+
+    Raises:
+        InputError: neither or both are given, or they do not fit the table.
+    """
+    if (options.tree is None) == (options.unifrac_matrix is None):
+        raise InputError(
+            "give either --tree or --unifrac-matrix, for the distances between samples"
+        )
+    if options.tree is not None:
+        tree = read_tree(options.tree, sequences=table_options.sequences)
+        metric = options.unifrac_metric.replace("faith-pd", "unweighted")
+        source = UniFrac(samples.table, tree, metric, drop_missing=options.drop_missing_tips)
+        samples.facts += source.facts
+        return source
+    if options.unifrac_metric == "faith-pd":
+        raise InputError("--unifrac-metric faith-pd needs --tree")
+    assert options.unifrac_matrix is not None
+    matrix = read_distances(
+        options.unifrac_matrix,
+        sample_ids=samples.ids,
+        ids_file=options.unifrac_matrix_ids,
+        allow_missing=table_options.allow_missing,
+        table_source=str(table_options.table),
+    )
+    samples.facts += matrix.facts
+    samples.keep(matrix.sample_ids)
+    return matrix
+
+
+def split(
+    samples: Samples,
+    options: MetadataOptions,
+    seed: int,
+    *,
+    labels: Sequence[str] | None = None,
+) -> Split:
+    """Split the samples as the options say; warns where a subject crosses the split.
+
+    Args:
+        samples: the samples; a warning is added to them.
+        options: group column, fraction or id files.
+        seed: of the drawn split.
+        labels: classes, to stratify by.
+    """
+    groups = samples.groups(options.group_column)
+    if options.train_ids is None and options.validation_ids is None:
+        parts = split_samples(
+            samples.ids,
+            validation_fraction=options.validation_fraction,
+            seed=seed,
+            labels=labels,
+            groups=groups,
+        )
+    else:
+        parts = _given_split(samples, options)
+    if samples.metadata is not None:
+        leaks = leaking_columns(samples.metadata, parts)
+        if leaks:
+            warning = (
+                f"values of {', '.join(repr(one) for one in leaks)} are in both the training and "
+                "the validation part: if these are subjects, validation numbers are too good; "
+                f"use --group-column {leaks[0]}"
+            )
+            samples.warnings.append(warning)
+    return parts
+
+
+def _given_split(samples: Samples, options: MetadataOptions) -> Split:
+    """The split that id files give."""
+    known = set(samples.ids)
+    parts = {}
+    for option, path in (("train", options.train_ids), ("validation", options.validation_ids)):
+        parts[option] = None if path is None else read_ids(path, known)
+    train, validation = parts["train"], parts["validation"]
+    if train is None:
+        train = tuple(name for name in samples.ids if name not in set(validation or ()))
+    if validation is None:
+        validation = tuple(name for name in samples.ids if name not in set(train))
+    both = sorted(set(train) & set(validation))
+    if both:
+        raise InputError(
+            f"{len(both)} samples ({name_some(both)}) are in both --train-ids and --validation-ids"
+        )
+    if len(train) < 2 or len(validation) < 2:
+        raise InputError(
+            f"{len(train)} training and {len(validation)} validation samples: each part needs 2"
+        )
+    return Split(train, validation)
+
+
+def read_ids(path: Path, known: set[str]) -> tuple[str, ...]:
+    """Sample ids of a file, one a line.
+
+    Raises:
+        InputError: the file is missing or empty, names an id twice or one that is not known.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise InputError(f"{path}: cannot be read ({reason}); expected one id a line") from error
+    ids = tuple(line.strip() for line in lines if line.strip())
+    unknown = [name for name in ids if name not in known]
+    if not ids or unknown or len(set(ids)) < len(ids):
+        problem = (
+            f"{len(unknown)} ids are not among the samples ({name_some(unknown)})"
+            if unknown
+            else "an id is given twice"
+            if ids
+            else "no ids"
+        )
+        raise InputError(f"{path}: {problem}; expected ids of the table's samples, one a line")
+    return ids
+
+
+def tell(samples: Samples) -> None:
+    """Print what was read, dropped and cut, and every warning."""
+    for fact in samples.facts:
+        detail = f" ({fact.detail})" if fact.detail else ""
+        say(f"{'' if fact.kind == 'info' else fact.kind + ': '}{fact.count} {fact.what}{detail}")
+    for warning in samples.warnings:
+        say(f"warning: {warning}")

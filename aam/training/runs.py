@@ -1,0 +1,242 @@
+"""The folder of a run: opened once, written atomically, continued exactly."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aam.config import RunOptions, write_toml
+from aam.errors import InputError
+from aam.training.checkpoint import MODEL_FILE, atomic_path, write_text
+
+CONFIG_FILE = "config.toml"
+CHECKPOINTS = "checkpoints"
+METRIC_COLUMNS = ("step", "epoch", "part", "metric", "value")
+RUN_FILES = (
+    CONFIG_FILE,
+    MODEL_FILE,
+    CHECKPOINTS,
+    "metrics.csv",
+    "tensorboard",
+    "train_ids.txt",
+    "validation_ids.txt",
+    "predictions.tsv",
+    "embeddings.tsv",
+    "distances.tsv",
+    "summary.json",
+    "report.html",
+)
+FLUSH_SECONDS = 2.0
+
+
+def check_output(options: RunOptions) -> None:
+    """Refuse, before any work, a folder that cannot be written or already holds a run.
+
+    Raises:
+        InputError: says which, and the remedy.
+    """
+    path = options.output_dir
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path}: is a file; choose another --output-dir")
+    if is_run(path) and not options.overwrite and options.resume_from is None:
+        raise InputError(
+            f"{path}: already holds a run; choose another --output-dir, replace it with "
+            "--overwrite, or continue it with --resume-from"
+        )
+    existing = path
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: cannot be written; choose another --output-dir")
+
+
+def check_file_output(path: Path, overwrite: bool) -> None:
+    """Refuse, before any work, an output file that exists or cannot be written.
+
+    Raises:
+        InputError: says which, and the remedy.
+    """
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; --output needs a file name")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path}: already exists; choose another --output or use --overwrite")
+    existing = path.parent
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: cannot be written; choose another --output")
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder holds a run."""
+    return (path / CONFIG_FILE).exists() or (path / CHECKPOINTS).exists()
+
+
+class Run:
+    """An open run folder: metrics, TensorBoard, tables and the summary."""
+
+    def __init__(self, options: RunOptions, config: Any, *, keep_steps: int | None = None) -> None:
+        """Create or reopen the folder.
+
+        Args:
+            options: where, and whether an old run is replaced.
+            config: all options, saved as config.toml.
+            keep_steps: when resuming, the step up to which earlier metrics are kept.
+        """
+        self.path = options.output_dir
+        source = resume_folder(options.resume_from) if options.resume_from else None
+        try:
+            if keep_steps is None and is_run(self.path):
+                remove_run(self.path)
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written ({error.strerror})") from error
+        with atomic_path(self.path / CONFIG_FILE) as temporary:
+            write_toml(config, temporary)
+        self._started = time.monotonic()
+        self._pending: list[tuple[Any, ...]] = []
+        self._flushed = time.monotonic()
+        self._metrics = self.path / "metrics.csv"
+        earlier = [] if keep_steps is None or source is None else read_metrics(source, keep_steps)
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(METRIC_COLUMNS)
+        writer.writerows(earlier)
+        write_text(self._metrics, text.getvalue())
+        self._board = None
+        if options.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(
+                str(self.path / "tensorboard"),
+                purge_step=None if keep_steps is None else keep_steps + 1,
+            )
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the run was opened."""
+        return time.monotonic() - self._started
+
+    def log(self, step: int, epoch: int, part: str, values: Mapping[str, float | None]) -> None:
+        """Add metrics of a step; undefined ones (None, NaN) are left out."""
+        for name, value in values.items():
+            if value is None or math.isnan(value):
+                continue
+            self._pending.append((step, epoch, part, name, repr(float(value))))
+            if self._board is not None:
+                self._board.add_scalar(f"{part}/{name}", value, step)
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was logged."""
+        if self._pending:
+            try:
+                with open(self._metrics, "a", newline="", encoding="utf-8") as file:
+                    csv.writer(file, lineterminator="\n").writerows(self._pending)
+            except OSError as error:
+                raise InputError(
+                    f"{self._metrics}: cannot be written ({error.strerror})"
+                ) from error
+            self._pending.clear()
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Write everything and close the logs."""
+        self.flush()
+        if self._board is not None:
+            self._board.close()
+
+    def write_ids(self, name: str, ids: tuple[str, ...]) -> None:
+        """Write sample ids, one a line."""
+        write_text(self.path / name, "".join(f"{one}\n" for one in ids))
+
+    def write_table(self, name: str, header: list[str], rows: Any) -> None:
+        """Write a tab-separated table."""
+        write_table(self.path / name, header, rows)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json."""
+        write_text(self.path / "summary.json", json_text(summary))
+
+
+def write_table(path: Path, header: list[str], rows: Any) -> None:
+    """Write a tab-separated table atomically."""
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def json_text(values: Any) -> str:
+    """JSON with NaN as null, so that every reader accepts it."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): plain(one) for key, one in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(one) for one in value]
+        if isinstance(value, np.generic):
+            value = value.item()
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        return str(value) if isinstance(value, Path) else value
+
+    return json.dumps(plain(values), indent=1, ensure_ascii=False) + "\n"
+
+
+def read_metrics(run: Path, last_step: int) -> list[list[str]]:
+    """Rows of a run's metrics.csv up to a step."""
+    path = run / "metrics.csv"
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))[1:]
+    complete = [row for row in rows if len(row) == len(METRIC_COLUMNS) and row[0].isdigit()]
+    return [row for row in complete if int(row[0]) <= last_step]
+
+
+def resume_folder(path: Path) -> Path:
+    """The run folder that a run or one of its checkpoints names."""
+    return path if path.is_dir() else path.parent.parent
+
+
+def resume_checkpoint(path: Path) -> Path:
+    """The checkpoint that a run folder or a checkpoint names.
+
+    Raises:
+        InputError: there is none.
+    """
+    if path.is_dir():
+        path = path / CHECKPOINTS / "last.pt"
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint; --resume-from needs a run that saved one")
+    return path
+
+
+def remove_run(path: Path) -> None:
+    """Delete the files of a run; whatever else is in the folder stays."""
+    for name in RUN_FILES:
+        one = path / name
+        if one.is_dir() and not one.is_symlink():
+            shutil.rmtree(one)
+        else:
+            one.unlink(missing_ok=True)
+
+
+def say(text: str = "") -> None:
+    """One line for the person who waits, on standard error."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
