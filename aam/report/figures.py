@@ -12,7 +12,7 @@ import numpy as np
 from aam.report import statistics
 from aam.report.drawing import COLOUR, SERIES, dots, draw, identity, limits, shade, short
 from aam.report.results import Result, metric_key, number
-from aam.report.run_files import Distances, Embeddings, RunFiles, Series, to_float
+from aam.report.run_files import Distances, RunFiles, Series, to_float
 
 CURVE_POINTS = 300
 SCATTER_PAIRS = 1_500

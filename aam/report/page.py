@@ -12,6 +12,7 @@ from typing import Any
 from aam.errors import InputError
 from aam.report import figures
 from aam.report.results import (
+    NOTHING,
     Result,
     distance_warnings,
     duration,
@@ -63,7 +64,9 @@ def write_report(run_dir: Path) -> Path:
             os.unlink(name)
             raise
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); free it or its disk")
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror}); free it or its disk"
+        ) from error
     return path
 
 
@@ -180,7 +183,8 @@ def _results(results: Sequence[Result], summary: Mapping[str, Any]) -> str:
     said = "".join(f"<li>{text(line)}</li>" for line in words)
     rows = "".join(_result_row(result) for result in results)
     return (
-        f'<ul class="words">{said}</ul>\n<div class="scroll"><table class="stack" id="result-table">'
+        f'<ul class="words">{said}</ul>\n'
+        '<div class="scroll"><table class="stack" id="result-table">'
         "<thead><tr><th>Metric</th><th>Model</th><th>Verdict</th><th>Baselines</th></tr></thead>"
         f"<tbody>{rows}</tbody></table></div>"
     )
@@ -207,9 +211,10 @@ def _result_row(result: Result) -> str:
     unit = f' <span class="quiet">{text(result.unit)}</span>' if result.unit else ""
     return (
         f'<tr><th scope="row">{text(result.name)}<br><span class="quiet">{text(result.part)}, '
-        f'{direction}</span></th><td class="number"><span class="main">{number(result.value)}</span>'
-        f'{unit}</td><td><span class="chip {verdict.replace(" ", "-")}">{MARKS[verdict]} '
-        f'{text(words)}</span></td><td><ul class="baselines">{listed or "<li>–</li>"}</ul></td></tr>'
+        f'{direction}</span></th><td class="number"><span class="main">{number(result.value)}'
+        f'</span>{unit}</td><td><span class="chip {verdict.replace(" ", "-")}">{MARKS[verdict]} '
+        f'{text(words)}</span></td><td><ul class="baselines">{listed or f"<li>{NOTHING}</li>"}'
+        "</ul></td></tr>"
     )
 
 
@@ -265,7 +270,10 @@ def _configuration(run: RunFiles) -> str:
             f'<tr><th scope="row"><code>{text(name)}</code></th><td>{text(value)}</td></tr>'
             for name, value in _flat(config)
         )
-        inner = f"<table><thead><tr><th>Option</th><th>Value</th></tr></thead><tbody>{rows}</tbody></table>"
+        inner = (
+            "<table><thead><tr><th>Option</th><th>Value</th></tr></thead>"
+            f"<tbody>{rows}</tbody></table>"
+        )
     elif run.config_text:
         inner = f"<pre><code>{text(run.config_text)}</code></pre>"
     else:
@@ -281,13 +289,16 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, An
         if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", "–" if value is None else value
+            yield f"{prefix}{name}", NOTHING if value is None else value
 
 
 def _footer(summary: Mapping[str, Any]) -> str:
     named = (("aam", "aam_version"), ("torch", "torch_version"))
     versions = [f"{name} {text(summary[key])}" for name, key in named if summary.get(key)]
-    return f"<footer><p>Written by {', '.join(versions) or 'aam'}. This page loads nothing from elsewhere.</p></footer>\n"
+    return (
+        f"<footer><p>Written by {', '.join(versions) or 'aam'}. "
+        "This page loads nothing from elsewhere.</p></footer>\n"
+    )
 
 
 def float_like(value: Any) -> bool:

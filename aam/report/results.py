@@ -9,6 +9,10 @@ from typing import Any, Literal
 
 from aam.report.run_files import to_float
 
+NOTHING = "\N{EN DASH}"
+"""Stands for a number that is not there."""
+MINUS = "\N{MINUS SIGN}"
+
 MODE_SHIFT = 0.25
 """Train and eval mode disagree where their means differ by this share of the true spread."""
 COLLAPSE = 0.5
@@ -78,15 +82,14 @@ def read_results(summary: Mapping[str, Any]) -> list[Result]:
 
 
 def number(value: Any) -> str:
-    """A number for people: three decimals, fewer for large ones and none for
-    integers; a dash where there is none."""
+    """A number for people: three decimals, fewer where large; a dash where there is none."""
     if isinstance(value, bool) or value is None:
-        return "–" if value is None else str(value)
+        return NOTHING if value is None else str(value)
     if isinstance(value, int):
-        return f"{value:,}".replace("-", "−")
+        return f"{value:,}".replace("-", MINUS)
     value = to_float(value)
     if not math.isfinite(value):
-        return "–"
+        return NOTHING
     size = abs(value)
     if size >= 1000 or (size >= 100 and value == int(value)):
         text = f"{value:,.0f}"
@@ -96,14 +99,14 @@ def number(value: Any) -> str:
         text = f"{value:.2f}"
     else:
         text = f"{value:.3f}" if size >= 0.001 or value == 0 else f"{value:.1e}"
-    return text.replace("-", "−", 1) if text.startswith("-") else text
+    return text.replace("-", MINUS, 1) if text.startswith("-") else text
 
 
 def duration(seconds: Any) -> str:
     """Seconds as ``1 h 5 min``, ``5 min 3 s`` or ``3.2 s``."""
     seconds = to_float(seconds)
     if not math.isfinite(seconds):
-        return "–"
+        return NOTHING
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -129,14 +132,15 @@ def sentence(result: Result, target: str) -> str:
         target: name of the predicted column, or empty.
     """
     value, unit = number(result.value), f" {result.unit}" if result.unit else ""
+    share = _percent(result.value)
     held_out = "held-out samples" if result.part != "train" else "training samples"
     named = {
         "mantel_r": f"Predicted and true distances between {held_out} correlate with r = {value}",
         "distance_mae": f"Predicted distances between {held_out} are off by {value} on average",
-        "nucleotide_accuracy": f"The model names {_percent(result.value)} of the masked nucleotides",
-        "r2": f"The model explains {_percent(result.value)} of the variance of {target}",
+        "nucleotide_accuracy": f"The model names {share} of the masked nucleotides",
+        "r2": f"The model explains {share} of the variance of {target}",
         "mae": f"Predictions of {target} are off by {value}{unit} on average",
-        "accuracy": f"The model names the right {target} for {_percent(result.value)} of samples",
+        "accuracy": f"The model names the right {target} for {share} of samples",
         "balanced_accuracy": f"Balanced accuracy of {target} is {value}",
         "auc": f"The area under the ROC curve of {target} is {value}",
     }
@@ -187,4 +191,4 @@ def distance_warnings(check: Mapping[str, Any] | None) -> list[str]:
 
 def _percent(value: float) -> str:
     text = f"{100 * value:.1f} %"
-    return text.replace("-", "−", 1)
+    return text.replace("-", MINUS, 1)

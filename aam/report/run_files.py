@@ -153,7 +153,11 @@ def _distances(path: Path, run: RunFiles) -> None:
         group.append({"1": 1, "0": 0}.get(row.get("same_group") or "", -1))
     if first:
         run.distances = Distances(
-            *(np.array(column) for column in (first, second, true, predicted, group)),
+            sample_a=np.array(first),
+            sample_b=np.array(second),
+            true=np.array(true),
+            predicted=np.array(predicted),
+            same_group=np.array(group),
             samples=tuple(rows),
         )
 

@@ -10,7 +10,7 @@ import numpy as np
 from aam.report import statistics
 from aam.report.drawing import COLOUR, SERIES, dots, draw, identity, limits, shade, short
 from aam.report.figures import Figure
-from aam.report.results import number
+from aam.report.results import MINUS, number
 from aam.report.run_files import Predictions, to_float
 
 DOTS = 2_000
@@ -89,7 +89,7 @@ def _residuals(errors: np.ndarray, column: str, unit: str) -> str:
         axes.hist(errors, bins=min(30, max(5, len(errors) // 4)), color=SERIES[1], alpha=0.75)
         axes.axvline(0, color=COLOUR["muted"], linestyle=(0, (4, 3)), linewidth=1.1)
         suffix = f" ({unit})" if unit else ""
-        axes.set(xlabel=f"predicted − true{suffix}", ylabel="held-out samples")
+        axes.set(xlabel=f"predicted {MINUS} true{suffix}", ylabel="held-out samples")
 
     low, middle, high = np.quantile(errors, [0.1, 0.5, 0.9])
     alt = f"Errors of {column}: median {number(middle)}, 80 % from {number(low)} to {number(high)}."
