@@ -114,7 +114,7 @@ def trainer_step(folder: str, token_limit: int, recompute: bool = True, impl: st
         recompute: what `--no-gradient-checkpointing` turns off.
         impl: attention implementation.
     """
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
     torch.manual_seed(0)
     data = problem(folder, token_limit)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from aam_kernels import available_impls, ragged_attention
 
 HEADS, HEAD_DIM = 4, 32
+IMPLS = available_impls("cpu")["attention"]
 
 
 def lengths_of(case: str, timing: bool) -> list[int]:
@@ -59,7 +60,7 @@ def test_attention(compare, timing, case, backward):
             return [out]
         return [out, *torch.autograd.grad(out, padded_inputs, padded_grad)]
 
-    contestants = {f"aam_kernels {impl}": ours(impl) for impl in available_impls("cpu")}
+    contestants = {f"aam_kernels {impl}": ours(impl) for impl in IMPLS}
     contestants["torch SDPA, padded and masked"] = torch_padded
     if case == "ASVs":  # equal lengths need no mask: torch at its best
 
@@ -78,6 +79,6 @@ def test_attention(compare, timing, case, backward):
         notes={"real tokens over padded slots": f"{total / (count * longest):.2f}"},
     )
     expected = [x.transpose(1, 2)[rows, columns] for x in results["torch SDPA, padded and masked"]]
-    for impl in available_impls("cpu"):
+    for impl in IMPLS:
         for got, want in zip(results[f"aam_kernels {impl}"], expected, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

@@ -6,6 +6,7 @@ import torch
 from aam_kernels import attention_pool, available_impls
 
 DIM = 128
+IMPLS = available_impls("cpu")["pooling"]
 
 
 def padded_pool(values, scores, mask):
@@ -44,7 +45,7 @@ def test_pooling(compare, timing, backward):
             return [out]
         return [out, *torch.autograd.grad(out, [padded_values, padded_scores], grad)]
 
-    contestants = {f"aam_kernels {impl}": ours(impl) for impl in available_impls("cpu")}
+    contestants = {f"aam_kernels {impl}": ours(impl) for impl in IMPLS}
     contestants["torch, padded and masked"] = padded
     results, _ = compare(
         f"attention pooling, {'forward+backward' if backward else 'forward'}",
@@ -53,6 +54,6 @@ def test_pooling(compare, timing, backward):
     )
     out, *gradients = results["torch, padded and masked"]
     expected = [out, *[gradient[mask] for gradient in gradients]]
-    for impl in available_impls("cpu"):
+    for impl in IMPLS:
         for got, want in zip(results[f"aam_kernels {impl}"], expected, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
