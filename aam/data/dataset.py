@@ -162,7 +162,7 @@ class SampleDataset:
         Raises:
             IndexError: a row is not in the dataset.
         """
-        wanted = np.asarray(rows, dtype=np.int64)
+        wanted = np.array(rows, dtype=np.int64)
         if wanted.size and not 0 <= wanted.min() <= wanted.max() < len(self):
             raise IndexError(
                 f"rows must lie in 0..{len(self) - 1}, got {wanted.min()}..{wanted.max()}"
@@ -224,11 +224,9 @@ class SampleDataset:
         facts = []
         if number_cut:
             longest = max(map(len, self.sequences))
-            facts.append(
-                DataFact(
-                    f"sequences cut at {max_bp} bases", number_cut, f"longest {longest}", "cut"
-                )
-            )
+            alike = len(self.sequences) - len({one[:max_bp] for one in self.sequences})
+            detail = f"longest {longest}, {alike} equal to another after the cut"
+            facts.append(DataFact(f"sequences cut at {max_bp} bases", number_cut, detail, "cut"))
         over = full > self.token_limit
         if over.any():
             lost = int((full[over] - self.token_limit).sum())

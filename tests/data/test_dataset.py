@@ -84,6 +84,14 @@ def test_lengths_for_the_planner():
     assert len(dataset) == 9
 
 
+def test_the_distinct_asvs_of_some_samples():
+    table = random_table()
+    dataset = SampleDataset(table)
+    found = dataset.asvs_of(np.array([3, 5]))
+    assert found.tolist() == sorted(found.tolist())
+    assert {dataset.sequences[n] for n in found} == {*in_table(table, 3), *in_table(table, 5)}
+
+
 def test_an_empty_batch_and_rows_that_are_not_there():
     dataset = SampleDataset(random_table())
     batch = dataset.batch([])
@@ -151,7 +159,9 @@ def test_facts_count_what_was_cut():
     long = sum(len(one) > 6 for one in table.feature_ids)
     sequences, samples = SampleDataset(table, max_bp=6, token_limit=18).facts
     assert (sequences.count, sequences.kind) == (long, "cut")
-    assert "cut at 6 bases" in sequences.what and "longest 11" in sequences.detail
+    alike = 40 - len({one[:6] for one in table.feature_ids})
+    assert sequences.what == "sequences cut at 6 bases"
+    assert sequences.detail == f"longest 11, {alike} equal to another after the cut"
     assert (samples.count, samples.kind) == (int((full > 18).sum()), "cut")
     lost = int((full - 18).clip(0).sum())
     assert f"{lost} of {int(full.sum())}" in samples.detail
