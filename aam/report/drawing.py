@@ -82,7 +82,7 @@ def draw(
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
         plot(figure.add_subplot())
-        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+        figure.savefig(buffer, format="svg", transparent=True)
     return _inline(buffer.getvalue(), name, alt)
 
 

@@ -336,13 +336,14 @@ def _map_panel(
         )
         for label, colour in legend:
             axes.plot([], [], "o", color=colour, label=label)
-        if legend:
-            axes.legend(loc="best", handletextpad=0.2)
+        if legend:  # below the map, where it hides no sample
+            axes.figure.legend(loc="outside lower center", ncols=2, handletextpad=0.2)
         axes.set(xlim=middle[0] + reach, ylim=middle[1] + reach, aspect="equal")
         axes.set(xlabel="axis 1", ylabel="axis 2", title=title)
 
     alt = f"{title}: map of {len(points)} samples on two axes."
-    return draw(f"ordination-{name}", alt, plot, size=(4.4, 4.0))
+    height = 4.0 + 0.2 * ((len(legend) + 1) // 2)
+    return draw(f"ordination-{name}", alt, plot, size=(4.4, height))
 
 
 def _hexagons(axes: Any, x: np.ndarray, y: np.ndarray, span: tuple[float, float]) -> None:

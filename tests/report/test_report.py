@@ -1,7 +1,11 @@
 """The page holds what the run directory holds, says so in words, and never breaks."""
 
+import errno
 import json
+import os
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -273,6 +277,11 @@ def test_user_strings_are_escaped(tmp_path, fabricate):
     assert {"confusion", "roc", "ordination"} <= set(page.figures)
 
 
+def test_dollars_are_not_formulas(tmp_path, fabricate):
+    page = report(fabricate.classification(tmp_path, ("$a$ $", r"$\frac{$")))
+    assert page.words.count("$a$ $") >= 3 and page.words.count(r"$\frac{$") >= 3
+
+
 def test_ids_with_quotes_do_not_swallow_rows(tmp_path, fabricate):
     rows = [(f'"s{i}', "validation", i, i + 0.5) for i in range(20)]
     header = ["sample-id", "part", "true", "predicted"]
@@ -321,3 +330,23 @@ def test_the_configuration_file_stands_in_for_the_summary(tmp_path):
     page = report(tmp_path)
     assert "lr = 0.1 # <b>" in page.words
     assert "configuration" in page.ids
+
+
+def test_a_full_disk_leaves_the_old_page(tmp_path, monkeypatch):
+    page = write_report(tmp_path)
+    before = page.read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(InputError, match=r"report.html: cannot be written \(No space left"):
+        write_report(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    assert page.read_bytes() == before
+
+
+def test_importing_the_room_is_light():
+    code = "import sys, aam.report; print(sorted({'matplotlib', 'torch'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -172,6 +172,7 @@ def test_target_baselines_refuse(target, rows, kind, message):
         baselines.target_baselines(counts, np.array(target), [0, 1], rows, kind=kind)
 
 
+@pytest.mark.real
 def test_numbers_and_speed_on_real_data(real_data):
     import biom
     import h5py
