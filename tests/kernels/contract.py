@@ -1,0 +1,57 @@
+"""What the contract tests share: implementations, oracles that use plain torch and numpy only."""
+
+import numpy as np
+import torch
+
+IMPLS = ("math", "sdpa")
+"""Implementations under contract on a CPU: a new one joins here."""
+
+CPU = torch.device("cpu")
+
+
+def offsets_of(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def oracle_attention(query, key, value, lengths, key_lengths, scale, drop=None, dropout_p=0.0):
+    """Sequence by sequence, differentiable; drop(queries, keys, heads) gives a bool mask."""
+    rows, first, first_key = [], 0, 0
+    for length, key_length in zip(lengths, key_lengths, strict=True):
+        queries = range(first, first + length)
+        keys = range(first_key, first_key + key_length)
+        first, first_key = first + length, first_key + key_length
+        if key_length == 0:
+            rows.append(query[queries.start : queries.stop] * 0)
+            continue
+        q = query[queries.start : queries.stop]
+        k, v = (x[keys.start : keys.stop] for x in (key, value))
+        weights = (torch.einsum("qhd,khd->hqk", q, k) * scale).softmax(-1)
+        if drop is not None:
+            mask = torch.from_numpy(drop(queries, keys, query.shape[1]))
+            weights = weights * ~mask / (1 - dropout_p)
+        rows.append(torch.einsum("hqk,khd->qhd", weights, v))
+    return torch.cat(rows)
+
+
+def numpy_mix(x):
+    x = np.asarray(x, dtype=np.uint32).copy()
+    with np.errstate(over="ignore"):
+        x ^= x >> np.uint32(16)
+        x *= np.uint32(0x7FEB352D)
+        x ^= x >> np.uint32(15)
+        x *= np.uint32(0x846CA68B)
+        x ^= x >> np.uint32(16)
+    return x
+
+
+def numpy_dropped(seed, queries, keys, heads, dropout_p):
+    """The dropout hash in unsigned arithmetic: (heads, queries, keys) bool."""
+    seed %= 1 << 64
+    word = numpy_mix(np.uint32(seed & 0xFFFFFFFF) ^ numpy_mix(seed >> 32))
+    q = np.array([row % (1 << 32) for row in queries], dtype=np.uint32)[None, :, None]
+    k = np.array([row % (1 << 32) for row in keys], dtype=np.uint32)[None, None, :]
+    head = np.array([h % (1 << 32) for h in heads], dtype=np.uint32)[:, None, None]
+    with np.errstate(over="ignore"):
+        row = numpy_mix(word + numpy_mix(q * np.uint32(0x9E3779B1) + head))
+        hashed = numpy_mix(row + k * np.uint32(0x85EBCA77))
+    return hashed < np.uint32(int(dropout_p * 2**32))
