@@ -8,7 +8,7 @@ from torch import Tensor
 from aam_kernels._runtime.checks import check_offsets_argument, check_tensors, known_length
 from aam_kernels._runtime.dispatch import check_name
 from aam_kernels._runtime.dropout import resolve_seed
-from aam_kernels.attention.ops import ragged_attention as _operator
+from aam_kernels.attention.ops import call as _operator
 
 
 def ragged_attention(

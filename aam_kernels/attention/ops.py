@@ -15,6 +15,7 @@ from torch import Tensor
 from aam_kernels._runtime import dispatch
 from aam_kernels._runtime.folding import fold_rows, fold_sequences, refuse_batched
 from aam_kernels._runtime.grouping import Sequences, check_sequences
+from aam_kernels._runtime.transforms import transformable
 
 OPERATION = "attention"
 dispatch.register_torch(OPERATION, "aam_kernels.attention")
@@ -118,11 +119,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    grads = ragged_attention_backward(grad_output, *ctx.saved_tensors, *ctx.options)
+    grads = _call_backward(grad_output, *ctx.saved_tensors, *ctx.options)
     return (*grads, *(None,) * 10)
 
 
 ragged_attention.register_autograd(_backward, setup_context=_setup_context)
+_call_backward = transformable(ragged_attention_backward)
+call = transformable(ragged_attention, _setup_context, _backward)
+"""The operator, callable inside `torch.func` transforms too."""
 
 
 @ragged_attention.register_vmap

@@ -2,7 +2,7 @@
 
 For every sequence and head, with q (length, d), k and v (key_length, d)::
 
-    S = scale q k^T        lse = logsumexp(S, keys)       P = exp(S - lse)
+    S = scale q k^T        lse = logsumexp(S, keys)       P = softmax(S, keys)
     Z = P M / (1 - p)      O = Z v                        (M: the elements that dropout keeps)
 
     dV = Z^T dO            dP = (dO v^T) M / (1 - p)      D = rowsum(dO O)
@@ -42,10 +42,9 @@ def forward(
         q = _heads_first(chunk.query.take(query), compute)
         k, v = (_heads_first(chunk.key.take(x), compute) for x in (key, value))
         scores = q @ k.transpose(-1, -2) * scale
-        chunk_lse = scores.logsumexp(-1)
-        kept = _dropout((scores - chunk_lse.unsqueeze(-1)).exp(), chunk, dropout_p, seed)
+        kept = _dropout(scores.softmax(-1), chunk, dropout_p, seed)
         chunk.query.put(output, (kept @ v).transpose(1, 2))
-        chunk.query.put(lse, chunk_lse.transpose(1, 2))
+        chunk.query.put(lse, scores.logsumexp(-1).transpose(1, 2))
     return output, lse
 
 
@@ -61,7 +60,7 @@ def backward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value."""
+    """Gradients of query, key and value; exact without ``lse``, which others need."""
     compute = torch.promote_types(query.dtype, torch.float32)
     grads = query.new_zeros(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape)
     for chunk in equal_length_chunks(sequences, query.shape[1], _BUDGET, pairs=True):
@@ -69,8 +68,7 @@ def backward(
             _heads_first(chunk.query.take(x), compute) for x in (query, output, grad_output)
         )
         k, v = (_heads_first(chunk.key.take(x), compute) for x in (key, value))
-        chunk_lse = chunk.query.take(lse).transpose(1, 2).unsqueeze(-1)
-        probabilities = (q @ k.transpose(-1, -2) * scale - chunk_lse).exp()
+        probabilities = (q @ k.transpose(-1, -2) * scale).softmax(-1)
         kept = _dropout(probabilities, chunk, dropout_p, seed)
         grad_probabilities = _dropout(grad @ v.transpose(-1, -2), chunk, dropout_p, seed)
         delta = (grad * o).sum(-1, keepdim=True)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from aam_kernels._runtime.checks import check_offsets_argument, check_tensors, known_length
 from aam_kernels._runtime.dispatch import check_name
-from aam_kernels.pooling.ops import attention_pool as _operator
+from aam_kernels.pooling.ops import call as _operator
 
 
 def attention_pool(

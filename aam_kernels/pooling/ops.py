@@ -10,6 +10,7 @@ from torch import Tensor
 from aam_kernels._runtime import dispatch
 from aam_kernels._runtime.folding import fold_rows, fold_sequences
 from aam_kernels._runtime.grouping import Sequences, check_sequences
+from aam_kernels._runtime.transforms import transformable
 
 OPERATION = "pooling"
 dispatch.register_torch(OPERATION, "aam_kernels.pooling")
@@ -81,11 +82,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_pooled: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    grads = attention_pool_backward(grad_pooled, *ctx.saved_tensors, *ctx.options)
+    grads = _call_backward(grad_pooled, *ctx.saved_tensors, *ctx.options)
     return (*grads, None, None, None, None)
 
 
 attention_pool.register_autograd(_backward, setup_context=_setup_context)
+_call_backward = transformable(attention_pool_backward)
+call = transformable(attention_pool, _setup_context, _backward)
+"""The operator, callable inside `torch.func` transforms too."""
 
 
 @attention_pool.register_vmap

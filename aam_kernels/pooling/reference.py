@@ -2,7 +2,7 @@
 
 For every sequence, with scores s (length,) and values v (length, dim)::
 
-    lse = logsumexp(s)     p = exp(s - lse)     o = p v
+    lse = logsumexp(s)     p = softmax(s)       o = p v
     dv = p dO              ds = p (v dO - o dO)
 
 A sequence without rows gives 0, gradient 0 and lse -inf. float16 and bfloat16 are computed in
@@ -27,10 +27,8 @@ def forward(values: Tensor, scores: Tensor, sequences: Sequences) -> tuple[Tenso
     lse = values.new_full((count,), float("-inf"), dtype=compute)
     for chunk in equal_length_chunks(sequences, values.shape[1], _BUDGET):
         s, v = (chunk.query.take(x).to(compute) for x in (scores, values))
-        chunk_lse = s.logsumexp(1)
-        weights = (s - chunk_lse.unsqueeze(1)).exp()
-        chunk.put_sequences(lse, chunk_lse)
-        chunk.put_sequences(pooled, (weights.unsqueeze(1) @ v).squeeze(1))
+        chunk.put_sequences(lse, s.logsumexp(1))
+        chunk.put_sequences(pooled, (s.softmax(1).unsqueeze(1) @ v).squeeze(1))
     return pooled, lse
 
 
@@ -48,7 +46,7 @@ def backward(
     for chunk in equal_length_chunks(sequences, values.shape[1], _BUDGET):
         s, v = (chunk.query.take(x).to(compute) for x in (scores, values))
         grad, out = (chunk.take_sequences(x).to(compute) for x in (grad_pooled, pooled))
-        weights = (s - chunk.take_sequences(lse).unsqueeze(1)).exp()
+        weights = s.softmax(1)
         delta = (grad * out).sum(1, keepdim=True)
         chunk.query.put(grad_values, weights.unsqueeze(2) * grad.unsqueeze(1))
         products = (v @ grad.unsqueeze(2)).squeeze(2)

@@ -52,7 +52,7 @@ def backward(
     for chunk in equal_length_chunks(sequences, values.shape[1], CHUNK_ELEMENTS):
         s, v = (chunk.query.take(x).to(compute) for x in (scores, values))
         grad, out = (chunk.take_sequences(x).to(compute) for x in (grad_pooled, pooled))
-        weights = s.sub(chunk.take_sequences(lse).unsqueeze(1)).exp_()
+        weights = s.softmax(1)  # exact where exp(s - lse) would round a large lse
         delta = (grad * out).sum(1, keepdim=True)
         products = torch.bmm(v, grad.unsqueeze(2)).squeeze(2)
         chunk.query.put(grad_scores, products.sub_(delta).mul_(weights))

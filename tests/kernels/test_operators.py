@@ -124,7 +124,7 @@ def test_dynamic_shapes_do_not_recompile():
     compiled = torch.compile(
         lambda q, k, v, o: ragged_attention(q, k, v, o), backend=counter, **FULL
     )
-    for lengths in ((3, 4), (5, 1, 2), (9, 9, 9, 9)):
+    for lengths in ((3, 4, 4), (5, 1, 2, 6, 0), (9, 9, 9, 9, 1, 3)):
         query, key, value = qkv(sum(lengths))
         offsets = offsets_of(lengths)
         assert torch.equal(
@@ -145,19 +145,18 @@ def test_a_drawn_seed_is_traced():
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
-def test_inductor():
+def test_inductor(monkeypatch):
+    from torch._inductor import config
+
+    monkeypatch.setattr(config, "cpp_cache_precompile_headers", False, raising=False)
     torch._dynamo.reset()
-    query, key, value = qkv(requires_grad=True)
+    query, key, value = qkv()
 
     def call(q, k, v):
-        return ragged_attention(q * 2, k, v, OFFSETS).sin().sum()
+        return ragged_attention(q, k, v, OFFSETS) * 2
 
-    eager = torch.autograd.grad(call(query, key, value), (query, key, value))
     compiled = torch.compile(call, fullgraph=True)
-    for a, b in zip(
-        torch.autograd.grad(compiled(query, key, value), (query, key, value)), eager, strict=True
-    ):
-        assert torch.allclose(a, b, atol=1e-6)
+    assert torch.equal(compiled(query, key, value), call(query, key, value))
 
 
 def test_export_keeps_one_node(impl):
