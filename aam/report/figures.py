@@ -11,7 +11,7 @@ import numpy as np
 
 from aam.report import statistics
 from aam.report.drawing import COLOUR, SERIES, dots, draw, identity, limits, shade, short
-from aam.report.results import Result, metric_key, number
+from aam.report.results import Result, number
 from aam.report.run_files import Distances, RunFiles, Series, to_float
 
 CURVE_POINTS = 300
@@ -57,7 +57,7 @@ class Figure:
 
 def curves_figure(curves: Mapping[str, Mapping[str, Series]], results: Iterable[Result]) -> Any:
     """Losses and validation metrics over the steps, with the best baseline of each metric."""
-    baselines = {metric_key(r.name): r.best for r in results if r.best and r.part != "train"}
+    baselines = {r.key: r.best for r in results if r.best and r.part != "train"}
     names = [name for name in CURVES if name in curves]
     if set(names) >= {"loss"} and len([n for n in names if n.endswith("_loss")]) == 1:
         names = [name for name in names if not name.endswith("_loss")]  # it is the total
@@ -215,7 +215,7 @@ def check_figure(check: Any) -> Any:
         axes.set_ylim(len(rows) - 0.5, -0.7)
         axes.margins(x=0.15)
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel("distance between validation samples")
+        axes.set_xlabel("distance between samples")
 
     said = "; ".join(f"{label}: mean {number(m)}, spread {number(sd)}" for label, m, sd, _ in rows)
     caption = (

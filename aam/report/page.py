@@ -85,9 +85,8 @@ def render(run: RunFiles) -> str:
     groups = [found for group in drawn if (found := [figure for figure in group if figure])]
     given = run.summary.get("warnings")
     warnings = [str(entry) for entry in given] if isinstance(given, list) else []
-    # The training run may have noticed the same: its words win.
-    if not any("eval mode" in entry for entry in warnings):
-        warnings += distance_warnings(check)
+    told = any("disagree" in entry for entry in warnings)  # by the training run, in its own words
+    warnings += [w for w in distance_warnings(check) if not (told and "disagree" in w)]
     warnings += run.problems
     sections = [
         ("results", "Results", _results(results, run.summary)),

@@ -25,6 +25,7 @@ class Result:
 
     Attributes:
         name: of the metric.
+        key: the metric's name in ``metrics.csv``, as far as it has one.
         part: ``validation`` as a rule.
         value: NaN where undefined.
         unit: of the value, may be empty.
@@ -33,6 +34,7 @@ class Result:
     """
 
     name: str
+    key: str
     part: str
     value: float
     unit: str
@@ -64,11 +66,14 @@ class Result:
 def read_results(summary: Mapping[str, Any]) -> list[Result]:
     """The results of a summary; entries that are no results are left out."""
     found = []
+    target = summary.get("target")
+    column = str(target.get("column") or "") if isinstance(target, Mapping) else ""
     for entry in summary.get("results") or []:
         if isinstance(entry, Mapping) and "name" in entry:
             found.append(
                 Result(
                     name=str(entry["name"]),
+                    key=metric_key(str(entry["name"]), column),
                     part=str(entry.get("part") or ""),
                     value=to_float(entry.get("value")),
                     unit=str(entry.get("unit") or ""),
@@ -115,13 +120,12 @@ def duration(seconds: Any) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def metric_key(name: str) -> str:
-    """The name that ``metrics.csv`` gives to what a result calls ``Mantel r``."""
-    key = name.lower().replace("²", "2").replace("-", "_").replace(" ", "_")
-    for known in ("nucleotide_accuracy", "balanced_accuracy", "distance_mae"):
-        if key.endswith(known):
-            return known
-    return {"distance_mean_absolute_error": "distance_mae", "roc_auc": "auc"}.get(key, key)
+def metric_key(name: str, column: str = "") -> str:
+    """The name that ``metrics.csv`` gives to what a result calls ``Mantel r`` or ``age R2``."""
+    if column and name.startswith(f"{column} "):
+        name = name[len(column) + 1 :]
+    key = name.lower().replace("\N{SUPERSCRIPT TWO}", "2").replace("-", "_").replace(" ", "_")
+    return "nucleotide_accuracy" if key == "masked_nucleotide_accuracy" else key
 
 
 def sentence(result: Result, target: str) -> str:
@@ -146,13 +150,11 @@ def sentence(result: Result, target: str) -> str:
     }
     if result.value < 0:
         named["r2"] = f"Predictions of {target} are worse than its mean (r2 {value})"
-    said = named.get(
-        metric_key(result.name), f"{result.name[:1].upper()}{result.name[1:]} is {value}{unit}"
-    )
+    said = named.get(result.key, f"{result.name[:1].upper()}{result.name[1:]} is {value}{unit}")
     if result.best is None:
         return f"{said}."
     name, best = result.best
-    percent = metric_key(result.name) in ("nucleotide_accuracy", "r2", "accuracy")
+    percent = result.key in ("nucleotide_accuracy", "r2", "accuracy")
     shown = _percent(best) if percent else f"{number(best)}{unit}"
     link = {"better": "better than", "worse": "worse than", "equal": "no better than"}
     return f"{said}: {link[result.verdict]} the best baseline ({name}, {shown})."

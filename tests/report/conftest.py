@@ -141,8 +141,8 @@ def regression(folder, **entries):
     )
     values = {
         "results": [
-            _result("r2", 0.431, {"random forest": 0.458, "mean": -0.001}),
-            _result("mae", 5.91, {"random forest": 5.76, "mean": 9.04}, False, "years"),
+            _result("age R2", 0.431, {"random forest": 0.458, "mean": -0.001}),
+            _result("age MAE", 5.91, {"random forest": 5.76, "mean": 9.04}, False, "years"),
         ],
         "target": {"column": "age", "kind": "regression", "classes": [], "unit": "years"},
         **entries,

@@ -123,6 +123,17 @@ def test_pretraining_warns_where_the_modes_disagree(tmp_path, fabricate):
     assert page.html.index('id="warnings"') < page.html.index('id="results"')
 
 
+def test_a_disagreement_that_training_noticed_is_not_told_twice(tmp_path, fabricate):
+    check = {
+        "train_mode": {"mean": 0.63, "sd": 0.05},
+        "eval_mode": {"mean": 0.1, "sd": 0.03},
+        "true": {"mean": 0.62, "sd": 0.09},
+    }
+    told = "distances of training mode and evaluation mode disagree"
+    page = report(fabricate.pretraining(tmp_path, distance_check=check, warnings=[told]))
+    assert f"2 warnings {told} Predicted distances hardly differ" in page.words
+
+
 def test_regression_shows_scatter_and_verdicts(tmp_path, fabricate):
     page = report(fabricate.regression(tmp_path))
     assert list(page.figures) == ["target", "ordination", "curves"]

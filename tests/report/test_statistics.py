@@ -81,11 +81,14 @@ def test_names_of_results_find_their_curve():
     for name, key in {
         "Mantel r": "mantel_r",
         "Masked nucleotide accuracy": "nucleotide_accuracy",
-        "Distance MAE": "distance_mae",
+        "distance MAE": "distance_mae",
+        "age R2": "r2",
+        "age mae": "mae",
         "R²": "r2",
+        "Faith PD R2": "faith_pd_r2",
         "balanced accuracy": "balanced_accuracy",
     }.items():
-        assert results.metric_key(name) == key
+        assert results.metric_key(name, "age") == key
 
 
 def test_modes_that_agree_give_no_warning():
