@@ -53,6 +53,13 @@ def test_stratified_split_keeps_proportions_and_small_classes():
     assert len(split.validation) in (40, 41)
 
 
+def test_many_classes_still_add_up_to_the_asked_fraction():
+    labels = [f"class{n % 8}" for n in range(112)]  # 14 of each, 2.8 of them for validation
+    split = split_samples(IDS[:112], seed=0, labels=labels)
+    assert len(split.validation) == 22
+    assert set(shares(split, labels, IDS[:112]).values()) == {2 / 14, 3 / 14}
+
+
 def test_grouped_split_never_cuts_a_group_and_has_about_the_share_of_samples():
     generator = np.random.default_rng(0)
     groups = [f"g{g}" for g in generator.choice(23, 200, p=generator.dirichlet(np.ones(23)))]
