@@ -111,6 +111,7 @@ def _curve_panel(
             axes.set_yscale("log")
         axes.set_title(title)
         axes.set_xlabel("step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.margins(x=0.02)
         axes.legend(loc="best")
 

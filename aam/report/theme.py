@@ -62,7 +62,7 @@ tbody th { color: var(--ink); font-size: inherit; }
 .baselines .best { font-weight: 650; }
 .quiet { color: var(--muted); font-weight: 400; }
 th .quiet { font-size: .84rem; }
-.chip { display: inline-block; border-radius: 999px; padding: .08rem .65rem; font-size: .84rem;
+.chip { display: inline-block; border-radius: .8rem; padding: .08rem .65rem; font-size: .84rem;
   font-weight: 600; background: var(--plain-paper); color: var(--ink); }
 .better { background: var(--good-paper); color: var(--good); }
 .worse { background: var(--bad-paper); color: var(--bad); }
