@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aam_kernels._runtime.dropout import attention_dropped
 from aam_kernels.attention import sdpa
 from aam_kernels.encoder_layer.chunks import Chunk
+from aam_kernels.encoder_layer.masks import attention_factors
 
 # Longest sequence whose probabilities are kept: beyond it they leave the cache.
 LONGEST_KEPT = 256
@@ -54,6 +54,10 @@ def forward(
     Returns:
         Output (chunk rows, D), and what `backward` needs, one entry a group.
     """
+    if chunk.packed is not None:
+        heads = qkv.unflatten(1, (3, num_heads, -1))
+        out, lse = sdpa.forward(*heads.unbind(1), chunk.packed, _scale(heads), dropout_p, seed)
+        return out.flatten(1), [Kept(qkv.new_empty(0), lse, None)]
     output = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3) if known is None else known
     kept = []
     for group in chunk.groups:
@@ -91,6 +95,13 @@ def backward(
     rows: Tensor | None,
 ) -> Tensor:
     """Gradient of ``qkv``, (chunk rows, 3 D)."""
+    if chunk.packed is not None:
+        query, key, value = qkv.unflatten(1, (3, num_heads, -1)).unbind(1)
+        grads = sdpa.backward(
+            grad_output.view(query.shape), query, key, value, output.view(query.shape),
+            kept[0].probabilities, chunk.packed, _scale(query), dropout_p, seed,
+        )  # fmt: skip
+        return torch.stack(grads, dim=1).flatten(1)
     grad_qkv = torch.empty_like(qkv)
     for group, saved in zip(chunk.groups, kept, strict=True):
         place = group.take(grad_qkv).unflatten(2, (3, num_heads, -1))
@@ -149,6 +160,4 @@ def _multiplier(
     if dropout_p == 0.0:
         return None
     assert seed is not None and rows is not None
-    lost = attention_dropped(seed, rows, rows, num_heads, dropout_p)
-    kept = torch.logical_not(lost, out=torch.empty_like(probabilities).view(lost.shape))
-    return kept.mul_(1.0 / (1.0 - dropout_p)).view_as(probabilities)
+    return attention_factors(probabilities, rows, num_heads, dropout_p, seed)

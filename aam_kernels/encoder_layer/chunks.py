@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aam_kernels._runtime.grouping import Sequences
+
 
 class Group(NamedTuple):
     """Sequences of one length that follow each other inside a chunk."""
@@ -36,6 +38,7 @@ class Chunk(NamedTuple):
     start: int  # first row when the rows are consecutive, else -1
     index: Tensor | None  # (size,) int64 rows when they are not
     groups: tuple[Group, ...]
+    packed: Sequences | None = None  # instead of groups: all sequences at once, on a GPU
 
     def take(self, packed: Tensor) -> Tensor:
         """(total, ...) -> (size, ...), a view when the rows are consecutive."""
@@ -50,10 +53,10 @@ class Chunk(NamedTuple):
         else:
             packed.index_copy_(0, self.index, rows.to(packed.dtype))
 
-    def numbers(self) -> Tensor:
+    def numbers(self, device: torch.device) -> Tensor:
         """(size,) int64 rows in the packed tensor: the coordinates of dropout."""
         if self.index is None:
-            return torch.arange(self.start, self.start + self.size)
+            return torch.arange(self.start, self.start + self.size, device=device)
         return self.index
 
 

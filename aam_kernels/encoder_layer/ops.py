@@ -42,10 +42,11 @@ def encoder_layer(
     """Output (total, D), then what is kept for backward: empty, or `sdpa.Saved`."""
     check_sequences(Sequences(offsets, max_length=max_length), x.shape[0], x.shape[0])
     name = dispatch.choose(OPERATION, impl, x.device, x.dtype)
-    output, saved = dispatch.implementation(OPERATION, name).forward(
-        x, offsets, EncoderLayerWeights(*weights), num_heads, dropout_p, seed, max_length,
-        not recompute,
-    )  # fmt: skip
+    with torch.autocast(x.device.type, enabled=False):  # the operator has chosen its dtypes
+        output, saved = dispatch.implementation(OPERATION, name).forward(
+            x, offsets, EncoderLayerWeights(*weights), num_heads, dropout_p, seed, max_length,
+            not recompute,
+        )  # fmt: skip
     return (output, *(saved if saved is not None else _nothing_saved(x)))
 
 
@@ -70,10 +71,11 @@ def encoder_layer_backward(
 ) -> list[Tensor]:
     """The gradients of (x, weights) that ``needs`` asks for."""
     name = dispatch.choose(OPERATION, impl, x.device, x.dtype)
-    grads = dispatch.implementation(OPERATION, name).backward(
-        grad_output, x, offsets, EncoderLayerWeights(*weights), num_heads, dropout_p, seed,
-        max_length, saved, needs,
-    )  # fmt: skip
+    with torch.autocast(x.device.type, enabled=False):
+        grads = dispatch.implementation(OPERATION, name).backward(
+            grad_output, x, offsets, EncoderLayerWeights(*weights), num_heads, dropout_p, seed,
+            max_length, saved, needs,
+        )  # fmt: skip
     return [grad for grad in grads if grad is not None]
 
 
@@ -128,27 +130,15 @@ def _backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Any, ...]:
     x, offsets, seed, *rest = ctx.saved_tensors
     saved, weights = rest[:4], rest[4:]
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2]]
-    found = iter(())
+    found: list[Tensor] = []
     if grad_output is None:
         needs = [False] * len(needs)
     else:
         num_heads, dropout_p, max_length, impl = ctx.options
-        found = iter(
-            encoder_layer_backward(
-                grad_output,
-                x,
-                offsets,
-                weights,
-                saved,
-                needs,
-                num_heads,
-                dropout_p,
-                seed,
-                max_length,
-                impl,
-            )  # fmt: skip
-        )
-    grads = [next(found) if need else None for need in needs]
+        how = num_heads, dropout_p, seed, max_length, impl
+        found = encoder_layer_backward(grad_output, x, offsets, weights, saved, needs, *how)
+    remaining = iter(found)
+    grads = [next(remaining) if need else None for need in needs]
     return (grads[0], None, grads[1:], *(None,) * 6)
 
 

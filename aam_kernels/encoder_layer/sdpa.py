@@ -10,6 +10,7 @@ arithmetic, so their gradients are equal bit for bit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from aam_kernels._runtime.dropout import feature_dropped
+from aam_kernels._runtime.grouping import Sequences
 from aam_kernels.encoder_layer import chunk_attention
 from aam_kernels.encoder_layer.chunks import Chunk, layer_chunks
+from aam_kernels.encoder_layer.masks import feature_factors
 from aam_kernels.encoder_layer.products import (
     add_weight_gradient,
     input_gradient,
@@ -33,6 +35,7 @@ from aam_kernels.encoder_layer.weights import (
     OUTPUT_SITE,
     EncoderLayerWeights,
 )
+from aam_kernels.encoder_layer.workers import share
 
 # Rows of a chunk; 8 sequences of 101 tokens. Measured: see aam_kernels/README.md, "Chunks".
 CHUNK_ROWS = 832
@@ -61,9 +64,7 @@ class Layer:
         if self.dropout_p == 0.0:
             return None
         assert self.seed is not None and rows is not None
-        lost = feature_dropped(self.seed, rows, x.shape[1], site, self.dropout_p)
-        kept = torch.logical_not(lost, out=torch.empty_like(x))
-        return kept.mul_(1.0 / (1.0 - self.dropout_p))
+        return feature_factors(x, rows, site, self.dropout_p, self.seed)
 
 
 class Activations(NamedTuple):
@@ -85,7 +86,7 @@ class Activations(NamedTuple):
 def forward_chunk(x: Tensor, chunk: Chunk, layer: Layer, saved: Saved | None = None) -> Activations:
     """Everything of the layer but its last product; what ``saved`` holds is not made again."""
     w = layer.weights
-    rows = chunk.numbers().to(x.device) if layer.dropout_p else None
+    rows = chunk.numbers(x.device) if layer.dropout_p else None
     normed1, *statistics1 = _norm(x, w.norm1_weight, w.norm1_bias)
     qkv = linear(normed1, w.qkv_weight, w.qkv_bias) if saved is None else saved.qkv
     attended, attention = chunk_attention.forward(
@@ -213,21 +214,24 @@ def forward(
     Rows that belong to no sequence are 0 in the output; in what is kept they are undefined.
     """
     layer = Layer(_computable(weights, x), num_heads, dropout_p, seed)
-    offsets = offsets.cpu()
     compute = layer.weights.qkv_weight.dtype
     output = torch.empty_like(x, memory_format=torch.contiguous_format)
-    output[int(offsets[-1]) :] = 0
+    real = _real_rows(x, offsets, output)
     saved = None
     if keep:
         widths = (3 * x.shape[1], x.shape[1], x.shape[1], weights.ffn_in_weight.shape[0])
         saved = Saved(*(x.new_empty(x.shape[0], width, dtype=compute) for width in widths))
-    for chunk in layer_chunks(offsets, CHUNK_ROWS):
-        made = forward_chunk(chunk.take(x).to(compute), chunk, layer)
-        chunk.put(output, last_product(made, layer))
-        if saved is not None:
-            for whole, part in zip(saved, made.saved, strict=True):
-                chunk.put(whole, part)
-    return output, saved
+
+    def work(chunks: Sequence[Chunk]) -> None:
+        for chunk in chunks:
+            made = forward_chunk(chunk.take(real).to(compute), chunk, layer)
+            chunk.put(output, last_product(made, layer))
+            if saved is not None:
+                for whole, part in zip(saved, made.saved, strict=True):
+                    chunk.put(whole, part)
+
+    share(_chunks(x, offsets, max_length), work)
+    return _clear_unreal(output, offsets), saved
 
 
 def backward(
@@ -244,31 +248,66 @@ def backward(
 ) -> list[Tensor | None]:
     """Gradients of ``x`` and the twelve weights, each only where ``needs`` says so."""
     layer = Layer(_computable(weights, x), num_heads, dropout_p, seed)
-    offsets = offsets.cpu()
-    totals = [
-        torch.zeros_like(weight, memory_format=torch.contiguous_format) if need else None
-        for weight, need in zip(layer.weights, needs[1:], strict=True)
-    ]
     compute = layer.weights.qkv_weight.dtype
-    grad_x = None
-    if needs[0]:
-        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-        grad_x[int(offsets[-1]) :] = 0
-    for chunk in layer_chunks(offsets, CHUNK_ROWS):
-        part = None if saved[0].dim() == 1 else Saved(*(chunk.take(whole) for whole in saved))
-        made = forward_chunk(chunk.take(x).to(compute), chunk, layer, part)
-        grad = chunk.take(grad_output).to(compute)
-        grad = backward_chunk(grad, made, chunk, layer, totals, needs[0])
-        if grad_x is not None and grad is not None:
-            chunk.put(grad_x, grad)
-    finished = [
-        total if total is None else total.to(weight.dtype)
-        for total, weight in zip(totals, weights, strict=True)
-    ]
-    return [grad_x, *finished]
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
+    real = _real_rows(x, offsets, grad_x)
+    grad_output = _real_rows(grad_output, offsets, None)
+
+    def work(chunks: Sequence[Chunk]) -> list[Tensor | None]:
+        totals = [
+            torch.zeros_like(weight) if need else None
+            for weight, need in zip(layer.weights, needs[1:], strict=True)
+        ]
+        for chunk in chunks:
+            part = None if saved[0].dim() == 1 else Saved(*(chunk.take(whole) for whole in saved))
+            made = forward_chunk(chunk.take(real).to(compute), chunk, layer, part)
+            grad = chunk.take(grad_output).to(compute)
+            grad = backward_chunk(grad, made, chunk, layer, totals, needs[0])
+            if grad_x is not None and grad is not None:
+                chunk.put(grad_x, grad)
+        return totals
+
+    shares = share(_chunks(x, offsets, max_length), work) or [work([])]
+    finished: list[Tensor | None] = []
+    for weight, (total, *others) in zip(weights, zip(*shares, strict=True), strict=True):
+        for other in others:  # in order of the threads, so that sums are reproducible
+            total.add_(other) if total is not None else None
+        finished.append(None if total is None else total.to(weight.dtype))
+    return [None if grad_x is None else _clear_unreal(grad_x, offsets), *finished]
+
+
+def _chunks(x: Tensor, offsets: Tensor, max_length: int) -> list[Chunk]:
+    """Cache-sized chunks on a CPU; elsewhere everything at once, without reading the offsets."""
+    if x.device.type == "cpu":
+        return list(layer_chunks(offsets, CHUNK_ROWS))
+    if x.shape[0] == 0 or offsets.shape[0] == 1:
+        return []
+    return [Chunk(x.shape[0], 0, None, (), Sequences(offsets, max_length=max_length))]
+
+
+def _real_rows(x: Tensor, offsets: Tensor, result: Tensor | None) -> Tensor:
+    """``x`` as it may be computed with: rows of no sequence are cleared where they are computed.
+
+    On a CPU no chunk holds such rows; ``result`` gets their zeros here.
+    """
+    if x.device.type != "cpu":
+        return _clear_unreal(x, offsets)
+    if result is not None:
+        result[int(offsets[-1]) :] = 0
+    return x
+
+
+def _clear_unreal(x: Tensor, offsets: Tensor) -> Tensor:
+    """Zeros in the rows past ``offsets[-1]``, without waiting for a GPU."""
+    if x.device.type == "cpu":
+        return x
+    real = torch.arange(x.shape[0], device=x.device) < offsets[-1]
+    return torch.where(real.unsqueeze(1), x, x.new_zeros(()))
 
 
 def _computable(weights: EncoderLayerWeights, x: Tensor) -> EncoderLayerWeights:
-    """The weights, contiguous, in the dtype that a CPU computes in."""
+    """The weights, contiguous, in the dtype that is computed in: on a CPU not a half one."""
+    if x.device.type != "cpu":
+        return EncoderLayerWeights(*(weight.contiguous() for weight in weights))
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     return EncoderLayerWeights(*(weight.to(compute).contiguous() for weight in weights))
