@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from aam_kernels._runtime.dropout import column_hash, dropped, row_hash
+from aam_kernels._runtime.dropout import column_hash, kept, row_hash
 
 
 def forward(
@@ -43,7 +43,7 @@ def forward(
         peak = scores.amax(-1, keepdim=True)
         scores.sub_(peak).exp_()
         total = scores.sum(-1, keepdim=True)
-        scores.masked_fill_(_drop(hashes, block, heads, rows, dropout_p).view_as(scores), 0.0)
+        scores.mul_(_kept(hashes, block, heads, rows, dropout_p, scores))
         part = torch.bmm(scores, v).div_(total.mul(1.0 - dropout_p))
         _place(output, block, heads, rows, part)
         _place(lse.unsqueeze(-1), block, heads, rows, total.log_().add_(peak))
@@ -78,15 +78,15 @@ def backward(
         negative_lse = _heads_first(lse[block, :, heads].unsqueeze(-1))[:, rows].neg()
         delta = (grad * out).sum(-1, keepdim=True)
         probabilities = _scores(q, k, scale, negative_lse).exp_()
-        drop = _drop(hashes, block, heads, rows, dropout_p).view_as(probabilities)
-        grad_scores = _scores(grad, v, keep_scale).masked_fill_(drop, 0.0)
+        keep = _kept(hashes, block, heads, rows, dropout_p, probabilities)
+        grad_scores = _scores(grad, v, keep_scale).mul_(keep)
         grad_scores.sub_(delta).mul_(probabilities)
-        kept = probabilities.masked_fill_(drop, 0.0)
+        kept_weights = probabilities.mul_(keep)
         _place(grad_query, block, heads, rows, torch.bmm(grad_scores, k).mul_(scale))
         every_key = slice(None)
         part = torch.bmm(grad_scores.transpose(1, 2), q).mul_(scale)
         _add(grad_key, block, heads, every_key, part)
-        part = torch.bmm(kept.transpose(1, 2), grad).mul_(keep_scale)
+        part = torch.bmm(kept_weights.transpose(1, 2), grad).mul_(keep_scale)
         _add(grad_value, block, heads, every_key, part)
     return grad_query, grad_key, grad_value
 
@@ -122,12 +122,18 @@ def _scores(left: Tensor, right: Tensor, scale: float, add: Tensor | None = None
     return torch.baddbmm(add.expand(shape), left, right.transpose(1, 2), alpha=scale)
 
 
-def _drop(
-    hashes: tuple[Tensor, Tensor], block: slice, heads: slice, rows: slice, dropout_p: float
+def _kept(
+    hashes: tuple[Tensor, Tensor],
+    block: slice,
+    heads: slice,
+    rows: slice,
+    dropout_p: float,
+    scores: Tensor,
 ) -> Tensor:
-    """(B, heads, rows, keys) bool."""
+    """1 where kept, else 0, in the shape of ``scores`` (B * heads, rows, keys)."""
     row_part = hashes[0][block, rows, heads].transpose(1, 2).unsqueeze(-1).contiguous()
-    return dropped(row_part, hashes[1][block, None, None], dropout_p)
+    columns = hashes[1][block, None, None]
+    return kept(row_part, columns, dropout_p, scores.dtype).view_as(scores)
 
 
 def _place(packed: Tensor, block: slice, heads: slice, rows: slice, part: Tensor) -> None:
