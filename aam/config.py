@@ -305,6 +305,8 @@ class EvaluateConfig:
     """Sample ids of a .npy matrix, one a line, in its order."""
     drop_missing_tips: bool = False
     """Drop features that are not in the tree; they are counted."""
+    group_column: str | None = None
+    """Metadata column; Mantel r is then also given for pairs of different groups."""
     sequences: Path | None = None
     """FASTA or .qza that maps hashed feature ids to their sequences."""
     ids: Path | None = None

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from aam.config import DistanceOptions, MetadataOptions, TableOptions
+from aam.data.dataset import SampleDataset
 from aam.data.distances import read_distances
 from aam.data.facts import DataFact, name_some
 from aam.data.matching import match_ids
@@ -248,3 +249,29 @@ def tell(samples: Samples) -> None:
         say(f"{'' if fact.kind == 'info' else fact.kind + ': '}{fact.count} {fact.what}{detail}")
     for warning in samples.warnings:
         say(f"warning: {warning}")
+
+
+def data_description(config: Any) -> dict[str, Any]:
+    """What a later command must do to a table, to treat it as this run did."""
+    data = config.data
+    return {
+        "rarefy_depth": data.rarefy_depth,
+        "max_bp": data.max_bp,
+        "token_limit": data.token_limit,
+        "asv_sampling": data.asv_sampling,
+        "seed": config.run.seed,
+    }
+
+
+def make_dataset(samples: Samples, options: Any, **known: Any) -> SampleDataset:
+    """The samples as a dataset; what is cut is added to the facts."""
+    dataset = SampleDataset(
+        samples.table,
+        max_bp=options.max_bp,
+        token_limit=options.token_limit,
+        asv_sampling=options.asv_sampling,
+        share_asvs=options.share_asvs,
+        **known,
+    )
+    samples.facts += dataset.facts
+    return dataset

@@ -13,7 +13,6 @@ import torch
 from aam.batching import EpochPlan
 from aam.config import PretrainConfig, to_dict
 from aam.data.dataset import SampleDataset
-from aam.data.splits import Split
 from aam.errors import InputError
 from aam.model import CommunityEncoder
 from aam.model.encoder import EncoderShape
@@ -27,7 +26,16 @@ from aam.training.evaluation import (
 )
 from aam.training.loop import Interrupted, Trainer
 from aam.training.objectives import DistanceLoss, FaithLoss, PretrainObjective
-from aam.training.prepare import Samples, attach_distances, read_samples, split, tell
+from aam.training.prepare import (
+    Samples,
+    attach_distances,
+    data_description,
+    make_dataset,
+    read_samples,
+    split,
+    tell,
+)
+from aam.training.results import print_results, result
 from aam.training.resume import compatible_state
 from aam.training.runs import CHECKPOINTS, Run, check_output, say
 from aam.training.setup import compile_stacks, make_fabric, run_facts
@@ -142,7 +150,7 @@ def pretrain(config: PretrainConfig) -> Path:
         "metric": config.distances.unifrac_metric,
     }
     run = Run(config.run, config, keep_steps=None if state is None else state["progress"]["step"])
-    write_split(run, parts)
+    run.write_split(parts)
     trainer = Trainer(
         fabric,
         objective,
@@ -185,32 +193,6 @@ def encoder_shape(config: PretrainConfig) -> EncoderShape:
     )
 
 
-def data_description(config: Any) -> dict[str, Any]:
-    """What a later command must do to a table, to treat it as this run did."""
-    data = config.data
-    return {
-        "rarefy_depth": data.rarefy_depth,
-        "max_bp": data.max_bp,
-        "token_limit": data.token_limit,
-        "asv_sampling": data.asv_sampling,
-        "seed": config.run.seed,
-    }
-
-
-def make_dataset(samples: Samples, options: Any, **known: Any) -> SampleDataset:
-    """The samples as a dataset; what is cut is added to the facts."""
-    dataset = SampleDataset(
-        samples.table,
-        max_bp=options.max_bp,
-        token_limit=options.token_limit,
-        asv_sampling=options.asv_sampling,
-        share_asvs=options.share_asvs,
-        **known,
-    )
-    samples.facts += dataset.facts
-    return dataset
-
-
 def make_faith_loss(
     config: PretrainConfig, distances: Any, count: int, train_rows: np.ndarray
 ) -> FaithLoss | None:
@@ -236,12 +218,6 @@ def calibrate(task: Task) -> None:
     z = sample_embeddings(task.encoder, task.dataset, rows)
     true = metrics.condensed(task.distances.pairwise(rows))
     task.encoder.unifrac_encoder.calibrate(z, float(true.mean()))
-
-
-def write_split(run: Run, parts: Split) -> None:
-    """Write the ids of each part."""
-    run.write_ids("train_ids.txt", parts.train)
-    run.write_ids("validation_ids.txt", parts.validation)
 
 
 def write_results(run: Run, task: Task, samples: Samples, summary: dict[str, Any]) -> None:
@@ -396,37 +372,3 @@ def mode_check(task: Task, warnings: list[str]) -> dict[str, Any]:
             "the losses of training do not say what the model predicts"
         )
     return check
-
-
-def result(
-    name: str,
-    value: float | None,
-    simple: dict[str, float | None],
-    *,
-    higher_is_better: bool = True,
-    part: str = "validation",
-) -> dict[str, Any]:
-    """One measured number beside its baselines, as the summary holds it."""
-    return {
-        "name": name,
-        "part": part,
-        "value": value,
-        "unit": "",
-        "higher_is_better": higher_is_better,
-        "baselines": simple,
-    }
-
-
-def print_results(results: list[dict[str, Any]]) -> None:
-    """Print the measured numbers, each beside its baselines, on standard output."""
-    from rich.console import Console
-    from rich.table import Table
-
-    def show(value: float | None) -> str:
-        return "-" if value is None else f"{value:.3f}"
-
-    table = Table("validation", "model", "baselines", title=None)
-    for one in results:
-        simple = ", ".join(f"{name} {show(value)}" for name, value in one["baselines"].items())
-        table.add_row(one["name"], show(one["value"]), simple)
-    Console(width=110, highlight=False).print(table)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from aam.config import RunOptions, write_toml
+from aam.data.splits import Split
 from aam.errors import InputError
 from aam.training.checkpoint import MODEL_FILE, atomic_path, write_text
 
@@ -161,6 +162,11 @@ class Run:
     def write_ids(self, name: str, ids: tuple[str, ...]) -> None:
         """Write sample ids, one a line."""
         write_text(self.path / name, "".join(f"{one}\n" for one in ids))
+
+    def write_split(self, parts: Split) -> None:
+        """Write the ids of each part."""
+        self.write_ids("train_ids.txt", parts.train)
+        self.write_ids("validation_ids.txt", parts.validation)
 
     def write_table(self, name: str, header: list[str], rows: Any) -> None:
         """Write a tab-separated table."""

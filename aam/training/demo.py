@@ -1,0 +1,118 @@
+"""`aam demo`: a small simulated study from raw files to a report, in minutes on a laptop."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+from aam.config import (
+    CategoricalOptions,
+    DemoConfig,
+    DistanceOptions,
+    FinetuneConfig,
+    MetadataOptions,
+    ModelOptions,
+    OptimizerOptions,
+    PredictConfig,
+    PretrainConfig,
+    RunOptions,
+    TableOptions,
+    TargetOptions,
+)
+from aam.data.demo import DemoFiles, simulate_community
+from aam.errors import InputError
+from aam.training.runs import is_run, say
+
+MARK = "simulated"  # folder of the simulated files; tells a demo's folder from any other
+LAYERS = 2  # a smaller model than the default, so that minutes are enough
+GROUPS = MetadataOptions(group_column="subject")
+
+
+def demo(config: DemoConfig) -> Path:
+    """Run `aam demo`.
+
+    Returns:
+        The folder of the demo.
+    """
+    from aam.training.finetune import finetune
+    from aam.training.predict import predict
+    from aam.training.pretrain import pretrain
+
+    started = time.monotonic()
+    folder = prepare_folder(config.output_dir)
+    say(f"simulating {config.samples} samples in {folder / MARK}")
+    files = simulate_community(folder / MARK, samples=config.samples, seed=config.seed)
+    say("pretraining on UniFrac distances and masked nucleotides")
+    pretrained = pretrain(pretrain_options(config, files, folder / "pretrained"))
+    say("fine-tuning on age, given the site")
+    age = finetune(finetune_options(config, files, pretrained, folder / "age", "age"))
+    say("fine-tuning on diagnosis")
+    finetune(finetune_options(config, files, pretrained, folder / "diagnosis", "diagnosis"))
+    say("predicting age")
+    predict(
+        PredictConfig(
+            model=age,
+            table=files.table,
+            metadata=files.metadata,
+            output=folder / "predicted-age.tsv",
+        )
+    )
+    say(f"demo finished in {time.monotonic() - started:.0f} s; open these in a browser:")
+    for name in ("pretrained", "age", "diagnosis"):
+        say(f"  {folder / name / 'report.html'}")
+    return folder
+
+
+def prepare_folder(folder: Path) -> Path:
+    """An empty folder; an earlier demo there is removed, anything else is refused."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; choose another --output-dir")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / MARK).is_dir() or is_run(folder):
+            raise InputError(
+                f"{folder}: is not empty and holds no demo; choose another --output-dir"
+            )
+        shutil.rmtree(folder)
+    return folder
+
+
+def pretrain_options(config: DemoConfig, files: DemoFiles, output: Path) -> PretrainConfig:
+    """Options of the demo's pretraining."""
+    return PretrainConfig(
+        data=TableOptions(table=files.table, rarefy_depth=0),
+        distances=DistanceOptions(tree=files.tree),
+        metadata=MetadataOptions(metadata=files.metadata, group_column=GROUPS.group_column),
+        model=ModelOptions(num_layers=LAYERS),
+        optimizer=OptimizerOptions(
+            batch_size=8, epochs=epochs_for(config.pretrain_steps, config), lr=1e-3,
+            max_steps=config.pretrain_steps,
+        ),
+        run=RunOptions(output_dir=output, seed=config.seed),
+    )  # fmt: skip
+
+
+def finetune_options(
+    config: DemoConfig, files: DemoFiles, pretrained: Path, output: Path, column: str
+) -> FinetuneConfig:
+    """Options of the demo's fine-tuning on a column, with the site as covariate."""
+    return FinetuneConfig(
+        data=TableOptions(table=files.table, rarefy_depth=0),
+        metadata=MetadataOptions(metadata=files.metadata, group_column=GROUPS.group_column),
+        target=TargetOptions(metadata_column=column),
+        pretrained_encoder=pretrained,
+        freeze_base=True,
+        categorical=CategoricalOptions(categorical_columns=("site",)),
+        model=ModelOptions(count_embedding="none"),
+        optimizer=OptimizerOptions(
+            batch_size=16, epochs=epochs_for(config.finetune_steps, config, 16), lr=1e-3,
+            max_steps=config.finetune_steps,
+        ),
+        run=RunOptions(output_dir=output, seed=config.seed),
+    )  # fmt: skip
+
+
+def epochs_for(steps: int, config: DemoConfig, batch_size: int = 8) -> int:
+    """Epochs whose schedule ends about where the steps do."""
+    training = max(2, round(config.samples * (1 - MetadataOptions().validation_fraction)))
+    return max(1, round(steps * batch_size / training))

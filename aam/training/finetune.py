@@ -1,0 +1,421 @@
+"""`aam finetune`: train a predictor of a metadata column."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aam.batching import EpochPlan
+from aam.config import FinetuneConfig, to_dict
+from aam.data.dataset import SampleDataset
+from aam.data.facts import DataFact, name_some
+from aam.data.metadata import require_values
+from aam.errors import InputError
+from aam.model import CommunityEncoder, Predictor
+from aam.model.encoder import EncoderShape
+from aam.model.predictor import PredictorShape, category_codes
+from aam.training import baselines
+from aam.training.checkpoint import MODEL_FILE, load_encoder, load_state, read_model, save_model
+from aam.training.evaluation import encode_asvs, predict_outputs, target_metrics
+from aam.training.loop import Interrupted, Trainer
+from aam.training.objectives import DistanceLoss, FinetuneObjective, make_target_loss
+from aam.training.prepare import (
+    Samples,
+    attach_distances,
+    data_description,
+    make_dataset,
+    read_samples,
+    split,
+    tell,
+)
+from aam.training.results import print_results, result
+from aam.training.resume import compatible_state
+from aam.training.runs import CHECKPOINTS, Run, check_output, say
+from aam.training.setup import compile_stacks, make_fabric, run_facts
+from aam.training.targets import (
+    TargetInfo,
+    TargetTransform,
+    category_keys,
+    class_weights,
+    is_classification,
+)
+
+BASELINE_SEED = 0
+
+
+@dataclass
+class Task:
+    """What validation and the final measurements look at."""
+
+    predictor: Predictor
+    dataset: SampleDataset
+    target: TargetInfo
+    truth: np.ndarray  # (samples,) in the user's units, or class codes
+    keys: list[str] | None  # categories of each sample, for zscore-category
+    train_rows: np.ndarray
+    validation_rows: np.ndarray
+    target_loss: Any
+    scaled: np.ndarray  # (samples,) what the model learns
+    frozen_asvs: Tensor | None
+
+    def predict(self, rows: np.ndarray) -> tuple[np.ndarray, Tensor]:
+        """Predictions (numbers in the user's units, or probabilities) and raw outputs."""
+        outputs = predict_outputs(self.predictor, self.dataset, rows, frozen_asvs=self.frozen_asvs)
+        keys = None if self.keys is None else [self.keys[row] for row in rows]
+        return in_units(outputs, self.target, keys), outputs
+
+    def validate(self) -> dict[str, float | None]:
+        """Validation metrics of the current weights, in evaluation mode."""
+        rows = self.validation_rows
+        predicted, outputs = self.predict(rows)
+        true = torch.as_tensor(self.scaled[rows])
+        true = true.long() if self.target.classes else true.float()
+        loss = float(self.target_loss(outputs, true))
+        return {
+            "loss": loss,
+            "target_loss": loss,
+            **target_metrics(predicted, self.truth[rows], len(self.target.classes)),
+        }
+
+
+def in_units(outputs: Tensor, target: TargetInfo, keys: list[str] | None) -> np.ndarray:
+    """Model outputs as numbers in the user's units (n,), or probabilities (n, classes)."""
+    if target.classes:
+        return outputs.softmax(-1).double().numpy()
+    return target.transform.invert(outputs[:, 0].double().numpy(), keys)
+
+
+def finetune(config: FinetuneConfig) -> Path:
+    """Run `aam finetune`.
+
+    Returns:
+        The run folder.
+    """
+    started = time.time()
+    check_output(config.run)
+    check_options(config)
+    adopt_pretrained(config)
+    state = compatible_state(config)
+    fabric = make_fabric(config.run)
+    samples = read_samples(config.data, config.run.seed, metadata=config.metadata.metadata)
+    classes = keep_samples_with_target(samples, config)
+    distances = None
+    if config.losses.unifrac_penalty:
+        distances = attach_distances(samples, config.data, config.distances)
+    assert samples.metadata is not None
+    column = config.target.metadata_column
+    labels = [str(one) for one in samples.metadata.text(column)] if classes else None
+    parts = split(samples, config.metadata, config.run.seed, labels=labels)
+    train_rows = samples.rows(parts.train)
+    target, truth, scaled, keys = prepare_target(samples, config, classes, train_rows)
+    categories, category_classes = prepare_categories(samples, config, train_rows)
+    dataset = make_dataset(
+        samples,
+        config.data,
+        targets=scaled.astype(np.int64 if classes else np.float32),
+        categories=categories,
+    )
+    tell(samples)
+    plan = EpochPlan(train_rows, config.optimizer.batch_size, config.run.seed)
+
+    torch.manual_seed(config.run.seed)
+    predictor = make_predictor(config, target, category_classes).to(fabric.device)
+    frozen = None
+    if config.freeze_base:
+        predictor.encoder.requires_grad_(False)
+        say(f"encoding {len(dataset.sequences)} distinct ASVs once (--freeze-base)")
+        frozen = encode_asvs(predictor.encoder, dataset, np.arange(len(dataset.sequences)))
+    weights = None
+    if classes and config.target.class_weights:
+        weights = torch.as_tensor(
+            class_weights(truth[train_rows].astype(np.int64), len(classes)), device=fabric.device
+        )
+    target_loss = make_target_loss(config.target, weights, bool(classes))
+    objective = FinetuneObjective(
+        predictor,
+        config.losses,
+        target_loss,
+        unifrac=None if distances is None else DistanceLoss(distances),
+        frozen_asvs=frozen,
+    )
+    if config.run.compile_model:
+        compile_stacks(predictor)
+    validation_loss = make_target_loss(
+        config.target, None if weights is None else weights.cpu(), bool(classes)
+    )
+    task = Task(
+        predictor,
+        dataset,
+        target,
+        truth,
+        keys,
+        train_rows,
+        samples.rows(parts.validation),
+        validation_loss,
+        scaled,
+        frozen,
+    )
+    description = {
+        "command": "finetune",
+        "data": data_description(config),
+        "target": target.to_dict(),
+        "categories": category_classes,
+    }
+    run = Run(config.run, config, keep_steps=None if state is None else state["progress"]["step"])
+    run.write_split(parts)
+    trainer = Trainer(
+        fabric,
+        objective,
+        dataset,
+        plan,
+        config.optimizer,
+        run,
+        validate=task.validate,
+        best_metric=config.optimizer.best_metric or ("balanced_accuracy" if classes else "r2"),
+        description=description,
+        config=to_dict(config),
+        seed=config.run.seed,
+    )
+    if state is not None:
+        trainer.resume(state)
+        say(f"continuing at step {trainer.progress.step}")
+    try:
+        trainer.fit()
+    except Interrupted:
+        run.close()
+        say(f"saved at step {trainer.progress.step}; continue with --resume-from {run.path}")
+        raise
+    best = run.path / CHECKPOINTS / "best.pt"
+    if best.is_file():
+        objective.load_state_dict(load_state(best)["objective"])
+    save_model(run.path / MODEL_FILE, predictor, description)
+    summary = run_facts(config, fabric, trainer, samples, parts, predictor, started)
+    write_results(run, task, samples, summary)
+    run.close()
+    from aam.report import write_report
+
+    say(f"report: {write_report(run.path)}")
+    return run.path
+
+
+def check_options(config: FinetuneConfig) -> None:
+    """Refuse combinations that cannot mean anything.
+
+    Raises:
+        InputError: names the options.
+    """
+    if config.metadata.metadata is None:
+        raise InputError("finetune needs --metadata, which holds the --metadata-column")
+    if config.freeze_base and config.pretrained_encoder is None and config.run.resume_from is None:
+        raise InputError("--freeze-base needs --pretrained-encoder: a fresh encoder must train")
+    if config.freeze_base and (config.losses.unifrac_penalty or config.losses.nucleotide_penalty):
+        raise InputError(
+            "--freeze-base leaves nothing for --unifrac-penalty or --nucleotide-penalty to train"
+        )
+    if config.distances.unifrac_metric == "faith-pd" and config.losses.unifrac_penalty:
+        raise InputError("--unifrac-metric faith-pd is for pretrain; choose a distance")
+    if not 0 < config.target.quantile < 1:
+        raise InputError(f"--quantile {config.target.quantile}: expected between 0 and 1")
+
+
+def adopt_pretrained(config: FinetuneConfig) -> None:
+    """Take the encoder's shape from the pretrained run, so that its weights fit."""
+    if config.pretrained_encoder is None:
+        return
+    _, described = read_model(config.pretrained_encoder)
+    for name, value in described["encoder"].items():
+        if name in ("max_bp", "token_limit"):
+            setattr(config.data, name, value)
+        elif name != "dropout":
+            setattr(config.model, name, value)
+
+
+def keep_samples_with_target(samples: Samples, config: FinetuneConfig) -> tuple[str, ...]:
+    """Drop (and count) samples without a value of the target; return the classes, sorted.
+
+    Raises:
+        InputError: the column is missing, has no values, one class, or is not numeric.
+    """
+    metadata = samples.metadata
+    assert metadata is not None
+    column = config.target.metadata_column
+    values = metadata.text(column)
+    classification = is_classification(metadata, config.target)
+    require_values(metadata, column, numeric=not classification)
+    lacking = [name for name, value in zip(samples.ids, values, strict=True) if value is None]
+    if lacking:
+        what = f"samples without a value of {column!r}"
+        samples.facts.append(DataFact(what, len(lacking), name_some(lacking), "dropped"))
+        samples.keep([n for n, v in zip(samples.ids, values, strict=True) if v is not None])
+    if not classification:
+        return ()
+    assert samples.metadata is not None
+    classes = sorted({str(one) for one in samples.metadata.text(column)})
+    return tuple(classes)
+
+
+def prepare_target(
+    samples: Samples, config: FinetuneConfig, classes: tuple[str, ...], train_rows: np.ndarray
+) -> tuple[TargetInfo, np.ndarray, np.ndarray, list[str] | None]:
+    """The target, its true values, what the model learns, and the samples' category keys."""
+    metadata, column = samples.metadata, config.target.metadata_column
+    assert metadata is not None
+    if classes:
+        code = {name: i for i, name in enumerate(classes)}
+        codes = np.array([code[str(one)] for one in metadata.text(column)])
+        return TargetInfo(column, classes), codes, codes, None
+    values = metadata.numeric(column)
+    keys = None
+    if config.target.target_transform == "zscore-category":
+        columns = config.categorical.categorical_columns
+        keys = category_keys(metadata, columns, samples.ids) if columns else None
+    own = None if keys is None else [keys[row] for row in train_rows]
+    transform = TargetTransform.fit(config.target.target_transform, values[train_rows], own)
+    scaled = transform.apply(values, keys)
+    if not np.isfinite(scaled).all():
+        raise InputError(
+            f"--target-transform {transform.name}: {int((~np.isfinite(scaled)).sum())} values of "
+            f"{column!r} cannot be transformed; use zscore"
+        )
+    return TargetInfo(column, (), transform), values, scaled, keys
+
+
+def prepare_categories(
+    samples: Samples, config: FinetuneConfig, train_rows: np.ndarray
+) -> tuple[np.ndarray | None, dict[str, list[str]]]:
+    """Codes (samples, columns) of the categorical columns, and each column's classes.
+
+    Classes are those of the training part; a value that only validation has is unknown (0).
+    """
+    columns = config.categorical.categorical_columns
+    metadata = samples.metadata
+    assert metadata is not None
+    if not columns:
+        return None, {}
+    if config.target.metadata_column in columns:
+        raise InputError(
+            f"--categorical-columns: {config.target.metadata_column!r} is the target itself"
+        )
+    classes: dict[str, list[str]] = {}
+    for column in columns:
+        values = metadata.text(column)
+        classes[column] = sorted(
+            {str(values[row]) for row in train_rows if values[row] is not None}
+        )
+        if not classes[column]:
+            raise InputError(
+                f"{metadata.source}: column {column!r} has no values in the training part; "
+                "leave it out of --categorical-columns"
+            )
+    codes = encode_categories(samples, classes)
+    unknown = codes == 0
+    for place, column in enumerate(columns):
+        if unknown[:, place].any():
+            what = f"samples whose {column!r} is missing or not in the training part"
+            samples.facts.append(DataFact(what, int(unknown[:, place].sum()), "taken as unknown"))
+    return codes, classes
+
+
+def encode_categories(samples: Samples, classes: dict[str, list[str]]) -> np.ndarray:
+    """Codes (samples, columns) int64; 0 for unknown or missing."""
+    if samples.metadata is None:
+        raise InputError(
+            f"the model uses {', '.join(classes)}: --metadata is needed (blank cells are unknown)"
+        )
+    codes = [category_codes(samples.metadata.text(name), own) for name, own in classes.items()]
+    return np.array(codes, dtype=np.int64).T
+
+
+def make_predictor(
+    config: FinetuneConfig, target: TargetInfo, category_classes: dict[str, list[str]]
+) -> Predictor:
+    """The predictor, its base loaded from the pretrained run where one is given."""
+    shape = EncoderShape(
+        **asdict(config.model), max_bp=config.data.max_bp, token_limit=config.data.token_limit
+    )
+    impl, recompute = config.run.attn_implementation, config.run.gradient_checkpointing
+    # Distances are learned without dropout in these stacks; see CommunityEncoder.
+    dropout = 0.0 if config.losses.unifrac_penalty else shape.dropout
+    encoder = CommunityEncoder(shape, impl=impl, recompute=recompute, sample_dropout=dropout)
+    if config.pretrained_encoder is not None:
+        print_loaded(load_encoder(encoder, config.pretrained_encoder), config.pretrained_encoder)
+    own = PredictorShape(
+        outputs=target.outputs,
+        category_sizes=tuple(len(one) for one in category_classes.values()),
+        categorical_embed_dim=config.categorical.categorical_embed_dim,
+        categorical_fusion=config.categorical.categorical_fusion,
+        target_head=config.target.target_head,
+        target_norm=config.target.target_norm,
+        predict_counts=bool(config.losses.count_penalty),
+    )
+    return Predictor(encoder, own, impl=impl, recompute=recompute)
+
+
+def print_loaded(rows: list[tuple[str, str, int]], run: Path) -> None:
+    """Print which parts of the encoder were loaded, are new, or were skipped."""
+    say(f"encoder from {run}:")
+    for part, what, size in rows:
+        say(f"  {part:20}{what:10}{size:>12,} parameters")
+
+
+def write_results(run: Run, task: Task, samples: Samples, summary: dict[str, Any]) -> None:
+    """Predictions of both parts, the metrics beside their baselines, and the summary."""
+    header, rows = prediction_header(task.target), []
+    measured: dict[str, float | None] = {}
+    for part, chosen in (("train", task.train_rows), ("validation", task.validation_rows)):
+        predicted, _ = task.predict(chosen)
+        if part == "validation":
+            measured = target_metrics(predicted, task.truth[chosen], len(task.target.classes))
+        for row, cells in zip(chosen, prediction_cells(predicted, task.target), strict=True):
+            true = task.truth[row]
+            shown = task.target.classes[int(true)] if task.target.classes else repr(float(true))
+            rows.append([samples.ids[row], part, shown, *cells])
+    run.write_table("predictions.tsv", ["sample-id", "part", "true", *header], rows)
+    simple = baselines.target_baselines(
+        samples.table.counts,
+        task.truth,
+        task.train_rows,
+        task.validation_rows,
+        kind=task.target.kind,
+        number_of_classes=len(task.target.classes) or None,
+        seed=BASELINE_SEED,
+    )
+    names = {"r2": "R2", "mae": "MAE", "auc": "AUC", "balanced_accuracy": "balanced accuracy"}
+    results = [
+        result(
+            f"{task.target.column} {names.get(name, name)}",
+            value,
+            simple.get(name, {}),
+            higher_is_better=name != "mae",
+        )
+        for name, value in measured.items()
+    ]
+    summary["results"] = results
+    summary["target"] = {
+        "column": task.target.column,
+        "kind": task.target.kind,
+        "classes": list(task.target.classes),
+        "unit": "",
+    }
+    run.write_summary(summary)
+    print_results(results)
+
+
+def prediction_header(target: TargetInfo) -> list[str]:
+    """Names of the columns that :func:`prediction_cells` fills."""
+    return ["predicted", *(f"probability_{name}" for name in target.classes)]
+
+
+def prediction_cells(predicted: np.ndarray, target: TargetInfo) -> list[list[str]]:
+    """A number in the user's units, or a class name and every class's probability."""
+    if not target.classes:
+        return [[repr(float(value))] for value in predicted]
+    return [
+        [target.classes[int(row.argmax())], *(f"{value:.6f}" for value in row)] for row in predicted
+    ]
