@@ -36,7 +36,7 @@ def browse(require_tool, tmp_path):
             "--dump-dom",
             path.resolve().as_uri(),
         ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
         return done.stdout, _pixels(folder / "page.png"), _asked_for(folder / "net.json")
 
     return open_page

@@ -189,7 +189,7 @@ def test_numbers_and_speed_on_real_data(real_data):
     header = next(iter(subject.values()))
     column = header.index("host_subject_id")
     order = np.random.default_rng(0).permutation(len(ids))
-    started = time.perf_counter()
+    started = time.process_time()
     found = baselines.distance_baselines(
         counts,
         true,
@@ -198,7 +198,7 @@ def test_numbers_and_speed_on_real_data(real_data):
         groups=[subject[name][column] for name in ids],
         sequences=[str(name) for name in table.ids("observation")],
     )
-    assert time.perf_counter() - started < 5.0  # 0.3 s alone; the machine may be shared
+    assert time.process_time() - started < 3.0  # 0.3 s; of the processor, which may be shared
     assert 0.85 < found["Jaccard"].r < 0.94
     assert 0.60 < found["Bray-Curtis"].r < 0.80
     assert found["12-mer Jaccard"].r > found["Jaccard"].r > found["Jaccard"].r_between
