@@ -83,8 +83,8 @@ def choose(operation: str, impl: str, device: torch.device, dtype: torch.dtype) 
     if impl == "auto":
         return _choose_auto(operation, table, device, dtype)
     found = table.get(impl)
-    usable = available_impls(device).get(operation, ())
     if found is None or not found.serves(device):
+        usable = available_impls(device).get(operation, ())
         raise ValueError(
             f"{operation}: impl={impl!r} is not available on this installation for "
             f"{device.type}; available: {', '.join(usable)}"

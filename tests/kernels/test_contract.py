@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from aam_kernels._problems import Problem, attention_problems, pooling_problems
-from aam_kernels.verify import check_problem
+from aam_kernels._verification import check_problem
 from tests.kernels.contract import CPU, IMPLS
 
 PROBLEMS = [*attention_problems(), *pooling_problems()]
