@@ -1,8 +1,13 @@
 """Modules on `Ragged`: self-attention, attention pooling, a pre-norm transformer encoder.
 
-Dtypes: a module computes in the dtype of its input and weights as `torch.nn` modules do. float16
-and bfloat16 are honoured on a GPU, also under autocast; on a CPU they are computed in float32 and
-rounded once. Layer norms at the module level and residual sums keep the dtype of the values.
+Parameters are named, shaped and drawn as in `torch.nn.MultiheadAttention` and
+`torch.nn.TransformerEncoder`, whose state dicts load here. (The residual branches are not scaled
+down with depth: pre-norm stacks of the few layers meant here train without.)
+
+Dtypes: a module computes in the dtype of its values and parameters. On a CPU float16 and bfloat16
+are computed in float32 and rounded once an operation, and autocast changes nothing inside the
+layers. Under autocast on a GPU each layer runs in the autocast dtype, and its output takes the
+dtype of its input again.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from aam_kernels.attention.api import ragged_attention
 from aam_kernels.encoder_layer.api import encoder_layer
 from aam_kernels.encoder_layer.weights import EncoderLayerWeights
 from aam_kernels.pooling.api import attention_pool
@@ -51,12 +57,60 @@ class AttentionPool(nn.Module):
         return self.norm(pooled)
 
 
+class SelfAttention(nn.Module):
+    """Multi-head self-attention within each sequence.
+
+    Args:
+        dim: width of the values.
+        num_heads: divides ``dim``.
+        dropout: probability of dropping an attention weight while training.
+        impl: implementation of `ragged_attention`.
+
+    Raises:
+        ValueError: ``num_heads`` does not divide ``dim``.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, *, dropout: float = 0.0, impl: str = "auto"
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads must divide dim={dim}, got {num_heads}")
+        self.num_heads, self.dropout, self.impl = num_heads, dropout, impl
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier for the joint query, key and value matrix; biases 0."""
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.in_proj_bias)
+        self.out_proj.reset_parameters()
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Ragged) -> Ragged:
+        """(total, dim) -> (total, dim); the sequences stay."""
+        projected = nn.functional.linear(x.values, self.in_proj_weight, self.in_proj_bias)
+        query, key, value = projected.unflatten(1, (3, self.num_heads, -1)).unbind(1)
+        attended = ragged_attention(
+            query,
+            key,
+            value,
+            x.offsets,
+            max_length=x.max_length,
+            dropout_p=self.dropout if self.training else 0.0,
+            impl=self.impl,
+        )
+        return x.with_values(self.out_proj(attended.flatten(1)))
+
+
 class TransformerEncoderLayer(nn.Module):
-    """The weights of one pre-norm layer, named as in `torch.nn.TransformerEncoderLayer`."""
+    """The parameters of one pre-norm layer, named as in `torch.nn.TransformerEncoderLayer`."""
 
     def __init__(self, dim: int, num_heads: int, ffn_dim: int) -> None:
         super().__init__()
-        self.self_attn = nn.MultiheadAttention(dim, num_heads)
+        self.self_attn = SelfAttention(dim, num_heads)
         self.linear1 = nn.Linear(dim, ffn_dim)
         self.linear2 = nn.Linear(ffn_dim, dim)
         self.norm1 = nn.LayerNorm(dim)
@@ -82,7 +136,24 @@ class TransformerEncoderLayer(nn.Module):
 
 
 class TransformerEncoder(nn.Module):
-    """A stack of pre-norm layers and a final layer norm, `Ragged` to `Ragged`."""
+    """A stack of pre-norm layers and a final layer norm, `Ragged` to `Ragged`.
+
+    While training with dropout every layer draws a seed from torch's default generator, so
+    `torch.manual_seed` reproduces a step.
+
+    Args:
+        dim: width of the values.
+        num_heads: divides ``dim``.
+        num_layers: layers.
+        ffn_dim: width of the feed-forward part; None: ``4 * dim``.
+        dropout: probability of dropping, at the four sites of `encoder_layer`.
+        recompute: keep only the layers' inputs for the backward pass.
+        impl: implementation of `encoder_layer`.
+        norm_eps: epsilon of the final norm (that of the layers is 1e-5).
+
+    Raises:
+        ValueError: ``num_heads`` does not divide ``dim``.
+    """
 
     def __init__(
         self,
