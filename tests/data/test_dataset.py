@@ -114,6 +114,20 @@ def test_abundance_keeps_the_most_abundant_and_breaks_ties_by_sequence():
     assert list(read_back(first, first.batch([0]))[0]) == ["TTT", "GGG", "CCC"]
 
 
+def test_ties_among_many_are_broken_by_sequence():
+    generator = np.random.default_rng(0)
+    dna = sorted({"".join(generator.choice(list("ACGT"), 8)) for _ in range(300)})
+    counts = generator.integers(1, 4, (2, len(dna)))
+    order = generator.permutation(len(dna))
+    table = FeatureTable(
+        ("s", "t"), tuple(dna[n] for n in order), sp.csr_array(counts[:, order]), "t"
+    )
+    dataset = SampleDataset(table, token_limit=40)
+    for row, found in enumerate(read_back(dataset, dataset.batch([0, 1]))):
+        ranked = sorted(range(len(dna)), key=lambda n: (-counts[row, n], dna[n]))
+        assert set(found) == {dna[n] for n in ranked[:40]}
+
+
 def test_random_sampling_is_seeded_uniform_and_without_repeats():
     table = FeatureTable(
         ("s", "small"), tuple(f"{a}{b}" for a in "ACGT" for b in "AC"),

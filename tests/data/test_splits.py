@@ -154,12 +154,28 @@ def test_a_subject_column_that_crosses_is_found_by_name_or_by_what_it_settles(na
     assert leaking_columns(metadata, grouped) == []
 
 
-def test_subject_words_alone_raise_no_alarm():
-    metadata = study(named="subject_sex")
-    cells = metadata.cells | {"subject_sex": metadata.cells["sex"]}
+def test_other_columns_raise_no_alarm():
+    metadata = study(named="subject_diet")
+    barcodes = metadata.text("barcode")
+    cells = (
+        metadata.cells
+        | {
+            "subject_diet": metadata.cells["site"],  # a word of subjects, but no id
+            "donor": metadata.cells["sex"],  # two values sort nobody
+            # Nearly one a sample settles everything; the two alike are visits of one subject.
+            "barcode": (*barcodes[:-1], barcodes[-2]),
+        }
+    )
     metadata = Metadata(metadata.ids, "study", cells, {})
-    half = len(metadata) // 2
-    assert leaking_columns(metadata, Split(metadata.ids[:half], metadata.ids[half:])) == []
+    split = Split(metadata.ids[:-1], metadata.ids[-1:])
+    assert leaking_columns(metadata, split) == []
+
+
+def test_a_subject_column_with_few_others_is_found_by_its_name():
+    ids = tuple(f"v{n}" for n in range(12))
+    cells = {"patient_id": tuple("123123123123"), "visit": tuple("112233112233")}
+    metadata = Metadata(ids, "study", cells, {})
+    assert leaking_columns(metadata, Split(ids[:9], ids[9:])) == ["patient_id"]
 
 
 @pytest.mark.real
