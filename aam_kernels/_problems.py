@@ -69,7 +69,9 @@ class Problem:
     def run(self, impl: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Output and the gradient of every differentiable input, by name."""
         leaves = {
-            name: x.detach().clone().requires_grad_() for name, x in inputs.items() if name != "grad"
+            name: x.detach().clone().requires_grad_()
+            for name, x in inputs.items()
+            if name != "grad"
         }
         output = self.call(impl, leaves)
         grads = torch.autograd.grad(output, tuple(leaves.values()), inputs["grad"])
@@ -94,21 +96,21 @@ class Problem:
         if self.padded:
             shape = (len(self.lengths), self._longest() + self.tail)
             lengths = torch.tensor(self.lengths, dtype=torch.int32, device=device)
-            output = attention(
+            padded = attention(
                 *(t.unflatten(0, shape) for t in qkv),
                 lengths=lengths,
                 dropout_p=self.dropout_p,
                 seed=self.seed,
                 impl=impl,
             )
-            return output.flatten(0, 1)
-        cross = self.key_lengths is not None
+            return padded.flatten(0, 1)
+        keys = self.key_lengths
         output = ragged_attention(
             *qkv,
             offsets,
-            key_offsets=_offsets(self.key_lengths, device) if self.key_lengths else None,
+            key_offsets=None if keys is None else _offsets(keys, device),
             max_length=self._longest(),
-            max_key_length=max(self.key_lengths, default=0) if cross else None,
+            max_key_length=None if keys is None else max(keys, default=0),
             dropout_p=self.dropout_p,
             seed=self.seed,
             impl=impl,

@@ -77,7 +77,7 @@ class VerificationReport:
         return [check for check in self.checks if check.failures]
 
     def passing(self) -> list[str]:
-        """"operation/impl" of which every check passed."""
+        """Names ``operation/impl`` of which every check passed."""
         seen = {f"{check.operation}/{check.impl}" for check in self.checks}
         return sorted(seen - {f"{check.operation}/{check.impl}" for check in self.failures})
 
@@ -276,4 +276,3 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json is not None:
         options.json.write_text(report.to_json())
     return 0 if report.passed else 1
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -73,7 +74,8 @@ class Ragged:
                 f"{int(lengths.max())}"
             )
         real = torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)
-        return cls(x[real], offsets_from_lengths(lengths), int(lengths.max()) if len(lengths) else 0)
+        longest = int(lengths.max()) if len(lengths) else 0
+        return cls(x[real], offsets_from_lengths(lengths), longest)
 
     @classmethod
     def from_list(cls, sequences: Sequence[Tensor]) -> Ragged:
@@ -100,7 +102,7 @@ class Ragged:
             raise ValueError(f"expected a nested tensor of jagged layout, got {nested.layout}")
         if nested.lengths() is not None:  # type: ignore[attr-defined]
             raise ValueError("nested tensors with holes are not accepted; call .contiguous()")
-        return cls(nested.values(), nested.offsets().to(torch.int32))
+        return cls(nested.values(), nested.offsets().to(torch.int32))  # type: ignore[attr-defined]
 
     def to_nested(self) -> Tensor:
         """A jagged `torch.nested` tensor over the same values."""
@@ -120,7 +122,7 @@ class Ragged:
             return self.values.new_full(shape, fill)
         rows = self.offsets[:-1, None].long() + slots
         padded = self.values[rows.clamp_(max=self.values.shape[0] - 1)]
-        return torch.where(real, padded, torch.full((), fill, dtype=padded.dtype, device=padded.device))
+        return torch.where(real, padded, padded.new_full((), fill))
 
     def with_values(self, values: Tensor) -> Ragged:
         """The same sequences over other values (total, ...); the offsets are not checked again."""
@@ -153,7 +155,7 @@ class Ragged:
 
     def __iter__(self) -> Iterator[Tensor]:
         bounds = self.offsets.tolist()
-        return (self.values[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+        return (self.values[a:b] for a, b in pairwise(bounds))
 
 
 def offsets_from_lengths(lengths: Tensor) -> Tensor:

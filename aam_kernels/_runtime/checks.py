@@ -22,9 +22,7 @@ def check_tensors(**tensors: Tensor) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
         if x.dtype not in FLOATING:
-            raise TypeError(
-                f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}"
-            )
+            raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
         if x.dtype != first.dtype:
             raise TypeError(f"{name} is {x.dtype}, but {first_name} is {first.dtype}")
         if x.device != first.device:

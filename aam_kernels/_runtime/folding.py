@@ -28,10 +28,7 @@ def fold_sequences(
     if size * total >= 1 << 31:
         raise ValueError(f"vmap over {size} x {total} rows exceeds int32 offsets")
     bounds = _batch_first(offsets, offsets_dim, size)
-    if lengths is None:
-        real = bounds.diff(dim=1)
-    else:
-        real = _batch_first(lengths, lengths_dim, size)
+    real = bounds.diff(dim=1) if lengths is None else _batch_first(lengths, lengths_dim, size)
     shift = torch.arange(size, dtype=torch.int32, device=offsets.device).unsqueeze(1) * total
     starts = (bounds[:, :-1] + shift).reshape(-1)
     end = starts.new_full((1,), size * total)

@@ -9,6 +9,8 @@ rounding, are the same on every call.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -48,7 +50,8 @@ class Sequences(NamedTuple):
         return self.key_offsets, self.key_lengths
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Rows:
     """The rows of ``count`` sequences of one length: a slice of the packed tensor or an index.
 
     Attributes:
@@ -84,9 +87,7 @@ class Rows(NamedTuple):
     def numbers(self) -> Tensor:
         """(count, length) int64 rows in the packed tensor: the coordinates of dropout."""
         size = self.count * self.length
-        rows = (
-            torch.arange(self.start, self.start + size) if self.index is None else self.index
-        )
+        rows = torch.arange(self.start, self.start + size) if self.index is None else self.index
         return rows.view(self.count, self.length)
 
 
@@ -173,7 +174,7 @@ def _equal_runs(
     order = np.argsort(pair, kind="stable")
     cuts = np.flatnonzero(np.diff(pair[order])) + 1
     edges = [0, *cuts.tolist(), len(pair)]
-    return order, list(zip(edges[:-1], edges[1:], strict=True))
+    return order, list(pairwise(edges))
 
 
 def _rows(starts: np.ndarray, length: int) -> Rows:

@@ -146,19 +146,16 @@ def _fold(
     size = info.batch_size
     count = len(inputs) - 10
     refuse_batched(in_dims[count + 4], "seed")
-    rows = [
-        fold_rows(x, dim, size) for x, dim in zip(inputs[:count], in_dims[:count], strict=True)
-    ]
+    rows = [fold_rows(x, dim, size) for x, dim in zip(inputs[:count], in_dims[:count], strict=True)]
     offsets, key_offsets, lengths, key_lengths = inputs[count : count + 4]
     dims = in_dims[count : count + 4]
     total, total_key = rows[key_place - 1].shape[0] // size, rows[key_place].shape[0] // size
     where = fold_sequences(offsets, lengths, dims[0], dims[2], size, total)
+    where_key: tuple[Tensor | None, Tensor | None]
     if key_offsets is None:
         where_key = (None, None)
     else:
         where_key = fold_sequences(key_offsets, key_lengths, dims[1], dims[3], size, total_key)
-    results = op(
-        *rows, where[0], where_key[0], where[1], where_key[1], *inputs[count + 4 :]
-    )
+    results = op(*rows, where[0], where_key[0], where[1], where_key[1], *inputs[count + 4 :])
     unfolded = tuple(x.unflatten(0, (size, x.shape[0] // size)) for x in results)
     return unfolded, (0,) * len(unfolded)

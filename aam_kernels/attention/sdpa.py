@@ -24,10 +24,12 @@ Stable signatures, which other operations may build on (shapes: B sequences of o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from aam_kernels._runtime.grouping import Sequences, equal_length_chunks, has_gaps
+from aam_kernels._runtime.grouping import Chunk, Sequences, equal_length_chunks, has_gaps
 from aam_kernels.attention import explicit, sdpa_gpu
 
 # Elements of one operand of a chunk, 10 sequences of 101 tokens x 4 heads x 32. Between 2**15 and
@@ -130,6 +132,7 @@ def forward_equal(
 ) -> tuple[Tensor, Tensor]:
     """Attention of B sequences of one length on a CPU, see the module docstring."""
     if dropout_p:
+        assert seed is not None and query_rows is not None and key_rows is not None
         return explicit.forward(
             query, key, value, scale, dropout_p, seed, query_rows, key_rows, CHUNK_SCORES
         )
@@ -154,6 +157,7 @@ def backward_equal(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `forward_equal`, see the module docstring."""
     if dropout_p:
+        assert seed is not None and query_rows is not None and key_rows is not None
         return explicit.backward(
             grad_output, query, key, value, output, lse, scale, dropout_p, seed, query_rows,
             key_rows, CHUNK_SCORES,
@@ -173,7 +177,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _chunks(query: Tensor, sequences: Sequences, dropout_p: float):
+def _chunks(query: Tensor, sequences: Sequences, dropout_p: float) -> Iterator[Chunk]:
     heads, head_dim = query.shape[1:]
     if dropout_p:
         return equal_length_chunks(sequences, heads, CHUNK_SCORES, pairs=True)

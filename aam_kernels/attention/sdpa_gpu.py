@@ -67,7 +67,7 @@ def forward(
         packed_lse = _pack(lse.unsqueeze(-1), sides[0]).squeeze(-1)
     else:
         tensors, cumulative = _compact((query, key, value), sides)
-        output, lse = _kernel(*tensors, cumulative, sides, scale)[:2]
+        output, lse = _kernel(tensors, cumulative, sides, scale)[:2]
         output = output[0, :, :, :head_dim][_compact_rows(sides[0], cumulative[0])]
         packed_lse = lse[sides[0].sequence, :, sides[0].position].float()
     return (
@@ -99,13 +99,14 @@ def backward(
         )
     else:
         (grad, *tensors), cumulative = _compact((grad_output, query, key, value), sides)
-        parts = _kernel_backward(grad, *tensors, cumulative, sides, scale)
+        parts = _kernel_backward(grad, tensors, cumulative, sides, scale)
         places = (sides[0], sides[1], sides[1])
         bounds = (cumulative[0], cumulative[1], cumulative[1])
-        grads = tuple(
+        grad_query, grad_key, grad_value = (
             part[0, :, :, :head_dim][_compact_rows(side, bound)]
             for part, side, bound in zip(parts, places, bounds, strict=True)
         )
+        grads = grad_query, grad_key, grad_value
     alive = (
         sides[0].real & (sides[1].lengths > 0)[sides[0].sequence],
         sides[1].real & (sides[0].lengths > 0)[sides[1].sequence],
@@ -166,33 +167,27 @@ def _compact_rows(side: _Side, cumulative: Tensor) -> Tensor:
 
 
 def _kernel(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    tensors: list[Tensor],
     cumulative: tuple[Tensor, Tensor],
     sides: tuple[_Side, _Side],
     scale: float,
 ) -> tuple:
     return torch.ops.aten._efficient_attention_forward(
-        query, key, value, None, *cumulative, sides[0].longest, sides[1].longest,
+        *tensors, None, *cumulative, sides[0].longest, sides[1].longest,
         0.0, 0, True, scale=scale,
     )  # fmt: skip
 
 
 def _kernel_backward(
     grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    tensors: list[Tensor],
     cumulative: tuple[Tensor, Tensor],
     sides: tuple[_Side, _Side],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    output, lse, *random, longest, longest_key = _kernel(
-        query, key, value, cumulative, sides, scale
-    )
+    output, lse, *random, longest, longest_key = _kernel(tensors, cumulative, sides, scale)
     return torch.ops.aten._efficient_attention_backward(
-        grad, query, key, value, None, output, *cumulative, longest, longest_key, lse,
+        grad, *tensors, None, output, *cumulative, longest, longest_key, lse,
         0.0, *random, 0, False, scale=scale,
     )[:3]  # fmt: skip
 
@@ -223,9 +218,7 @@ def _probabilities(
 
 def _mask(x: Tensor, sides: tuple[_Side, _Side], dropout_p: float, seed: Tensor | None) -> Tensor:
     assert seed is not None
-    rows = [
-        side.starts[:, None] + torch.arange(side.longest, device=x.device) for side in sides
-    ]
+    rows = [side.starts[:, None] + torch.arange(side.longest, device=x.device) for side in sides]
     drop = attention_dropped(seed, rows[0], rows[1], x.shape[1], dropout_p)
     return x.masked_fill(drop, 0.0) / (1.0 - dropout_p)
 

@@ -107,9 +107,7 @@ def _fold(
 ) -> tuple[Any, Any]:
     """Runs a vmapped call as one call over more sequences."""
     size, count = info.batch_size, len(inputs) - 4
-    rows = [
-        fold_rows(x, dim, size) for x, dim in zip(inputs[:count], in_dims[:count], strict=True)
-    ]
+    rows = [fold_rows(x, dim, size) for x, dim in zip(inputs[:count], in_dims[:count], strict=True)]
     total = rows[values_place].shape[0] // size
     offsets, lengths = inputs[count : count + 2]
     where = fold_sequences(offsets, lengths, in_dims[count], in_dims[count + 1], size, total)

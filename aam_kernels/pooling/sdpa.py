@@ -104,9 +104,7 @@ def _backward_gpu(
     return grad_values.to(values.dtype), grad_scores.to(scores.dtype)
 
 
-def _rows(
-    values: Tensor, sequences: Sequences
-) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+def _rows(values: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     """Starts and lengths (n,), each row's sequence and whether it has one (total,), longest."""
     offsets = sequences.offsets.long()
     starts = offsets[:-1]

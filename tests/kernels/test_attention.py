@@ -78,9 +78,7 @@ def test_dropout_of_long_rows_is_blocked_without_a_trace(monkeypatch):
     offsets = offsets_of((60, 10))
 
     def run():
-        output = ragged_attention(
-            query, key, value, offsets, dropout_p=0.2, seed=5, impl="sdpa"
-        )
+        output = ragged_attention(query, key, value, offsets, dropout_p=0.2, seed=5, impl="sdpa")
         return output, *torch.autograd.grad(output.sum(), (query, key, value))
 
     whole = run()

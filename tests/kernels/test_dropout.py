@@ -56,14 +56,20 @@ def test_share_of_dropped_elements(p):
 
 
 def test_neighbours_are_independent():
-    mask = dropout.attention_dropped(
-        torch.tensor(11), torch.arange(600), torch.arange(600), 1, 0.5
-    )[0].double() - 0.5
+    mask = (
+        dropout.attention_dropped(torch.tensor(11), torch.arange(600), torch.arange(600), 1, 0.5)[
+            0
+        ].double()
+        - 0.5
+    )
     for other in (mask.roll(1, 0), mask.roll(1, 1), mask.roll((1, 1), (0, 1)), mask.T):
         assert abs((mask * other).mean().item()) * 4 < 4 / 600
-    seed_after = dropout.attention_dropped(
-        torch.tensor(12), torch.arange(600), torch.arange(600), 1, 0.5
-    )[0].double() - 0.5
+    seed_after = (
+        dropout.attention_dropped(torch.tensor(12), torch.arange(600), torch.arange(600), 1, 0.5)[
+            0
+        ].double()
+        - 0.5
+    )
     assert abs((mask * seed_after).mean().item()) * 4 < 4 / 600
 
 

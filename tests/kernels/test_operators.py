@@ -19,9 +19,7 @@ def qkv(total=8, total_key=None, requires_grad=False, **kwargs):
     return [torch.randn(n, 2, 8, requires_grad=requires_grad, **kwargs) for n in sizes]
 
 
-@pytest.mark.parametrize(
-    "case", ["self", "cross", "gaps", "dropout", "half", "strided"]
-)
+@pytest.mark.parametrize("case", ["self", "cross", "gaps", "dropout", "half", "strided"])
 def test_opcheck_attention(case, impl):
     dtype = torch.bfloat16 if case == "half" else torch.float32
     query, key, value = qkv(8, 4 if case == "cross" else None, requires_grad=True, dtype=dtype)
@@ -207,9 +205,7 @@ def test_vmap_folds_into_more_sequences(impl, cross):
 def test_vmap_over_offsets_and_padding(impl):
     query, key, value = qkv()
     offsets = torch.stack([OFFSETS, offsets_of((1, 1, 5))])
-    batched = torch.vmap(
-        lambda o: ragged_attention(query, key, value, o, impl=impl)
-    )(offsets)
+    batched = torch.vmap(lambda o: ragged_attention(query, key, value, o, impl=impl))(offsets)
     looped = torch.stack([ragged_attention(query, key, value, o, impl=impl) for o in offsets])
     assert torch.allclose(batched, looped, atol=1e-6)
     x = torch.randn(4, 3, 5, 2, 8)
@@ -219,17 +215,15 @@ def test_vmap_over_offsets_and_padding(impl):
     assert torch.allclose(batched, looped, atol=1e-6)
     with pytest.raises(ValueError, match="vmap over seed"):
         torch.vmap(
-            lambda s: ragged_attention(
-                query, key, value, OFFSETS, dropout_p=0.1, seed=s, impl=impl
-            )
+            lambda s: ragged_attention(query, key, value, OFFSETS, dropout_p=0.1, seed=s, impl=impl)
         )(torch.tensor([1, 2]))
 
 
 def test_vmap_pooling(impl):
     values, scores = torch.randn(5, 8, 6), torch.randn(8)
-    batched = torch.vmap(
-        lambda v, s: attention_pool(v, s, OFFSETS, impl=impl), in_dims=(0, None)
-    )(values, scores)
+    batched = torch.vmap(lambda v, s: attention_pool(v, s, OFFSETS, impl=impl), in_dims=(0, None))(
+        values, scores
+    )
     looped = torch.stack([attention_pool(v, scores, OFFSETS, impl=impl) for v in values])
     assert torch.allclose(batched, looped, atol=1e-6)
 

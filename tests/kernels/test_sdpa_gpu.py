@@ -12,8 +12,9 @@ from aam_kernels.attention import reference, sdpa, sdpa_gpu
 from aam_kernels.pooling import sdpa as pooling_sdpa
 
 
-def fake_kernel(query, key, value, cumulative, sides, scale):
+def fake_kernel(tensors, cumulative, sides, scale):
     """What the variable-length kernel promises, NaN wherever it promises nothing."""
+    query, key, value = tensors
     cu_query, cu_key = cumulative
     longest = -(-max(sides[0].longest, 1) // 32) * 32
     output = torch.full_like(query, float("nan"))
@@ -29,7 +30,8 @@ def fake_kernel(query, key, value, cumulative, sides, scale):
     return output, lse
 
 
-def fake_backward(grad, query, key, value, cumulative, sides, scale):
+def fake_backward(grad, tensors, cumulative, sides, scale):
+    query, key, value = tensors
     cu_query, cu_key = cumulative
     grads = [torch.full_like(x, float("nan")) for x in (query, key, value)]
     for i in range(len(cu_query) - 1):
