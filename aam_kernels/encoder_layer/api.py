@@ -64,7 +64,7 @@ def encoder_layer(
     output, *_ = _operator(
         x,
         offsets,
-        list(weights),
+        *weights,
         num_heads,
         float(dropout_p),
         resolve_seed(seed, dropout_p, x.device),

@@ -2,7 +2,7 @@
 
 Forward and backward are two operators, so that compilers see one node each way. The forward
 operator returns the output and the four tensors of `sdpa.Saved`; with ``recompute`` those four
-are empty. The backward operator returns the gradients that are needed, in order of (x, weights).
+are empty. The backward operator returns the gradients of (x, weights), empty where not needed.
 """
 
 from __future__ import annotations
@@ -22,61 +22,48 @@ dispatch.register_torch(OPERATION, "aam_kernels.encoder_layer")
 _HOW = "int num_heads, float dropout_p, Tensor? seed, SymInt max_length, str impl"
 
 
+# One argument a weight: torch.func cannot differentiate an operator that takes a list of tensors.
+_WEIGHTS = ", ".join(f"Tensor {name}" for name in EncoderLayerWeights._fields)
+
+
 @torch.library.custom_op(
     "aam_kernels::encoder_layer",
     mutates_args=(),
-    schema=f"(Tensor x, Tensor offsets, Tensor[] weights, {_HOW}, bool recompute) "
+    schema=f"(Tensor x, Tensor offsets, {_WEIGHTS}, {_HOW}, bool recompute) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def encoder_layer(
-    x: Tensor,
-    offsets: Tensor,
-    weights: list[Tensor],
-    num_heads: int,
-    dropout_p: float,
-    seed: Tensor | None,
-    max_length: int,
-    impl: str,
-    recompute: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def encoder_layer(x: Tensor, offsets: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Output (total, D), then what is kept for backward: empty, or `sdpa.Saved`."""
+    weights = EncoderLayerWeights(*arguments[:12])
+    num_heads, dropout_p, seed, max_length, impl, recompute = arguments[12:]
     check_sequences(Sequences(offsets, max_length=max_length), x.shape[0], x.shape[0])
     name = dispatch.choose(OPERATION, impl, x.device, x.dtype)
     with torch.autocast(x.device.type, enabled=False):  # the operator has chosen its dtypes
         output, saved = dispatch.implementation(OPERATION, name).forward(
-            x, offsets, EncoderLayerWeights(*weights), num_heads, dropout_p, seed, max_length,
-            not recompute,
-        )  # fmt: skip
+            x, offsets, weights, num_heads, dropout_p, seed, max_length, not recompute
+        )
     return (output, *(saved if saved is not None else _nothing_saved(x)))
 
 
 @torch.library.custom_op(
     "aam_kernels::encoder_layer_backward",
     mutates_args=(),
-    schema="(Tensor grad_output, Tensor x, Tensor offsets, Tensor[] weights, Tensor[] saved, "
-    f"bool[] needs, {_HOW}) -> Tensor[]",
+    schema=f"(Tensor grad_output, Tensor x, Tensor offsets, {_WEIGHTS}, Tensor qkv, "
+    f"Tensor attended, Tensor mid, Tensor hidden_input, bool[] needs, {_HOW}) "
+    f"-> ({', '.join(['Tensor'] * 13)})",
 )
 def encoder_layer_backward(
-    grad_output: Tensor,
-    x: Tensor,
-    offsets: Tensor,
-    weights: list[Tensor],
-    saved: list[Tensor],
-    needs: list[bool],
-    num_heads: int,
-    dropout_p: float,
-    seed: Tensor | None,
-    max_length: int,
-    impl: str,
-) -> list[Tensor]:
-    """The gradients of (x, weights) that ``needs`` asks for."""
+    grad_output: Tensor, x: Tensor, offsets: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    """Gradients of (x, weights); those that ``needs`` does not ask for are empty."""
+    weights, saved = EncoderLayerWeights(*arguments[:12]), arguments[12:16]
+    needs, num_heads, dropout_p, seed, max_length, impl = arguments[16:]
     name = dispatch.choose(OPERATION, impl, x.device, x.dtype)
     with torch.autocast(x.device.type, enabled=False):
         grads = dispatch.implementation(OPERATION, name).backward(
-            grad_output, x, offsets, EncoderLayerWeights(*weights), num_heads, dropout_p, seed,
-            max_length, saved, needs,
-        )  # fmt: skip
-    return [grad for grad in grads if grad is not None]
+            grad_output, x, offsets, weights, num_heads, dropout_p, seed, max_length, saved, needs
+        )
+    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
 
 def _nothing_saved(x: Tensor) -> tuple[Tensor, ...]:
@@ -84,42 +71,28 @@ def _nothing_saved(x: Tensor) -> tuple[Tensor, ...]:
 
 
 @encoder_layer.register_fake
-def _(
-    x: Tensor,
-    offsets: Tensor,
-    weights: list[Tensor],
-    num_heads: int,
-    dropout_p: float,
-    seed: Tensor | None,
-    max_length: int,
-    impl: str,
-    recompute: bool,
-) -> tuple[Tensor, ...]:
+def _(x: Tensor, offsets: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *_, impl, recompute = arguments
     output = x.new_empty(x.shape)
     if recompute or impl == "math":
         return (output, *_nothing_saved(x))
     total, dim = x.shape
-    widths = (3 * dim, dim, dim, weights[8].shape[0])
+    hidden = EncoderLayerWeights(*arguments[:12]).ffn_in_weight.shape[0]
     kept = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
+    widths = (3 * dim, dim, dim, hidden)
     return (output, *(x.new_empty((total, width), dtype=kept) for width in widths))
 
 
 @encoder_layer_backward.register_fake
-def _(
-    grad_output: Tensor,
-    x: Tensor,
-    offsets: Tensor,
-    weights: list[Tensor],
-    saved: list[Tensor],
-    needs: list[bool],
-    *how: Any,
-) -> list[Tensor]:
-    tensors = zip([x, *weights], needs, strict=True)
-    return [tensor.new_empty(tensor.shape) for tensor, need in tensors if need]
+def _(grad_output: Tensor, x: Tensor, offsets: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    needs = arguments[16]
+    tensors = zip((x, *arguments[:12]), needs, strict=True)
+    return tuple(t.new_empty(t.shape) if need else x.new_empty(0) for t, need in tensors)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, offsets, weights, num_heads, dropout_p, seed, max_length, impl, _ = inputs
+    x, offsets, *weights = inputs[:14]
+    num_heads, dropout_p, seed, max_length, impl, _ = inputs[14:]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # or zeros as large as what was kept would be made
     ctx.save_for_backward(x, offsets, seed, *output[1:], *weights)
@@ -129,17 +102,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Any, ...]:
     x, offsets, seed, *rest = ctx.saved_tensors
     saved, weights = rest[:4], rest[4:]
-    needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2]]
-    found: list[Tensor] = []
+    needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:14]]
     if grad_output is None:
-        needs = [False] * len(needs)
-    else:
-        num_heads, dropout_p, max_length, impl = ctx.options
-        how = num_heads, dropout_p, seed, max_length, impl
-        found = encoder_layer_backward(grad_output, x, offsets, weights, saved, needs, *how)
-    remaining = iter(found)
-    grads = [next(remaining) if need else None for need in needs]
-    return (grads[0], None, grads[1:], *(None,) * 6)
+        return (None,) * 20
+    num_heads, dropout_p, max_length, impl = ctx.options
+    found = encoder_layer_backward(
+        grad_output, x, offsets, *weights, *saved, needs, num_heads, dropout_p, seed, max_length,
+        impl,
+    )  # fmt: skip
+    grads = [grad if need else None for grad, need in zip(found, needs, strict=True)]
+    return (grads[0], None, *grads[1:], *(None,) * 6)
 
 
 encoder_layer.register_autograd(_backward, setup_context=_setup_context)
@@ -157,18 +129,14 @@ def _(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
 
 def _one_by_one(op: Any, info: Any, in_dims: tuple[Any, ...], inputs: Any) -> tuple[Any, Any]:
     """A vmapped call runs call by call: any argument may be batched, weights and seeds too."""
-
-    def select(value: Any, dim: Any, i: int) -> Any:
-        if isinstance(value, list | tuple):
-            dims = dim if isinstance(dim, list | tuple) else [dim] * len(value)
-            return [select(part, d, i) for part, d in zip(value, dims, strict=True)]
-        return value if dim is None else value.select(dim, i)
-
     calls = [
-        op(*(select(value, dim, i) for value, dim in zip(inputs, in_dims, strict=True)))
+        op(
+            *(
+                value if dim is None or isinstance(value, list) else value.select(dim, i)
+                for value, dim in zip(inputs, in_dims, strict=True)
+            )
+        )
         for i in range(info.batch_size)
     ]
-    results = [torch.stack(parts) for parts in zip(*calls, strict=True)]
-    if isinstance(calls[0], list):
-        return results, [0] * len(results)
-    return tuple(results), (0,) * len(results)
+    results = tuple(torch.stack(parts) for parts in zip(*calls, strict=True))
+    return results, (0,) * len(results)
