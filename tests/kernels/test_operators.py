@@ -118,7 +118,9 @@ def test_compile_pooling_and_padded(impl):
 
 def test_dynamic_shapes_do_not_recompile():
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(
         lambda q, k, v, o: ragged_attention(q, k, v, o), backend=counter, **FULL
     )
