@@ -8,7 +8,7 @@ from torch import Tensor
 from aam_kernels._runtime.checks import check_offsets_argument, check_tensors, known_length
 from aam_kernels._runtime.dispatch import check_name
 from aam_kernels._runtime.dropout import resolve_seed
-from aam_kernels.encoder_layer.ops import encoder_layer as _operator
+from aam_kernels.encoder_layer.ops import call as _operator
 from aam_kernels.encoder_layer.weights import EncoderLayerWeights
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from aam_kernels._runtime import dispatch
 from aam_kernels._runtime.grouping import Sequences, check_sequences
+from aam_kernels._runtime.transforms import transformable
 from aam_kernels.encoder_layer.weights import EncoderLayerWeights
 
 OPERATION = "encoder_layer"
@@ -106,7 +107,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_output is None:
         return (None,) * 20
     num_heads, dropout_p, max_length, impl = ctx.options
-    found = encoder_layer_backward(
+    found = _call_backward(
         grad_output, x, offsets, *weights, *saved, needs, num_heads, dropout_p, seed, max_length,
         impl,
     )  # fmt: skip
@@ -115,6 +116,9 @@ def _backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 
 encoder_layer.register_autograd(_backward, setup_context=_setup_context)
+_call_backward = transformable(encoder_layer_backward)
+call = transformable(encoder_layer, _setup_context, _backward)
+"""The operator, callable inside `torch.func` transforms too."""
 
 
 @encoder_layer.register_vmap

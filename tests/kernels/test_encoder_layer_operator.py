@@ -103,7 +103,7 @@ def test_gradients_of_each_example_through_vmap(problem):
     many = torch.stack([x.detach(), -x.detach()])
 
     def loss(qkv, x):
-        w = EncoderLayerWeights(*weights)._replace(qkv_weight=qkv)
+        w = EncoderLayerWeights(*(w.detach() for w in weights))._replace(qkv_weight=qkv)
         return encoder_layer(x, offsets, w, num_heads=HEADS).square().sum()
 
     qkv = weights[2].detach()
