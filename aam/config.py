@@ -2,23 +2,25 @@
 
 The command line, the TOML file (``--config run.toml``), the saved ``config.toml`` and the
 documentation are all made from these classes. Option names are the field names with dashes.
+Reading and writing them is in `aam.option_files`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import typing
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-if typing.TYPE_CHECKING or __import__("sys").version_info >= (3, 11):
-    import tomllib
-else:  # Python 3.10
-    import tomli as tomllib
+from typing import ClassVar, Literal
 
 from aam.errors import InputError
+from aam.option_files import (
+    check_limits,
+    from_dict,
+    leaves,
+    merge,
+    read_toml,
+    to_dict,
+    write_toml,
+)
 
 DistanceMetric = Literal["unweighted", "weighted", "weighted-normalized", "faith-pd"]
 TargetTransform = Literal["none", "minmax", "zscore", "zscore-category", "log-minmax", "log-zscore"]
@@ -227,7 +229,7 @@ class RunOptions:
 class PretrainConfig:
     """Learn sample embeddings from UniFrac distances and masked nucleotides."""
 
-    command: typing.ClassVar[str] = "pretrain"
+    command: ClassVar[str] = "pretrain"
     data: TableOptions
     distances: DistanceOptions = field(default_factory=DistanceOptions)
     metadata: MetadataOptions = field(default_factory=MetadataOptions)
@@ -241,7 +243,7 @@ class PretrainConfig:
 class FinetuneConfig:
     """Train a predictor of a metadata column, from a pretrained encoder or from scratch."""
 
-    command: typing.ClassVar[str] = "finetune"
+    command: ClassVar[str] = "finetune"
     data: TableOptions
     metadata: MetadataOptions = field(default_factory=MetadataOptions)
     target: TargetOptions
@@ -261,7 +263,7 @@ class FinetuneConfig:
 class PredictConfig:
     """Predict with a fine-tuned model: in the target's units, or class names and probabilities."""
 
-    command: typing.ClassVar[str] = "predict"
+    command: ClassVar[str] = "predict"
     model: Path
     """Run folder of `finetune`."""
     table: Path
@@ -290,7 +292,7 @@ class PredictConfig:
 class EvaluateConfig:
     """Measure a run (pretrained or fine-tuned) on samples with known truth."""
 
-    command: typing.ClassVar[str] = "evaluate"
+    command: ClassVar[str] = "evaluate"
     model: Path
     """Run folder of `pretrain` or `finetune`."""
     table: Path
@@ -331,7 +333,7 @@ class EvaluateConfig:
 class InspectConfig:
     """Dry run: what is in the files, how ids match, lengths, classes, shared ASVs, step cost."""
 
-    command: typing.ClassVar[str] = "inspect"
+    command: ClassVar[str] = "inspect"
     data: TableOptions
     metadata: MetadataOptions = field(default_factory=MetadataOptions)
     metadata_column: str | None = None
@@ -347,7 +349,7 @@ class InspectConfig:
 class UnifracConfig:
     """UniFrac distances between all samples of a table."""
 
-    command: typing.ClassVar[str] = "unifrac"
+    command: ClassVar[str] = "unifrac"
     table: Path
     """Feature table."""
     tree: Path
@@ -372,7 +374,7 @@ class UnifracConfig:
 class DemoConfig:
     """Make a small community, pretrain, fine-tune, predict and write a report."""
 
-    command: typing.ClassVar[str] = "demo"
+    command: ClassVar[str] = "demo"
     output_dir: Path = Path("runs/demo")
     """Folder of the demo; an earlier demo there is replaced."""
     samples: int = 240
@@ -396,107 +398,47 @@ Config = (
 )
 
 
-def leaves(config_class: type, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Paths of all options of a config class, for example ``("data", "table")``."""
-    hints = typing.get_type_hints(config_class)
-    for option in dataclasses.fields(config_class):
-        if dataclasses.is_dataclass(hints[option.name]):
-            yield from leaves(hints[option.name], (*prefix, option.name))
-        else:
-            yield (*prefix, option.name)
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The options as nested plain values; unset ones (None) are left out."""
-
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return to_dict(value)
-        if isinstance(value, Path):
-            return str(value)
-        return list(value) if isinstance(value, tuple) else value
-
-    return {
-        option.name: plain(getattr(config, option.name))
-        for option in dataclasses.fields(config)
-        if getattr(config, option.name) is not None
-    }
-
-
-def from_dict(config_class: type, values: Mapping[str, Any], missing: Any = None) -> Any:
-    """Rebuild a config from :func:`to_dict`'s output.
-
-    Args:
-        config_class: one of this module's classes.
-        values: nested options, as in a ``config.toml``.
-        missing: stands in for a required option that `values` lacks; None raises.
+def check(config: Config) -> None:
+    """Check what can be checked of options without reading a file.
 
     Raises:
-        InputError: an option is unknown or a required one is missing.
+        InputError: names the option, its value and what is allowed.
     """
-    hints = typing.get_type_hints(config_class)
-    unknown = set(values) - set(hints)
-    if unknown:
-        raise InputError(f"unknown option {sorted(unknown)[0]!r} in {config_class.__name__}")
-    arguments: dict[str, Any] = {}
-    for option in dataclasses.fields(config_class):
-        hint = hints[option.name]
-        required = (
-            option.default is dataclasses.MISSING and option.default_factory is dataclasses.MISSING
+    check_limits(config)
+    model = getattr(config, "model", None)
+    if isinstance(model, ModelOptions) and model.embedding_dim % model.num_heads:
+        raise InputError(
+            f"--embedding-dim {model.embedding_dim}: expected a multiple of --num-heads "
+            f"{model.num_heads}"
         )
-        if dataclasses.is_dataclass(hint):
-            arguments[option.name] = from_dict(hint, values.get(option.name, {}), missing)
-        elif option.name in values:
-            arguments[option.name] = _typed(values[option.name], hint)
-        elif required:
-            if missing is None:
-                raise InputError(f"option {option.name!r} is missing in {config_class.__name__}")
-            arguments[option.name] = missing
-    return config_class(**arguments)
 
 
-def _typed(value: Any, hint: Any) -> Any:
-    """Turn TOML's strings and lists into the paths and tuples that the field holds."""
-    choices = typing.get_args(hint) or (hint,)
-    if isinstance(value, str) and Path in choices:
-        return Path(value)
-    if isinstance(value, list):
-        return tuple(value)
-    if isinstance(value, int) and not isinstance(value, bool) and hint is float:
-        return float(value)
-    return value
-
-
-def read_toml(path: Path, config_class: type) -> dict[str, Any]:
-    """Read options from a TOML file; they may stand in their group's table or at the top level.
-
-    Raises:
-        InputError: the file is missing, is no TOML, or names an unknown option.
-    """
-    try:
-        loaded = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file (--config)") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a TOML file: {error}") from None
-    place = {leaf[-1]: leaf for leaf in leaves(config_class)}
-    nested: dict[str, Any] = {}
-    flat: dict[str, Any] = {}
-    for key, value in loaded.items():
-        flat.update(value if isinstance(value, dict) else {key: value})
-    for key, value in flat.items():
-        name = key.replace("-", "_")
-        if name not in place:
-            raise InputError(f"{path}: unknown option {key!r}")
-        target = nested
-        for group in place[name][:-1]:
-            target = target.setdefault(group, {})
-        target[name] = value
-    return nested
-
-
-def write_toml(config: Any, path: Path) -> None:
-    """Write the resolved options where :func:`read_toml` can read them."""
-    import tomli_w
-
-    path.write_text(tomli_w.dumps(to_dict(config)))
+__all__ = [
+    "CategoricalOptions",
+    "Config",
+    "DemoConfig",
+    "DistanceMetric",
+    "DistanceOptions",
+    "EvaluateConfig",
+    "FinetuneConfig",
+    "FinetunePenaltyOptions",
+    "InspectConfig",
+    "MetadataOptions",
+    "ModelOptions",
+    "OptimizerOptions",
+    "PenaltyOptions",
+    "PredictConfig",
+    "PretrainConfig",
+    "RunOptions",
+    "TableOptions",
+    "TargetOptions",
+    "TargetTransform",
+    "UnifracConfig",
+    "check",
+    "from_dict",
+    "leaves",
+    "merge",
+    "read_toml",
+    "to_dict",
+    "write_toml",
+]

@@ -6,6 +6,10 @@ command it runs demo. Bad input gives one line on standard error and exit code 2
 
 from __future__ import annotations
 
+import contextlib
+import difflib
+import io
+import itertools
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -56,50 +60,102 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 2
+    except OSError as error:  # a disk that fills up while a log or a report is written
+        place = f"{error.filename}: " if error.filename else ""
+        sys.stderr.write(f"error: {place}{error.strerror or error}\n")
+        return 2
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0
 
 
 def parse(name: str, words: Sequence[str]) -> Any:
-    """Options of a command, from the command line over a TOML file over the defaults.
+    """Options of a command: the command line over --config over --resume-from over the defaults.
 
     Raises:
-        InputError: the TOML file cannot be used.
-        SystemExit: an option is unknown or missing (code 2, said on standard error), or --help.
+        InputError: an option is unknown, missing or has a value that it cannot have.
+        SystemExit: --help was asked for (code 0).
     """
     import tyro
 
     config_class = COMMANDS[name]
-    values = config.read_toml(saved, config_class) if (saved := saved_options(words)) else {}
+    values = saved_options(config_class, words)
     default = config.from_dict(config_class, values, missing=tyro.MISSING)
-    return tyro.cli(
-        tyro.conf.OmitArgPrefixes[config_class],  # type: ignore[valid-type]
-        prog=f"aam {name}",
-        args=list(words),
-        default=default,
-        description=config_class.__doc__,
-    )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            options = tyro.cli(
+                tyro.conf.OmitArgPrefixes[config_class],  # type: ignore[valid-type]
+                prog=f"aam {name}",
+                args=list(words),
+                default=default,
+                description=config_class.__doc__,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise InputError(complaint(name, words, said.getvalue())) from None
+    config.check(options)
+    return options
 
 
-def saved_options(words: Sequence[str]) -> Path | None:
-    """The TOML file that --config names, or that of the run that --resume-from names."""
-    for option in ("--config", "--resume-from"):
-        for place, word in enumerate(words):
-            value = None
-            if word == option and place + 1 < len(words):
-                value = words[place + 1]
-            elif word.startswith(f"{option}="):
-                value = word.partition("=")[2]
-            if value is None:
-                continue
-            if option == "--config":
-                return Path(value)
-            from aam.training.runs import CONFIG_FILE, resume_folder
+def complaint(name: str, words: Sequence[str], said: str) -> str:
+    """One line for what the command-line library says in a box of many.
 
-            path = resume_folder(Path(value)) / CONFIG_FILE
-            return path if path.is_file() else None
-    return None
+    Args:
+        name: the command.
+        words: what was typed.
+        said: the library's message.
+    """
+    remedy = f"aam {name} --help lists the options"
+    known = {f"--{leaf[-1].replace('_', '-')}" for leaf in config.leaves(COMMANDS[name])}
+    known |= {f"--no-{option[2:]}" for option in known} | {"--help"}
+    for word in words:
+        option = word.partition("=")[0].replace("_", "-")
+        if option.startswith("--") and option not in known:
+            near = difflib.get_close_matches(option, sorted(known), n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            return f"unknown option {option}; {hint}{remedy}"
+    lines = [line.strip("\u2502| ") for line in said.splitlines()]
+    title = next((line for line in lines if line), "").strip("\u256d\u256e\u2500 ")
+    body = list(itertools.takewhile(lambda line: "\u2500" not in line, lines[1:]))
+    if title.startswith("Required"):
+        missing = [line.split()[0] for line in body if line.startswith("--")]
+        return f"aam {name} needs {' and '.join(missing)}; {remedy}"
+    text = " ".join(line for line in body if line and not line.startswith("For full helptext"))
+    text = text.removeprefix("Error parsing ")
+    return f"{text.rstrip('.') or title.lower()}; {remedy}"
+
+
+def saved_options(config_class: type, words: Sequence[str]) -> dict[str, Any]:
+    """Options of the run that --resume-from names, and over them those of the --config file.
+
+    A continued run stays in its folder wherever that is now, unless --output-dir says otherwise.
+    """
+    values: dict[str, Any] = {}
+    if resumed := value_of("--resume-from", words):
+        from aam.training.runs import CONFIG_FILE, resume_checkpoint, resume_folder
+
+        if ("run", "resume_from") not in set(config.leaves(config_class)):
+            return {}  # this command has no such option: the parser says so
+        folder = resume_folder(resume_checkpoint(Path(resumed)))
+        if (folder / CONFIG_FILE).is_file():
+            values = config.read_toml(folder / CONFIG_FILE, config_class)
+        values = config.merge(values, {"run": {"output_dir": str(folder)}})
+    if (chosen := value_of("--config", words)) and ("run", "config") in config.leaves(config_class):
+        values = config.merge(values, config.read_toml(Path(chosen), config_class))
+    return values
+
+
+def value_of(option: str, words: Sequence[str]) -> str | None:
+    """What was typed for an option, before the words are parsed; the last one counts."""
+    value = None
+    for place, word in enumerate(words):
+        name, equals, rest = word.partition("=")
+        if name.replace("_", "-") == option:
+            following = words[place + 1] if place + 1 < len(words) else None
+            value = rest if equals else following
+    return value
 
 
 def runner(name: str) -> Callable[[Any], Any]:
