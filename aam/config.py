@@ -24,6 +24,11 @@ from aam.option_files import (
 
 DistanceMetric = Literal["unweighted", "weighted", "weighted-normalized", "faith-pd"]
 TargetTransform = Literal["none", "minmax", "zscore", "zscore-category", "log-minmax", "log-zscore"]
+BestMetric = Literal[
+    "loss", "unifrac_loss", "mantel_r", "distance_mae", "faith_pd_r2", "faith_pd_mae",
+    "nucleotide_loss", "nucleotide_accuracy",
+    "target_loss", "r2", "mae", "accuracy", "balanced_accuracy", "auc",
+]  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -192,7 +197,7 @@ class OptimizerOptions:
     """Largest norm of the gradient."""
     early_stopping: int = 0
     """End after this many validations without a better best-metric; 0: never."""
-    best_metric: str | None = None
+    best_metric: BestMetric | None = None
     """Validation metric that chooses the best checkpoint; by default mantel_r (pretrain),
     r2 or balanced_accuracy (finetune)."""
     validate_every: int = 1
@@ -414,6 +419,7 @@ def check(config: Config) -> None:
 
 
 __all__ = [
+    "BestMetric",
     "CategoricalOptions",
     "Config",
     "DemoConfig",

@@ -178,6 +178,8 @@ _FEWEST_SETTLED_COLUMNS = 8
 def leaking_columns(metadata: Metadata, split: Split) -> list[str]:
     """Return columns that look like a subject id and have values in both parts of the split.
 
+    Those that say so by their name come first, as the likeliest subjects.
+
     A column looks like a subject id where its values repeat and either its name says so
     (``host_subject_id``, ``patient``), or it is text of many values that settle most other
     columns (all samples of one value have the same sex, height, diagnosis, ...).
@@ -197,7 +199,7 @@ def leaking_columns(metadata: Metadata, split: Split) -> list[str]:
         crossing = set(values[:number]) & set(values[number:]) - {None}
         if crossing and _looks_like_subjects(both, column):
             found.append(column)
-    return found
+    return sorted(found, key=lambda column: not _names_subjects(column))
 
 
 def _looks_like_subjects(metadata: Metadata, column: str) -> bool:
@@ -205,13 +207,17 @@ def _looks_like_subjects(metadata: Metadata, column: str) -> bool:
     distinct = len(set(present))
     if distinct < 3 or len(present) < 1.5 * distinct:
         return False
-    snake = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", column)
-    if _SUBJECT_NAME.search(re.sub(r"[^a-z0-9]+", "_", snake.lower()).strip("_")):
+    if _names_subjects(column):
         return True
     if distinct < _FEWEST_SUBJECTS or metadata.is_numeric(column):
         return False
     settled, compared = _settled_columns(metadata, column)
     return compared >= _FEWEST_SETTLED_COLUMNS and 2 * settled >= compared
+
+
+def _names_subjects(column: str) -> bool:
+    snake = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", column)
+    return bool(_SUBJECT_NAME.search(re.sub(r"[^a-z0-9]+", "_", snake.lower()).strip("_")))
 
 
 def _settled_columns(metadata: Metadata, column: str) -> tuple[int, int]:

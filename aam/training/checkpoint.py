@@ -7,6 +7,7 @@ that a full disk or a killed process leaves the previous file as it was.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import pickle
@@ -63,11 +64,11 @@ def write_text(path: Path, text: str) -> None:
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint atomically."""
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:  # torch's zip writer reports a full disk so
-            raise OSError(str(error).splitlines()[0]) from error
+    # Through memory: torch's own writer reports a full disk as an internal error of its zip code.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -80,7 +81,16 @@ def load_state(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such checkpoint")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        pickle.UnpicklingError,
+        OSError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+    ) as error:  # whatever torch and pickle make of damaged bytes
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise InputError(
             f"{path}: truncated or not a checkpoint ({reason}); "
@@ -99,7 +109,7 @@ def save_model(path: Path, model: nn.Module, description: dict[str, Any]) -> Non
         model: a CommunityEncoder or Predictor.
         description: JSON values to keep with the weights (data options, target, categories).
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     encoder = model.encoder if isinstance(model, Predictor) else model
     described = {"format": FORMAT, "encoder": asdict(encoder.shape), **description}
@@ -109,7 +119,7 @@ def save_model(path: Path, model: nn.Module, description: dict[str, Any]) -> Non
         name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
     }
     with atomic_path(path) as temporary:
-        save_file(weights, temporary, metadata={METADATA_KEY: json.dumps(described)})
+        temporary.write_bytes(save(weights, metadata={METADATA_KEY: json.dumps(described)}))
 
 
 def read_model(run: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -39,7 +39,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     if config.output is not None:
         check_file_output(config.output, config.overwrite)
     model, described = load_model(config.model, impl=config.attn_implementation)
-    model.to(pick_device(config.device))
+    model.to(pick_device(config.device, config.attn_implementation))
     samples, options = samples_as_trained(config, described, config.metadata)
     if isinstance(model, Predictor):
         results = _evaluate_predictor(model, described, samples, options, config)

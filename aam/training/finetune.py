@@ -20,10 +20,11 @@ from aam.errors import InputError
 from aam.model import CommunityEncoder, Predictor
 from aam.model.encoder import EncoderShape
 from aam.model.predictor import PredictorShape, category_codes
+from aam.option_files import flag
 from aam.training import baselines
-from aam.training.checkpoint import MODEL_FILE, load_encoder, load_state, read_model, save_model
+from aam.training.checkpoint import MODEL_FILE, load_encoder, read_model, save_model
 from aam.training.evaluation import encode_asvs, predict_outputs, target_metrics
-from aam.training.loop import Interrupted, Trainer
+from aam.training.loop import Trainer
 from aam.training.objectives import DistanceLoss, FinetuneObjective, make_target_loss
 from aam.training.prepare import (
     Samples,
@@ -35,8 +36,8 @@ from aam.training.prepare import (
     tell,
 )
 from aam.training.results import print_results, result
-from aam.training.resume import compatible_state
-from aam.training.runs import CHECKPOINTS, Run, check_output, say
+from aam.training.resume import check_same_data, compatible_state, fingerprint
+from aam.training.runs import Run, check_output, refuse_breaks, say
 from aam.training.setup import compile_stacks, make_fabric, run_facts
 from aam.training.targets import (
     TargetInfo,
@@ -100,14 +101,16 @@ def finetune(config: FinetuneConfig) -> Path:
     started = time.time()
     check_output(config.run)
     check_options(config)
-    adopt_pretrained(config)
     state = compatible_state(config)
+    if state is None:
+        adopt_pretrained(config)
     fabric = make_fabric(config.run)
     samples = read_samples(config.data, config.run.seed, metadata=config.metadata.metadata)
-    classes = keep_samples_with_target(samples, config)
+    keep_samples_with_target(samples, config)
     distances = None
     if config.losses.unifrac_penalty:
         distances = attach_distances(samples, config.data, config.distances)
+    classes = target_classes(samples, config)
     assert samples.metadata is not None
     column = config.target.metadata_column
     labels = [str(one) for one in samples.metadata.text(column)] if classes else None
@@ -123,32 +126,29 @@ def finetune(config: FinetuneConfig) -> Path:
     )
     tell(samples)
     plan = EpochPlan(train_rows, config.optimizer.batch_size, config.run.seed)
+    near = None if distances is None else distances.pairwise(train_rows[:16])
+    description = {
+        "command": "finetune",
+        "data": data_description(config),
+        "target": target.to_dict(),
+        "categories": category_classes,
+        "fingerprint": fingerprint(samples.table, parts, truth, categories, near),
+    }
+    check_same_data(state, config, description)
 
     torch.manual_seed(config.run.seed)
-    predictor = make_predictor(config, target, category_classes).to(fabric.device)
-    frozen = None
-    if config.freeze_base:
-        predictor.encoder.requires_grad_(False)
-        say(f"encoding {len(dataset.sequences)} distinct ASVs once (--freeze-base)")
-        frozen = encode_asvs(predictor.encoder, dataset, np.arange(len(dataset.sequences)))
+    predictor = make_predictor(config, target, category_classes, state).to(fabric.device)
+    frozen = frozen_vectors(predictor, dataset) if config.freeze_base else None
     weights = None
     if classes and config.target.class_weights:
-        weights = torch.as_tensor(
-            class_weights(truth[train_rows].astype(np.int64), len(classes)), device=fabric.device
-        )
-    target_loss = make_target_loss(config.target, weights, bool(classes))
+        weights = torch.as_tensor(class_weights(truth[train_rows].astype(np.int64), len(classes)))
+    target_loss = make_target_loss(config.target, _on(weights, fabric.device), bool(classes))
+    unifrac = None if distances is None else DistanceLoss(distances)
     objective = FinetuneObjective(
-        predictor,
-        config.losses,
-        target_loss,
-        unifrac=None if distances is None else DistanceLoss(distances),
-        frozen_asvs=frozen,
+        predictor, config.losses, target_loss, unifrac=unifrac, frozen_asvs=frozen
     )
     if config.run.compile_model:
         compile_stacks(predictor)
-    validation_loss = make_target_loss(
-        config.target, None if weights is None else weights.cpu(), bool(classes)
-    )
     task = Task(
         predictor,
         dataset,
@@ -157,16 +157,10 @@ def finetune(config: FinetuneConfig) -> Path:
         keys,
         train_rows,
         samples.rows(parts.validation),
-        validation_loss,
+        make_target_loss(config.target, weights, bool(classes)),
         scaled,
         frozen,
     )
-    description = {
-        "command": "finetune",
-        "data": data_description(config),
-        "target": target.to_dict(),
-        "categories": category_classes,
-    }
     run = Run(config.run, config, keep_steps=None if state is None else state["progress"]["step"])
     run.write_split(parts)
     trainer = Trainer(
@@ -182,18 +176,7 @@ def finetune(config: FinetuneConfig) -> Path:
         config=to_dict(config),
         seed=config.run.seed,
     )
-    if state is not None:
-        trainer.resume(state)
-        say(f"continuing at step {trainer.progress.step}")
-    try:
-        trainer.fit()
-    except Interrupted:
-        run.close()
-        say(f"saved at step {trainer.progress.step}; continue with --resume-from {run.path}")
-        raise
-    best = run.path / CHECKPOINTS / "best.pt"
-    if best.is_file():
-        objective.load_state_dict(load_state(best)["objective"])
+    trainer.train(state)
     save_model(run.path / MODEL_FILE, predictor, description)
     summary = run_facts(config, fabric, trainer, samples, parts, predictor, started)
     write_results(run, task, samples, summary)
@@ -202,6 +185,17 @@ def finetune(config: FinetuneConfig) -> Path:
 
     say(f"report: {write_report(run.path)}")
     return run.path
+
+
+def frozen_vectors(predictor: Predictor, dataset: SampleDataset) -> Tensor:
+    """Freeze the base, and encode each distinct ASV of the table once."""
+    predictor.encoder.requires_grad_(False)
+    say(f"encoding {len(dataset.sequences)} distinct ASVs once (--freeze-base)")
+    return encode_asvs(predictor.encoder, dataset, np.arange(len(dataset.sequences)))
+
+
+def _on(weights: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if weights is None else weights.to(device)
 
 
 def check_options(config: FinetuneConfig) -> None:
@@ -220,24 +214,34 @@ def check_options(config: FinetuneConfig) -> None:
         )
     if config.distances.unifrac_metric == "faith-pd" and config.losses.unifrac_penalty:
         raise InputError("--unifrac-metric faith-pd is for pretrain; choose a distance")
-    if not 0 < config.target.quantile < 1:
-        raise InputError(f"--quantile {config.target.quantile}: expected between 0 and 1")
+    if not config.losses.target_penalty:
+        raise InputError("--target-penalty 0: nothing would learn to predict the column")
 
 
 def adopt_pretrained(config: FinetuneConfig) -> None:
-    """Take the encoder's shape from the pretrained run, so that its weights fit."""
+    """Take the encoder's shape from the pretrained run, so that its weights fit.
+
+    Raises:
+        InputError: an option asks for another shape.
+    """
     if config.pretrained_encoder is None:
         return
     _, described = read_model(config.pretrained_encoder)
     for name, value in described["encoder"].items():
-        if name in ("max_bp", "token_limit"):
-            setattr(config.data, name, value)
-        elif name != "dropout":
-            setattr(config.model, name, value)
+        if name == "dropout":
+            continue
+        options: Any = config.data if name in ("max_bp", "token_limit") else config.model
+        asked, default = getattr(options, name), getattr(type(options), name)
+        if asked not in (default, value):
+            raise InputError(
+                f"{flag(name)} {asked}: the encoder of {config.pretrained_encoder} has {value}; "
+                "leave the option out, it is taken over"
+            )
+        setattr(options, name, value)
 
 
-def keep_samples_with_target(samples: Samples, config: FinetuneConfig) -> tuple[str, ...]:
-    """Drop (and count) samples without a value of the target; return the classes, sorted.
+def keep_samples_with_target(samples: Samples, config: FinetuneConfig) -> None:
+    """Drop (and count) samples without a value of the target.
 
     Raises:
         InputError: the column is missing, has no values, one class, or is not numeric.
@@ -246,18 +250,27 @@ def keep_samples_with_target(samples: Samples, config: FinetuneConfig) -> tuple[
     assert metadata is not None
     column = config.target.metadata_column
     values = metadata.text(column)
-    classification = is_classification(metadata, config.target)
-    require_values(metadata, column, numeric=not classification)
+    require_values(metadata, column, numeric=not is_classification(metadata, config.target))
     lacking = [name for name, value in zip(samples.ids, values, strict=True) if value is None]
     if lacking:
         what = f"samples without a value of {column!r}"
         samples.facts.append(DataFact(what, len(lacking), name_some(lacking), "dropped"))
         samples.keep([n for n, v in zip(samples.ids, values, strict=True) if v is not None])
-    if not classification:
+
+
+def target_classes(samples: Samples, config: FinetuneConfig) -> tuple[str, ...]:
+    """The target's classes among the samples, sorted; none for a number.
+
+    Raises:
+        InputError: a class has a tab or a line break, which no table of predictions can hold.
+    """
+    metadata, column = samples.metadata, config.target.metadata_column
+    assert metadata is not None
+    if not is_classification(metadata, config.target):
         return ()
-    assert samples.metadata is not None
-    classes = sorted({str(one) for one in samples.metadata.text(column)})
-    return tuple(classes)
+    classes = tuple(sorted({str(one) for one in metadata.text(column)}))
+    refuse_breaks(classes, metadata.source, f"values of column {column!r}")
+    return classes
 
 
 def prepare_target(
@@ -325,17 +338,18 @@ def prepare_categories(
 def encode_categories(samples: Samples, classes: dict[str, list[str]]) -> np.ndarray:
     """Codes (samples, columns) int64; 0 for unknown or missing."""
     if samples.metadata is None:
-        raise InputError(
-            f"the model uses {', '.join(classes)}: --metadata is needed (blank cells are unknown)"
-        )
+        return np.zeros((len(samples.ids), len(classes)), dtype=np.int64)
     codes = [category_codes(samples.metadata.text(name), own) for name, own in classes.items()]
     return np.array(codes, dtype=np.int64).T
 
 
 def make_predictor(
-    config: FinetuneConfig, target: TargetInfo, category_classes: dict[str, list[str]]
+    config: FinetuneConfig,
+    target: TargetInfo,
+    category_classes: dict[str, list[str]],
+    state: dict[str, Any] | None,
 ) -> Predictor:
-    """The predictor, its base loaded from the pretrained run where one is given."""
+    """The predictor, its base loaded from the pretrained run, or all of it from a checkpoint."""
     shape = EncoderShape(
         **asdict(config.model), max_bp=config.data.max_bp, token_limit=config.data.token_limit
     )
@@ -343,7 +357,7 @@ def make_predictor(
     # Distances are learned without dropout in these stacks; see CommunityEncoder.
     dropout = 0.0 if config.losses.unifrac_penalty else shape.dropout
     encoder = CommunityEncoder(shape, impl=impl, recompute=recompute, sample_dropout=dropout)
-    if config.pretrained_encoder is not None:
+    if config.pretrained_encoder is not None and state is None:
         print_loaded(load_encoder(encoder, config.pretrained_encoder), config.pretrained_encoder)
     own = PredictorShape(
         outputs=target.outputs,
@@ -354,7 +368,22 @@ def make_predictor(
         target_norm=config.target.target_norm,
         predict_counts=bool(config.losses.count_penalty),
     )
-    return Predictor(encoder, own, impl=impl, recompute=recompute)
+    predictor = Predictor(encoder, own, impl=impl, recompute=recompute)
+    if state is not None:
+        load_weights(predictor, state, config)
+    return predictor
+
+
+def load_weights(predictor: Predictor, state: dict[str, Any], config: FinetuneConfig) -> None:
+    """Load a checkpoint's weights, before a frozen base encodes anything."""
+    weights = {name.removeprefix("predictor."): value for name, value in state["objective"].items()}
+    try:
+        predictor.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(
+            f"{config.run.resume_from}: the checkpoint is of another model; use the run's own "
+            "options"
+        ) from error
 
 
 def print_loaded(rows: list[tuple[str, str, int]], run: Path) -> None:

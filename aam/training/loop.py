@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,14 @@ from aam.batching import EpochPlan
 from aam.config import OptimizerOptions
 from aam.data.dataset import SampleDataset
 from aam.errors import InputError
-from aam.training.checkpoint import FORMAT, save_state
+from aam.training.checkpoint import FORMAT, load_state, save_state
 from aam.training.progress import ProgressDisplay
-from aam.training.runs import CHECKPOINTS, Run
+from aam.training.runs import CHECKPOINTS, Run, resume_checkpoint, say
 from aam.training.schedule import make_optimizer, set_learning_rate, warmup_cosine
 
 LOWER_IS_BETTER = ("loss", "mae", "mse")
+LAST, BEST = "last.pt", "best.pt"
+REGULAR_BEST = "best-before-end.pt"  # the best, where the validation at the end was better
 CHECKPOINT_SECONDS = 600.0  # between validations a long epoch saves this often
 
 
@@ -42,6 +45,7 @@ class Progress:
     best: float | None = None
     best_step: int = 0
     not_better: int = 0  # validations since the best
+    validated: int = 0  # step of the last validation that was due
 
 
 class Interrupted(KeyboardInterrupt):
@@ -96,16 +100,70 @@ class Trainer:
         self._stop = False
         self._saved = time.monotonic()
 
+    def train(self, state: dict[str, Any] | None) -> None:
+        """Train to the end, from a checkpoint if one is given, and load the best weights.
+
+        Raises:
+            Interrupted: Ctrl-C or SIGTERM; the run was saved first, and how to go on was said.
+            InputError: see :meth:`resume` and :meth:`fit`.
+        """
+        if state is not None:
+            self.resume(state)
+        try:
+            self.fit()
+        except Interrupted:
+            self.run.close()
+            say(
+                f"saved at step {self.progress.step}; continue with "
+                f"aam {self.description['command']} --resume-from {self.run.path}"
+            )
+            raise
+        best = self.run.path / CHECKPOINTS / BEST
+        if best.is_file():
+            self.objective.load_state_dict(load_state(best)["objective"])
+
     def resume(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint."""
+        """Continue from a checkpoint.
+
+        Raises:
+            InputError: the checkpoint does not fit the model.
+        """
         try:
             self.objective.load_state_dict(state["objective"])
             self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as error:
+            self.progress = Progress(**state["progress"])
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 "--resume-from: the checkpoint is of another model; use the run's own options"
             ) from error
-        self.progress = Progress(**state["progress"])
+        self.run.take_over_metrics(self.progress.step, self.progress.validated)
+        self._take_over_best()
+        say(f"continuing at step {self.progress.step}")
+
+    def _take_over_best(self) -> None:
+        """Put the checkpoint of the best step known so far where this run expects it."""
+        at = self.progress
+        assert self.run.source is not None
+        own = self.run.path / CHECKPOINTS
+        theirs = resume_checkpoint(self.run.source).parent
+        if at.best is not None:
+            for name in (REGULAR_BEST, BEST):
+                found = theirs / name
+                if not found.is_file():
+                    continue
+                state = load_state(found)
+                if state["progress"]["step"] == at.best_step:
+                    save_state(own / BEST, state)
+                    break
+            else:
+                say(
+                    f"warning: the best checkpoint (step {at.best_step}) is not in {theirs}; the "
+                    "best is chosen among the validations to come"
+                )
+                at.best, at.best_step, at.not_better = None, 0, 0
+        if at.best is None:
+            (own / BEST).unlink(missing_ok=True)
+        (own / REGULAR_BEST).unlink(missing_ok=True)
 
     def fit(self) -> None:
         """Train to the end, validating on the way.
@@ -115,23 +173,30 @@ class Trainer:
             InputError: the loss is no longer finite, or a checkpoint cannot be written.
         """
         at = self.progress
-        display = ProgressDisplay(self.last_step, at.step)
-        with display, self._stop_on_signal():
-            while at.step < self.last_step and not self._stopped_early():
-                batches = self.plan.batches(at.epoch)
-                while at.batch < len(batches) and at.step < self.last_step:
-                    chosen = batches[at.batch : at.batch + self.options.accumulate]
-                    display.update(at.step, at.epoch, self.step(chosen))
-                    if self._stop:
-                        self.save("last.pt")
-                        raise Interrupted
-                    if time.monotonic() - self._saved > CHECKPOINT_SECONDS:
-                        self.save("last.pt")
+        if at.step >= self.last_step or self._stopped_early():
+            say(
+                f"step {at.step} of {self.last_step} is reached already, nothing is left to train; "
+                "a larger --max-steps goes on"
+            )
+        with ProgressDisplay(self.last_step, at.step) as display, self._stop_on_signal():
+            batches = self.plan.batches(at.epoch)
+            while True:
                 if at.batch >= len(batches):
                     at.epoch, at.batch = at.epoch + 1, 0
+                    batches = self.plan.batches(at.epoch)
+                ended = at.step >= self.last_step
                 due = at.batch == 0 and at.epoch % self.options.validate_every == 0
-                if due or at.step >= self.last_step:
-                    display.validated(at.step, self._validate())
+                if at.step > at.validated and (due or ended):
+                    display.validated(at.step, self._validate(due))
+                if not self._stop and (ended or self._stopped_early()):
+                    break
+                if not self._stop:
+                    chosen = batches[at.batch : at.batch + self.options.accumulate]
+                    display.update(at.step + 1, at.epoch, self.step(chosen))
+                if self._stop or time.monotonic() - self._saved > CHECKPOINT_SECONDS:
+                    self.save(LAST)
+                if self._stop:
+                    raise Interrupted
         self.run.flush()
 
     def step(self, batches: list[np.ndarray]) -> dict[str, float]:
@@ -179,22 +244,39 @@ class Trainer:
         self.run.log(at.step, at.epoch, "train", measured)
         return measured
 
-    def _validate(self) -> dict[str, float | None]:
-        """Measure the validation part, keep the best weights, save."""
+    def _validate(self, due: bool) -> dict[str, float | None]:
+        """Measure the validation part, keep the best weights, save.
+
+        A validation that is only there because the run ends here is not remembered in the last
+        checkpoint: a continued run would not have made it, and must equal an uninterrupted one.
+        """
         at = self.progress
         self.wrapped.eval()
         with torch.no_grad():
             measured = self.validate()
         self.run.log(at.step, at.epoch, "validation", measured)
-        value = measured.get(self.best_metric)
-        if value is None or math.isnan(value):
-            value = None
-        if value is not None and (at.best is None or self._better(value, at.best)):
-            at.best, at.best_step, at.not_better = value, at.step, 0
-            self.save("best.pt")
-        else:
-            at.not_better += 1
-        self.save("last.pt")
+        if self.best_metric not in measured:
+            raise InputError(
+                f"--best-metric {self.best_metric}: not measured here; choose {', '.join(measured)}"
+            )
+        value = measured[self.best_metric]
+        better = (
+            value is not None
+            and not math.isnan(value)
+            and (at.best is None or self._better(value, at.best))
+        )
+        regular = replace(at)
+        if better:
+            folder = self.run.path / CHECKPOINTS
+            if not due and (folder / BEST).is_file():
+                os.replace(folder / BEST, folder / REGULAR_BEST)
+            at.best, at.best_step = value, at.step
+        if due:
+            at.not_better = 0 if better else at.not_better + 1
+            at.validated = at.step
+        if better:
+            self.save(BEST)
+        self.save(LAST, None if due else regular)
         return measured
 
     def _better(self, value: float, than: float) -> bool:
@@ -205,8 +287,8 @@ class Trainer:
         patience = self.options.early_stopping
         return bool(patience) and self.progress.not_better >= patience
 
-    def save(self, name: str) -> None:
-        """Write a checkpoint."""
+    def save(self, name: str, progress: Progress | None = None) -> None:
+        """Write a checkpoint, with another progress than the run's if one is given."""
         self.run.flush()
         save_state(
             self.run.path / CHECKPOINTS / name,
@@ -214,7 +296,7 @@ class Trainer:
                 "format": FORMAT,
                 "objective": self.objective.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
-                "progress": asdict(self.progress),
+                "progress": asdict(progress or self.progress),
                 "description": self.description,
                 "config": self.config,
             },
@@ -229,6 +311,7 @@ class Trainer:
             if self._stop:
                 raise KeyboardInterrupt
             self._stop = True
+            say("stopping after this step; once more to stop at once, without saving")
 
         previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

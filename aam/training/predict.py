@@ -38,11 +38,21 @@ def predict(config: PredictConfig) -> Path:
         raise InputError(
             f"{config.model}: holds a pretrained encoder; predict needs a run of finetune"
         )
-    samples, options = samples_as_trained(config, described, config.metadata)
+    device = pick_device(config.device, config.attn_implementation)
+    columns = list(described["categories"])
+    if config.metadata is not None and not columns:
+        say(f"{config.metadata}: not used, the model has no categorical columns")
+    metadata = config.metadata if columns else None
+    samples, options = samples_as_trained(config, described, metadata, keep_unmatched=True)
+    if columns and metadata is None:
+        samples.warnings.append(
+            f"the model was trained with {', '.join(map(repr, columns))}: without --metadata that is "
+            "unknown of every sample, and predictions are less certain"
+        )
     target = TargetInfo.from_dict(described["target"])
     dataset, keys = covariates_as_trained(samples, options, described, target)
     tell(samples)
-    model.to(pick_device(config.device))
+    model.to(device)
     rows = np.arange(len(samples.ids))
     outputs = predict_outputs(model, dataset, rows, chunk=config.batch_size)
     cells = prediction_cells(in_units(outputs, target, keys), target)
@@ -56,7 +66,7 @@ def predict(config: PredictConfig) -> Path:
 
 
 def samples_as_trained(
-    config: Any, described: dict[str, Any], metadata: Path | None
+    config: Any, described: dict[str, Any], metadata: Path | None, *, keep_unmatched: bool = False
 ) -> tuple[Samples, TableOptions]:
     """Read a table and treat it as the model's training did.
 
@@ -64,6 +74,7 @@ def samples_as_trained(
         config: options of predict or evaluate.
         described: the model's description.
         metadata: sample metadata, or None.
+        keep_unmatched: keep samples without metadata (where they are allowed) as unknown.
     """
     data = described["data"]
     depth = data["rarefy_depth"] if config.rarefy_depth is None else config.rarefy_depth
@@ -76,7 +87,8 @@ def samples_as_trained(
         asv_sampling=data["asv_sampling"],
         allow_missing=config.allow_missing,
     )
-    return read_samples(options, data["seed"], metadata=metadata), options
+    samples = read_samples(options, data["seed"], metadata=metadata, keep_unmatched=keep_unmatched)
+    return samples, options
 
 
 def covariates_as_trained(

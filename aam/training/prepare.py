@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from aam.data.splits import Split, leaking_columns, split_samples
 from aam.data.table import FeatureTable, rarefy, read_table
 from aam.data.tree import read_tree
 from aam.errors import InputError
-from aam.training.runs import say
+from aam.training.runs import refuse_breaks, say
 
 
 @dataclass
@@ -81,7 +81,7 @@ def read_samples(
     seed: int,
     *,
     metadata: Path | None = None,
-    rarefy_depth: int | None = None,
+    keep_unmatched: bool = False,
 ) -> Samples:
     """Read a table, rarefy it and match it with metadata.
 
@@ -89,10 +89,14 @@ def read_samples(
         options: the table's options.
         seed: of the rarefaction.
         metadata: sample metadata; samples without a row are an error or, on request, dropped.
-        rarefy_depth: reads a sample; `options.rarefy_depth` if not given.
+        keep_unmatched: keep samples that may lack a row; all their cells are then missing.
+
+    Raises:
+        InputError: a file cannot be used, an id is broken, or a sample has no metadata.
     """
-    depth = options.rarefy_depth if rarefy_depth is None else rarefy_depth
+    depth = options.rarefy_depth
     table = read_table(options.table, sequences=options.sequences)
+    refuse_breaks(table.sample_ids, table.source, "sample ids")
     samples = Samples(table)
     samples.facts.append(DataFact("samples in the table", len(table.sample_ids), table.source))
     if metadata is not None:
@@ -104,6 +108,9 @@ def read_samples(
             table_source=str(options.table),
             metadata_source=str(metadata),
         )
+        if keep_unmatched:
+            known, facts = _with_empty_rows(known, table.sample_ids, facts)
+            kept = table.sample_ids
         samples.facts += facts
         samples.metadata = known
         samples.keep(kept)
@@ -116,6 +123,22 @@ def read_samples(
     samples.facts.append(DataFact("samples used", len(samples.ids)))
     samples.facts.append(DataFact("distinct ASVs", len(samples.table.feature_ids)))
     return samples
+
+
+def _with_empty_rows(
+    metadata: Metadata, ids: Sequence[str], facts: list[DataFact]
+) -> tuple[Metadata, list[DataFact]]:
+    """Metadata with a row of missing cells for every id that has none, and facts that say so."""
+    known = set(metadata.ids)
+    lacking = tuple(name for name in ids if name not in known)
+    cells = {name: column + (None,) * len(lacking) for name, column in metadata.cells.items()}
+    told = [
+        replace(one, kind="info", detail=f"kept as unknown: {one.detail}")
+        if one.kind == "dropped"
+        else one
+        for one in facts
+    ]
+    return replace(metadata, ids=metadata.ids + lacking, cells=cells), told
 
 
 def attach_distances(
@@ -182,6 +205,11 @@ def split(
         )
     else:
         parts = _given_split(samples, options)
+    if len(parts.train) < 2 or len(parts.validation) < 2:
+        raise InputError(
+            f"{len(parts.train)} training and {len(parts.validation)} validation samples: each "
+            "part needs 2; use more samples or another --validation-fraction"
+        )
     if samples.metadata is not None:
         leaks = leaking_columns(samples.metadata, parts)
         if leaks:
@@ -209,10 +237,6 @@ def _given_split(samples: Samples, options: MetadataOptions) -> Split:
     if both:
         raise InputError(
             f"{len(both)} samples ({name_some(both)}) are in both --train-ids and --validation-ids"
-        )
-    if len(train) < 2 or len(validation) < 2:
-        raise InputError(
-            f"{len(train)} training and {len(validation)} validation samples: each part needs 2"
         )
     return Split(train, validation)
 

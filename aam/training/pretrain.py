@@ -17,14 +17,14 @@ from aam.errors import InputError
 from aam.model import CommunityEncoder
 from aam.model.encoder import EncoderShape
 from aam.training import baselines, metrics
-from aam.training.checkpoint import MODEL_FILE, load_state, save_model
+from aam.training.checkpoint import MODEL_FILE, save_model
 from aam.training.evaluation import (
     check_nucleotides,
     distance_metrics,
     predicted_distances,
     sample_embeddings,
 )
-from aam.training.loop import Interrupted, Trainer
+from aam.training.loop import Trainer
 from aam.training.objectives import DistanceLoss, FaithLoss, PretrainObjective
 from aam.training.prepare import (
     Samples,
@@ -36,8 +36,8 @@ from aam.training.prepare import (
     tell,
 )
 from aam.training.results import print_results, result
-from aam.training.resume import compatible_state
-from aam.training.runs import CHECKPOINTS, Run, check_output, say
+from aam.training.resume import check_same_data, compatible_state, fingerprint
+from aam.training.runs import Run, check_output, say
 from aam.training.setup import compile_stacks, make_fabric, run_facts
 
 CALIBRATION_SAMPLES = 64  # samples that set the distance scale
@@ -148,7 +148,11 @@ def pretrain(config: PretrainConfig) -> Path:
         "command": "pretrain",
         "data": data_description(config),
         "metric": config.distances.unifrac_metric,
+        "fingerprint": fingerprint(
+            samples.table, parts, None if distances is None else distances.pairwise(train_rows[:16])
+        ),
     }
+    check_same_data(state, config, description)
     run = Run(config.run, config, keep_steps=None if state is None else state["progress"]["step"])
     run.write_split(parts)
     trainer = Trainer(
@@ -164,18 +168,7 @@ def pretrain(config: PretrainConfig) -> Path:
         config=to_dict(config),
         seed=config.run.seed,
     )
-    if state is not None:
-        trainer.resume(state)
-        say(f"continuing at step {trainer.progress.step}")
-    try:
-        trainer.fit()
-    except Interrupted:
-        run.close()
-        say(f"saved at step {trainer.progress.step}; continue with --resume-from {run.path}")
-        raise
-    best = run.path / CHECKPOINTS / "best.pt"
-    if best.is_file():
-        objective.load_state_dict(load_state(best)["objective"])
+    trainer.train(state)
     save_model(run.path / MODEL_FILE, encoder, description)
     summary = run_facts(config, fabric, trainer, samples, parts, encoder, started)
     write_results(run, task, samples, summary)
@@ -286,6 +279,7 @@ def distance_results(
         task.train_rows,
         task.validation_rows,
         groups=groups,
+        sequences=samples.table.feature_ids,
         seed=CHECK_SEED,
     )
     measured = distance_metrics(predicted, true)

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
+import numpy as np
+
 from aam.config import to_dict
+from aam.data.splits import Split
+from aam.data.table import FeatureTable
 from aam.errors import InputError
 from aam.training.checkpoint import load_state
 from aam.training.runs import resume_checkpoint
 
 # Options that a continued run may change: none of them changes a step that was already taken.
+# Files may have moved: what they hold is compared instead (see `fingerprint`).
 FREE = {
+    "data": {"table", "sequences"},
+    "distances": {"tree", "unifrac_matrix", "unifrac_matrix_ids"},
+    "metadata": {"metadata", "train_ids", "validation_ids"},
     "run": {
         "output_dir",
         "overwrite",
@@ -22,8 +31,9 @@ FREE = {
         "compile_model",
         "attn_implementation",
     },
-    "optimizer": {"max_steps", "early_stopping", "validate_every", "best_metric"},
+    "optimizer": {"max_steps", "early_stopping", "validate_every"},
 }
+FREE_ALONE = {"pretrained_encoder"}  # its weights are in the checkpoint
 
 
 def compatible_state(config: Any) -> dict[str, Any] | None:
@@ -51,12 +61,53 @@ def compatible_state(config: Any) -> dict[str, Any] | None:
     return state
 
 
+def fingerprint(table: FeatureTable, parts: Split, *arrays: np.ndarray | None) -> str:
+    """A digest of everything that the data contribute to a step.
+
+    Args:
+        table: the samples and their counts.
+        parts: which samples are trained on.
+        arrays: targets, categories or some distances; real numbers count to 5 decimals, so that
+            another machine's last bits are no difference.
+    """
+    digest = hashlib.sha256()
+    for ids in (table.sample_ids, table.feature_ids, parts.train, parts.validation):
+        digest.update("\n".join(ids).encode() + b"\0")
+    counts = table.counts
+    for array in (counts.indptr, counts.indices, counts.data, *arrays):
+        if array is None:
+            continue
+        plain = np.asarray(array)
+        if plain.dtype.kind == "f":
+            plain = np.round(plain.astype(np.float64), 5) + 0.0  # no minus zero
+        else:
+            plain = plain.astype(np.int64)
+        digest.update(np.ascontiguousarray(plain).tobytes() + b"\0")
+    return digest.hexdigest()
+
+
+def check_same_data(state: dict[str, Any] | None, config: Any, description: dict[str, Any]) -> None:
+    """Refuse to continue a run with other data.
+
+    Raises:
+        InputError: the checkpoint's fingerprint is another one.
+    """
+    if state is None:
+        return
+    if state["description"].get("fingerprint") != description["fingerprint"]:
+        raise InputError(
+            f"{config.run.resume_from}: was made from other data: the table, metadata, distances "
+            "or split have changed; continue with the files of the run"
+        )
+
+
 def _fixed(config: dict[str, Any]) -> dict[str, Any]:
     """Options that must not change, as ``group.option``."""
     flat: dict[str, Any] = {}
     for group, values in config.items():
         if not isinstance(values, dict):
-            flat[group] = values
+            if group not in FREE_ALONE:
+                flat[group] = values
             continue
         for name, value in values.items():
             if name not in FREE.get(group, ()):

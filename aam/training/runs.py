@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
+import itertools
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from aam.config import RunOptions, write_toml
+from aam.data.facts import name_some
 from aam.data.splits import Split
 from aam.errors import InputError
 from aam.training.checkpoint import MODEL_FILE, atomic_path, write_text
@@ -39,6 +43,7 @@ RUN_FILES = (
     "report.html",
 )
 FLUSH_SECONDS = 2.0
+BREAKS = re.compile(r"[\t\n\r]")  # what no id, class or column name may hold
 
 
 def check_output(options: RunOptions) -> None:
@@ -50,7 +55,7 @@ def check_output(options: RunOptions) -> None:
     path = options.output_dir
     if path.exists() and not path.is_dir():
         raise InputError(f"{path}: is a file; choose another --output-dir")
-    if is_run(path) and not options.overwrite and options.resume_from is None:
+    if is_run(path) and not options.overwrite and not continues_there(options):
         raise InputError(
             f"{path}: already holds a run; choose another --output-dir, replace it with "
             "--overwrite, or continue it with --resume-from"
@@ -60,6 +65,14 @@ def check_output(options: RunOptions) -> None:
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"{path}: cannot be written; choose another --output-dir")
+
+
+def continues_there(options: RunOptions) -> bool:
+    """Whether the run to continue is the one in the output folder."""
+    return (
+        options.resume_from is not None
+        and resume_folder(options.resume_from).resolve() == options.output_dir.resolve()
+    )
 
 
 def check_file_output(path: Path, overwrite: bool) -> None:
@@ -96,9 +109,9 @@ class Run:
             keep_steps: when resuming, the step up to which earlier metrics are kept.
         """
         self.path = options.output_dir
-        source = resume_folder(options.resume_from) if options.resume_from else None
+        self.source = None if keep_steps is None else options.resume_from
         try:
-            if keep_steps is None and is_run(self.path):
+            if is_run(self.path) and (self.source is None or not continues_there(options)):
                 remove_run(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -109,12 +122,8 @@ class Run:
         self._pending: list[tuple[Any, ...]] = []
         self._flushed = time.monotonic()
         self._metrics = self.path / "metrics.csv"
-        earlier = [] if keep_steps is None or source is None else read_metrics(source, keep_steps)
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(METRIC_COLUMNS)
-        writer.writerows(earlier)
-        write_text(self._metrics, text.getvalue())
+        if self.source is None:
+            self._write_metrics([])
         self._board = None
         if options.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -123,6 +132,23 @@ class Run:
                 str(self.path / "tensorboard"),
                 purge_step=None if keep_steps is None else keep_steps + 1,
             )
+
+    def take_over_metrics(self, last_step: int, last_validation: int) -> None:
+        """Begin metrics.csv with those of the run that is continued.
+
+        Args:
+            last_step: training steps beyond it are left out.
+            last_validation: validations beyond it are left out.
+        """
+        assert self.source is not None
+        self._write_metrics(read_metrics(resume_folder(self.source), last_step, last_validation))
+
+    def _write_metrics(self, rows: list[list[str]]) -> None:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(METRIC_COLUMNS)
+        writer.writerows(rows)
+        write_text(self._metrics, text.getvalue())
 
     @property
     def seconds(self) -> float:
@@ -136,7 +162,8 @@ class Run:
                 continue
             self._pending.append((step, epoch, part, name, repr(float(value))))
             if self._board is not None:
-                self._board.add_scalar(f"{part}/{name}", value, step)
+                with self._board_errors():
+                    self._board.add_scalar(f"{part}/{name}", value, step)
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
 
@@ -157,7 +184,16 @@ class Run:
         """Write everything and close the logs."""
         self.flush()
         if self._board is not None:
-            self._board.close()
+            with self._board_errors():
+                self._board.close()
+
+    @contextlib.contextmanager
+    def _board_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            folder = self.path / "tensorboard"
+            raise InputError(f"{folder}: cannot be written ({error.strerror})") from error
 
     def write_ids(self, name: str, ids: tuple[str, ...]) -> None:
         """Write sample ids, one a line."""
@@ -178,12 +214,36 @@ class Run:
 
 
 def write_table(path: Path, header: list[str], rows: Any) -> None:
-    """Write a tab-separated table atomically."""
+    """Write a tab-separated table atomically; cells stand as they are, without quotes.
+
+    Raises:
+        InputError: a cell has a tab or a line break.
+    """
     text = io.StringIO()
-    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
+    for row in itertools.chain([header], rows):
+        cells = [str(cell) for cell in row]
+        broken = [cell for cell in cells if BREAKS.search(cell)]
+        if broken:
+            raise InputError(
+                f"{path}: {broken[0]!r} has a tab or a line break, which a table cannot hold; "
+                "rename it in the input"
+            )
+        text.write("\t".join(cells) + "\n")
     write_text(path, text.getvalue())
+
+
+def refuse_breaks(names: Iterable[str], source: str, what: str) -> None:
+    """Refuse names that a table of predictions cannot hold.
+
+    Raises:
+        InputError: names the first ones with a tab or a line break.
+    """
+    broken = [name for name in names if BREAKS.search(name)]
+    if broken:
+        raise InputError(
+            f"{source}: {len(broken)} {what} ({name_some(broken)}) have a tab or a line break: "
+            "rename them"
+        )
 
 
 def json_text(values: Any) -> str:
@@ -203,15 +263,16 @@ def json_text(values: Any) -> str:
     return json.dumps(plain(values), indent=1, ensure_ascii=False) + "\n"
 
 
-def read_metrics(run: Path, last_step: int) -> list[list[str]]:
-    """Rows of a run's metrics.csv up to a step."""
+def read_metrics(run: Path, last_step: int, last_validation: int) -> list[list[str]]:
+    """Rows of a run's metrics.csv up to a training step and a validation."""
     path = run / "metrics.csv"
     if not path.is_file():
         return []
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))[1:]
     complete = [row for row in rows if len(row) == len(METRIC_COLUMNS) and row[0].isdigit()]
-    return [row for row in complete if int(row[0]) <= last_step]
+    last = {"train": last_step, "validation": last_validation}
+    return [row for row in complete if int(row[0]) <= last.get(row[2], last_step)]
 
 
 def resume_folder(path: Path) -> Path:

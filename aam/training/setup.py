@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from dataclasses import asdict
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,13 +18,16 @@ from aam.config import RunOptions, to_dict
 from aam.data.splits import Split
 from aam.errors import InputError
 from aam.training.prepare import Samples
+from aam_kernels import available_impls
+
+COMPILERS = ("g++", "clang++", "c++")
 
 
 def make_fabric(options: RunOptions) -> Any:
     """A launched Lightning Fabric on one device.
 
     Raises:
-        InputError: the device does not exist.
+        InputError: the device does not exist, or cannot run the attention implementation.
     """
     from lightning_fabric import Fabric
 
@@ -36,19 +42,35 @@ def make_fabric(options: RunOptions) -> Any:
         fabric = Fabric(accelerator="cpu", devices=1)
     else:
         fabric = Fabric(accelerator="cuda", devices=[int(index or 0)])
+    available = set.intersection(*map(set, available_impls(fabric.device).values()))
+    chosen = options.attn_implementation
+    if chosen not in ("auto", *available):
+        raise InputError(
+            f"--attn-implementation {chosen}: not available on {fabric.device} in this "
+            f"installation; choose auto, {', '.join(sorted(available))}"
+        )
     fabric.launch()
     return fabric
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, attn_implementation: Any = "auto") -> torch.device:
     """The device of a command that does not train."""
-    return make_fabric(RunOptions(output_dir=None, device=name)).device  # type: ignore[arg-type]
+    options = RunOptions(output_dir=Path(), device=name, attn_implementation=attn_implementation)
+    return make_fabric(options).device
 
 
 def compile_stacks(module: nn.Module) -> None:
-    """Compile every transformer stack in place."""
+    """Compile every transformer stack in place.
+
+    Raises:
+        InputError: there is no C++ compiler, which torch.compile needs.
+    """
     from aam_kernels.modules import TransformerEncoder
 
+    if not any(shutil.which(os.environ.get("CXX") or name) for name in COMPILERS):
+        raise InputError(
+            "--compile-model: needs a C++ compiler such as g++; install one or leave it out"
+        )
     for part in module.modules():
         if isinstance(part, TransformerEncoder):
             part.compile(dynamic=True)
