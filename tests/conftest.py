@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from aam.data.demo import DemoFiles, simulate_community
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -34,3 +36,49 @@ def require_tool() -> Callable[[str], str]:
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def community(tmp_path_factory) -> DemoFiles:
+    """Return the files of a simulated community: 24 samples of 8 subjects, 44 ASVs of 30 bases."""
+    folder = tmp_path_factory.mktemp("community")
+    return simulate_community(
+        folder, samples=24, asvs=60, asvs_per_sample=10, sequence_length=30, seed=0
+    )
+
+
+TINY = (
+    "--num-layers 1 --embedding-dim 32 --num-heads 2 --rarefy-depth 0 --batch-size 4 --no-tensorboard"
+).split()
+
+
+@pytest.fixture(scope="session")
+def aam(community) -> Callable[..., int]:
+    """Return a function that runs a command of `aam` on the community, in this process.
+
+    Training commands get a tiny model and, unless told otherwise, the community's files; their
+    report and baselines (seconds each, tested elsewhere) are left out.
+    """
+    from aam.train import main
+
+    def run(command: str, *words: object, files: bool = True, complete: bool = False) -> int:
+        arguments = [command]
+        if command in ("pretrain", "finetune"):
+            arguments += TINY
+        if files and command != "demo":
+            arguments += ["--table", str(community.table)]
+            arguments += {
+                "pretrain": ["--tree", str(community.tree)],
+                "finetune": ["--metadata", str(community.metadata)],
+            }.get(command, [])
+        arguments += map(str, words)
+        if "--resume-from" in arguments and not files:
+            arguments = [command, *map(str, words)]
+        with pytest.MonkeyPatch.context() as patch:
+            if not complete:
+                patch.setattr("aam.report.write_report", lambda folder: folder / "report.html")
+                patch.setattr("aam.training.baselines.target_baselines", lambda *_, **__: {})
+                patch.setattr("aam.training.baselines.distance_baselines", lambda *_, **__: {})
+            return main(arguments)
+
+    return run

@@ -46,8 +46,8 @@ def predict(config: PredictConfig) -> Path:
     samples, options = samples_as_trained(config, described, metadata, keep_unmatched=True)
     if columns and metadata is None:
         samples.warnings.append(
-            f"the model was trained with {', '.join(map(repr, columns))}: without --metadata that is "
-            "unknown of every sample, and predictions are less certain"
+            f"the model was trained with {', '.join(map(repr, columns))}: without --metadata these "
+            "are unknown, and predictions are less certain"
         )
     target = TargetInfo.from_dict(described["target"])
     dataset, keys = covariates_as_trained(samples, options, described, target)

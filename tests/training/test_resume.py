@@ -1,0 +1,273 @@
+"""Continuing a run: bit for bit the run that was never interrupted, or one line that says why not."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+# 20 training samples in batches of 4: 5 steps an epoch.
+PRETRAIN = ("--epochs", 3)
+FINETUNE = ("--metadata-column", "age", "--epochs", 3)
+VARIANTS = {
+    "pretrain": ("pretrain", *PRETRAIN),
+    "pretrain accumulate random": (
+        "pretrain", *PRETRAIN, "--accumulate", 2, "--asv-sampling", "random", "--token-limit", 6,
+        "--mask-strategy", "span", "--validate-every", 2,
+    ),
+    "finetune": (
+        "finetune", *FINETUNE, "--categorical-columns", "site", "--nucleotide-penalty", 0.1,
+        "--count-penalty", 0.1,
+    ),
+    "finetune freeze": ("finetune", *FINETUNE, "--freeze-base", "--pretrained-encoder", "PRE"),
+    "finetune accumulate random": (
+        "finetune", "--metadata-column", "diagnosis", "--epochs", 3, "--accumulate", 2,
+        "--asv-sampling", "random", "--token-limit", 6,
+    ),
+}  # fmt: skip
+
+
+def metrics(run: Path) -> dict[tuple[str, ...], str]:
+    """All metrics but the speed, as they are written."""
+    with open(run / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {
+        (row["step"], row["epoch"], row["part"], row["metric"]): row["value"]
+        for row in rows
+        if row["metric"] != "samples_per_second"
+    }
+
+
+def checkpoint(run: Path, name: str = "last.pt") -> dict:
+    return torch.load(run / "checkpoints" / name, weights_only=True)
+
+
+def assert_same_run(run: Path, whole: Path) -> None:
+    assert metrics(run) == metrics(whole)
+    for name in ("last.pt", "best.pt"):
+        one, other = checkpoint(run, name), checkpoint(whole, name)
+        assert one["progress"] == other["progress"]
+        assert one["objective"].keys() == other["objective"].keys()
+        for key, value in other["objective"].items():
+            assert torch.equal(one["objective"][key], value), key
+        for group, expected in other["optimizer"]["state"].items():
+            for key, value in expected.items():
+                assert torch.equal(one["optimizer"]["state"][group][key], value), (group, key)
+    mine, theirs = load_file(run / "model.safetensors"), load_file(whole / "model.safetensors")
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+@pytest.fixture(scope="module")
+def pretrained(aam, tmp_path_factory):
+    run = tmp_path_factory.mktemp("pretrained") / "run"
+    assert aam("pretrain", "--max-steps", 2, "--output-dir", run) == 0
+    return run
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def whole(request, aam, pretrained, tmp_path_factory):
+    """An uninterrupted run, and the words that make it."""
+    words = [str(pretrained) if word == "PRE" else word for word in VARIANTS[request.param]]
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert aam(*words, "--output-dir", run) == 0
+    return run, words
+
+
+def test_a_run_ended_by_max_steps_continues_bit_for_bit(aam, whole, tmp_path):
+    reference, words = whole
+    run = tmp_path / "run"
+    for stop in (2, 3, 5):  # within an epoch, and at the end of one
+        again = ("--resume-from", run) if run.exists() else ()
+        assert aam(*words, "--output-dir", run, "--max-steps", stop, *again) == 0
+        assert (run / "summary.json").is_file() and (run / "model.safetensors").is_file()
+    assert aam(words[0], "--resume-from", run, "--max-steps", 999, files=False) == 0
+    assert_same_run(run, reference)
+
+
+def interrupt_at(monkeypatch, step: int) -> None:
+    """Send this process a Ctrl-C while it takes a step."""
+    from aam.training.loop import Trainer
+
+    take = Trainer.step
+
+    def step_and_stop(self, batches):
+        if self.progress.step == step - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return take(self, batches)
+
+    monkeypatch.setattr(Trainer, "step", step_and_stop)
+
+
+@pytest.mark.parametrize("step", [4])
+def test_an_interrupted_run_continues_by_its_folder_alone(
+    aam, whole, tmp_path, monkeypatch, capsys, step
+):
+    reference, words = whole
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step)
+        assert aam(*words, "--output-dir", run) == 130
+    said = capsys.readouterr().err
+    assert f"saved at step {step}; continue with aam {words[0]} --resume-from {run}" in said
+    assert not (run / "model.safetensors").exists()
+    assert aam(words[0], "--resume-from", run, files=False) == 0
+    assert f"continuing at step {step}" in capsys.readouterr().err
+    assert_same_run(run, reference)
+
+
+def test_a_run_interrupted_in_its_last_step_is_finished_by_resuming(
+    aam, tmp_path, monkeypatch, capsys
+):
+    words = ("pretrain", "--epochs", 1)
+    assert aam(*words, "--output-dir", tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 5)
+        assert aam(*words, "--output-dir", tmp_path / "run") == 130
+    assert aam("pretrain", "--resume-from", tmp_path / "run", files=False) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_finished_run_says_so_and_writes_its_results_again(aam, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert aam("pretrain", "--max-steps", 3, "--output-dir", run) == 0
+    before = metrics(run)
+    for name in ("model.safetensors", "summary.json", "distances.tsv"):
+        (run / name).unlink()
+    capsys.readouterr()
+    assert aam("pretrain", "--resume-from", run, files=False, complete=True) == 0
+    assert "step 3 of 3 is reached already" in capsys.readouterr().err
+    for name in ("model.safetensors", "summary.json", "distances.tsv", "report.html"):
+        assert (run / name).is_file()
+    assert metrics(run) == before
+
+
+def test_a_run_continues_in_another_folder_with_its_best_checkpoint(aam, tmp_path, capsys):
+    assert aam("pretrain", "--epochs", 3, "--output-dir", tmp_path / "whole") == 0
+    assert aam("pretrain", "--epochs", 3, "--max-steps", 12, "--output-dir", tmp_path / "a") == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
+    words = ("--resume-from", tmp_path / "a", "--max-steps", 99)
+    assert aam("pretrain", *words, "--output-dir", tmp_path / "b", files=False) == 0
+    assert_same_run(tmp_path / "b", tmp_path / "whole")
+    assert {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()} == before
+    # A folder that holds another run is not mixed with this one.
+    assert aam("pretrain", *words, "--output-dir", tmp_path / "b", files=False) == 2
+    assert "already holds a run" in capsys.readouterr().err
+
+
+def test_without_the_best_checkpoint_the_best_is_chosen_anew(aam, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert aam("pretrain", "--epochs", 3, "--max-steps", 7, "--output-dir", run) == 0
+    for path in run.glob("checkpoints/best*"):
+        path.unlink()
+    assert aam("pretrain", "--resume-from", run, "--max-steps", 99, files=False) == 0
+    assert "warning: the best checkpoint" in capsys.readouterr().err
+    assert checkpoint(run, "best.pt")["progress"]["best_step"] >= 10
+
+
+def test_a_moved_run_continues_where_it_is_now(aam, tmp_path):
+    assert aam("pretrain", "--epochs", 2, "--max-steps", 5, "--output-dir", tmp_path / "old") == 0
+    (tmp_path / "old").rename(tmp_path / "new")
+    words = ("--resume-from", tmp_path / "new", "--max-steps", 6)
+    assert aam("pretrain", *words, files=False) == 0
+    assert not (tmp_path / "old").exists()
+    assert checkpoint(tmp_path / "new")["progress"]["step"] == 6
+
+
+def test_ctrl_c_of_a_real_process_saves_says_how_to_resume_and_exits_130(
+    community, aam, tmp_path
+):
+    run = tmp_path / "run"
+    words = [
+        sys.executable, "-m", "aam.train", "pretrain", "--table", str(community.table), "--tree",
+        str(community.tree), "--output-dir", str(run), "--rarefy-depth", "0", "--num-layers", "1",
+        "--embedding-dim", "32", "--num-heads", "2", "--epochs", "100000", "--batch-size", "4",
+        "--validate-every", "100000",
+    ]  # fmt: skip
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        said = ""
+        for line in process.stderr:
+            said += line
+            if line.startswith("step "):
+                process.send_signal(signal.SIGINT)
+                break
+        said += process.stderr.read()
+    assert process.returncode == 130, said
+    assert f"aam pretrain --resume-from {run}" in said and "Traceback" not in said
+    step = checkpoint(run)["progress"]["step"]
+    assert step >= 1
+    assert aam("pretrain", "--resume-from", run, "--max-steps", step + 1, files=False) == 0
+
+
+@pytest.fixture(scope="module")
+def short(aam, tmp_path_factory):
+    run = tmp_path_factory.mktemp("short") / "run"
+    assert aam("pretrain", "--max-steps", 1, "--output-dir", run) == 0
+    return run
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (("--lr", 0.5), "was made with another --lr (0.0006, now 0.5)"),
+        (("--embedding-dim", 64), "was made with another --embedding-dim (32, now 64)"),
+        (("--seed", 7), "was made with another --seed (0, now 7)"),
+    ],
+)
+def test_a_checkpoint_from_another_configuration_is_refused(aam, short, capsys, change, expected):
+    before = (short / "config.toml").read_bytes()
+    capsys.readouterr()
+    assert aam("pretrain", "--resume-from", short, *change, files=False) == 2
+    said = capsys.readouterr().err
+    assert expected in said and said.count("\n") == 1
+    assert (short / "config.toml").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_command_is_refused(aam, short, tmp_path, capsys):
+    words = ("--metadata-column", "age", "--output-dir", tmp_path / "fine")
+    assert aam("finetune", *words, "--resume-from", short / "checkpoints" / "last.pt") == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "fine").exists()
+
+
+def test_other_data_under_the_same_options_are_refused(aam, short, community, tmp_path, capsys):
+    import biom
+    import h5py
+
+    table = biom.load_table(str(community.table))
+    ids = table.ids()
+    changed = tmp_path / "table.biom"
+    with h5py.File(changed, "w") as file:
+        table.filter(ids[:-1], inplace=False).to_hdf5(file, "test")
+    before = {path: path.read_bytes() for path in short.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert aam("pretrain", "--resume-from", short, "--table", changed, files=False) == 2
+    said = capsys.readouterr().err
+    assert "was made from other data" in said.splitlines()[-1]
+    assert {path: path.read_bytes() for path in short.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("kept", [0, 10, 500, 0.5, 0.99])
+def test_a_truncated_checkpoint_gives_one_line(aam, short, tmp_path, capsys, kept):
+    whole = (short / "checkpoints" / "last.pt").read_bytes()
+    broken = tmp_path / "run" / "checkpoints" / "last.pt"
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(whole[: int(kept * len(whole)) if kept < 1 else kept])
+    (tmp_path / "run" / "config.toml").write_bytes((short / "config.toml").read_bytes())
+    capsys.readouterr()
+    assert aam("pretrain", "--resume-from", tmp_path / "run", files=False) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {broken}: truncated or not a checkpoint")
+    assert said.count("\n") == 1
+
+
+def test_a_missing_checkpoint_gives_one_line(aam, tmp_path, capsys):
+    assert aam("pretrain", "--resume-from", tmp_path / "none", files=False) == 2
+    said = capsys.readouterr().err
+    assert said == (
+        f"error: {tmp_path / 'none'}: no such checkpoint; --resume-from needs a run that saved one\n"
+    )
