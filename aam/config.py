@@ -107,6 +107,8 @@ class ModelOptions:
     """slot: a learned position per ASV slot (row order then matters; for imported models)."""
     sample_embedding: Literal["lineages", "attention"] = "lineages"
     """lineages: attention pooling, mean and max over the ASVs; attention: pooling alone."""
+    nucleotide_embedding: Literal["site", "sum"] = "site"
+    """site: token + position + a vector for each token at each position; sum: without the last."""
     distance_scale: float = 0.0
     """s in distance = tanh(|z_i - z_j| / s); 0: set from the data, then learned."""
 

@@ -47,7 +47,7 @@ def test_both_are_the_same_model(real_data):
     data = Problem(str(real_data / "ibd"), 16, batch_size=3)
     shape = EncoderShape(
         num_layers=2, sample_position="slot", sample_embedding="attention",
-        distance_scale=10.0, token_limit=16,
+        nucleotide_embedding="sum", distance_scale=10.0, token_limit=16,
     )  # fmt: skip
     ours = CommunityEncoder(shape).eval()
     padded = PaddedTransformer(layers=2, token_limit=16).eval()

@@ -37,6 +37,7 @@ class EncoderShape:
     count_embedding: str = "none"
     sample_position: str = "none"
     sample_embedding: str = "lineages"
+    nucleotide_embedding: str = "site"
     distance_scale: float = 0.0
     max_bp: int = 150
     token_limit: int = 1024
@@ -71,6 +72,10 @@ class AsvEncoder(nn.Module):
         dim = shape.embedding_dim
         self.token_embedding = nn.Embedding(VOCABULARY, dim)
         self.position_embedding = nn.Embedding(shape.max_bp + 1, dim)
+        if shape.nucleotide_embedding == "site":
+            # A sum of token and position embeddings, averaged over a sequence, says how many of
+            # each base there are, not where: the stack would first have to learn to tell.
+            self.site_embedding = nn.Embedding((shape.max_bp + 1) * VOCABULARY, dim)
         self.stack = make_stack(shape, kernels, shape.dropout)
         self.pool = AttentionPool(dim, impl=kernels.get("impl", "auto"))
         self.nucleotide_head = nn.Linear(dim, VOCABULARY)
@@ -85,8 +90,10 @@ class AsvEncoder(nn.Module):
         Returns:
             Values (nucleotides, dim).
         """
-        position = positions_in_rows(tokens)
-        embedded = self.token_embedding(tokens.values.long()) + self.position_embedding(position)
+        position, token = positions_in_rows(tokens), tokens.values.long()
+        embedded = self.token_embedding(token) + self.position_embedding(position)
+        if hasattr(self, "site_embedding"):
+            embedded = embedded + self.site_embedding(position * VOCABULARY + token)
         hidden = Ragged(embedded, tokens.offsets, tokens.max_length)
         if dropout or not self.training:
             return self.stack(hidden)
