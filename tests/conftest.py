@@ -47,9 +47,19 @@ def community(tmp_path_factory) -> DemoFiles:
     )
 
 
-TINY = (
-    "--num-layers 1 --embedding-dim 32 --num-heads 2 --rarefy-depth 0 --batch-size 4 --no-tensorboard"
-).split()
+TINY = [
+    "--num-layers",
+    "1",
+    "--embedding-dim",
+    "32",
+    "--num-heads",
+    "2",
+    "--rarefy-depth",
+    "0",
+    "--batch-size",
+    "4",
+    "--no-tensorboard",
+]
 
 
 @pytest.fixture(scope="session")

@@ -178,9 +178,7 @@ def test_a_moved_run_continues_where_it_is_now(aam, tmp_path):
     assert checkpoint(tmp_path / "new")["progress"]["step"] == 6
 
 
-def test_ctrl_c_of_a_real_process_saves_says_how_to_resume_and_exits_130(
-    community, aam, tmp_path
-):
+def test_ctrl_c_of_a_real_process_saves_says_how_to_resume_and_exits_130(community, aam, tmp_path):
     run = tmp_path / "run"
     words = [
         sys.executable, "-m", "aam.train", "pretrain", "--table", str(community.table), "--tree",

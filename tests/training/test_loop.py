@@ -1,0 +1,125 @@
+"""The loop: learning rate, groups of weights, accumulation, the best checkpoint, early stopping."""
+
+import csv
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from aam.model import CommunityEncoder, Predictor
+from aam.model.encoder import EncoderShape
+from aam.model.predictor import PredictorShape
+from aam.training.loop import step_seed
+from aam.training.schedule import SCALE_LR_FACTOR, make_optimizer, set_learning_rate, warmup_cosine
+
+
+def test_warmup_then_cosine():
+    rates = [warmup_cosine(step, 100, 0.1) for step in range(100)]
+    assert rates[:10] == pytest.approx(np.arange(1, 11) / 10)
+    expected = [0.5 * (1 + math.cos(math.pi * k / 90)) for k in range(90)]
+    assert rates[10:] == pytest.approx(expected)
+    assert warmup_cosine(100, 100, 0.1) == pytest.approx(0)
+    assert warmup_cosine(0, 1, 0.05) == 1.0  # the shortest run still learns
+
+
+def test_only_weight_matrices_decay_and_the_scale_is_faster():
+    encoder = CommunityEncoder(EncoderShape(32, 2, 1, sample_position="slot"))
+    model = Predictor(encoder, PredictorShape(category_sizes=(3,)))
+    optimizer = make_optimizer(model, 1e-3, 0.05)
+    set_learning_rate(optimizer, 1e-4)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = {
+        (group["weight_decay"], round(group["lr"] / 1e-4)): {
+            names[id(one)] for one in group["params"]
+        }
+        for group in optimizer.param_groups
+    }
+    assert groups.keys() == {(0.05, 1), (0.0, 1), (0.0, SCALE_LR_FACTOR)}
+    assert groups[(0.0, 10)] == {"encoder.unifrac_encoder.log_scale"}
+    assert sum(len(one) for one in groups.values()) == len(list(model.parameters()))
+    modules = dict(model.named_modules())
+    for name in groups[(0.05, 1)]:
+        owner = modules[name.rpartition(".")[0]]
+        assert name.endswith("weight") and not isinstance(owner, (nn.LayerNorm, nn.Embedding)), name
+    plain = groups[(0.0, 1)]
+    assert "encoder.asv_encoder.position_embedding.weight" in plain
+    assert "encoder.sample_encoder.position_embedding.weight" in plain
+    assert "categories.columns.0.weight" in plain
+
+
+def test_step_seeds_differ():
+    seeds = {step_seed(s, t, p) for s in range(5) for t in range(50) for p in range(4)}
+    assert len(seeds) == 1000 and all(0 <= one < 2**63 for one in seeds)
+
+
+def read(run, part, name):
+    with open(run / "metrics.csv", newline="") as file:
+        return {
+            int(row["step"]): float(row["value"])
+            for row in csv.DictReader(file)
+            if (row["part"], row["metric"]) == (part, name)
+        }
+
+
+def test_the_logged_rate_is_the_schedule_and_lasts_the_run(aam, tmp_path):
+    run = tmp_path / "run"
+    words = ("--epochs", 2, "--lr", 1e-3, "--warmup-fraction", 0.3, "--max-steps", 6)
+    assert aam("pretrain", *words, "--output-dir", run) == 0
+    rates = read(run, "train", "learning_rate")
+    expected = {step + 1: 1e-3 * warmup_cosine(step, 10, 0.3) for step in range(6)}
+    assert rates == pytest.approx(expected)
+
+
+def test_the_model_holds_the_best_checkpoint(aam, tmp_path):
+    run = tmp_path / "run"
+    words = ("--epochs", 4, "--lr", 0.03, "--best-metric", "distance_mae")
+    assert aam("pretrain", *words, "--output-dir", run) == 0
+    measured = read(run, "validation", "distance_mae")
+    best_step = min(measured, key=measured.get)
+    best = torch.load(run / "checkpoints" / "best.pt", weights_only=True)
+    assert best["progress"]["step"] == best["progress"]["best_step"] == best_step
+    assert best["progress"]["best"] == measured[best_step]
+    weights = load_file(run / "model.safetensors")
+    for name, value in weights.items():
+        assert torch.equal(best["objective"][f"encoder.{name}"], value)
+    last = torch.load(run / "checkpoints" / "last.pt", weights_only=True)
+    assert last["progress"]["step"] == 20
+
+
+def test_early_stopping_ends_after_validations_without_a_better_one(aam, tmp_path):
+    run = tmp_path / "run"
+    words = ("--epochs", 30, "--lr", 0.05, "--early-stopping", 2)
+    assert aam("pretrain", *words, "--output-dir", run) == 0
+    measured = list(read(run, "validation", "mantel_r").values())
+    assert len(measured) < 30
+    assert measured.index(max(measured)) == len(measured) - 3
+
+
+def test_accumulated_gradients_are_those_of_both_batches(aam, tmp_path):
+    """One accumulated step has the mean loss of its parts."""
+    words = ("pretrain", "--epochs", 1, "--nucleotide-penalty", 0, "--lr", 1e-12)
+    for name, more in (("one", ()), ("two", ("--accumulate", 2))):
+        assert aam(*words, *more, "--output-dir", tmp_path / name) == 0
+    one = list(read(tmp_path / "one", "train", "loss").values())
+    two = list(read(tmp_path / "two", "train", "loss").values())
+    assert two == pytest.approx([np.mean(one[:2]), np.mean(one[2:4]), one[4]], rel=1e-4)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(aam, tmp_path, capsys):
+    words = ("--epochs", 20, "--lr", 1e30, "--clip", 1e30, "--output-dir", tmp_path / "run")
+    assert aam("pretrain", *words) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith("error: step ") and "not finite" in said[-1]
+    assert sum(line.startswith("error") for line in said) == 1
+
+
+def test_a_metric_that_is_not_measured_cannot_choose_the_best(aam, tmp_path, capsys):
+    run = tmp_path / "run"
+    words = ("--metadata-column", "age", "--max-steps", 1, "--best-metric", "auc")
+    assert aam("finetune", *words, "--output-dir", run) == 2
+    assert "--best-metric auc: not measured here; choose loss, target_loss, r2, mae" in (
+        capsys.readouterr().err
+    )
