@@ -48,18 +48,9 @@ def community(tmp_path_factory) -> DemoFiles:
 
 
 TINY = [
-    "--num-layers",
-    "1",
-    "--embedding-dim",
-    "32",
-    "--num-heads",
-    "2",
-    "--rarefy-depth",
-    "0",
-    "--batch-size",
-    "4",
-    "--no-tensorboard",
-]
+    "--num-layers", "1", "--embedding-dim", "32", "--num-heads", "2", "--rarefy-depth", "0",
+    "--batch-size", "4", "--no-tensorboard",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Continuing a run: bit for bit the run that was never interrupted, or one line that says why not."""
+"""Continuing a run: bit for bit the run that was never interrupted, or one line saying why not."""
 
 import csv
 import os
@@ -266,6 +266,5 @@ def test_a_truncated_checkpoint_gives_one_line(aam, short, tmp_path, capsys, kep
 def test_a_missing_checkpoint_gives_one_line(aam, tmp_path, capsys):
     assert aam("pretrain", "--resume-from", tmp_path / "none", files=False) == 2
     said = capsys.readouterr().err
-    assert said == (
-        f"error: {tmp_path / 'none'}: no such checkpoint; --resume-from needs a run that saved one\n"
-    )
+    assert said.count("\n") == 1
+    assert said.startswith(f"error: {tmp_path / 'none'}: no such checkpoint; --resume-from needs")
