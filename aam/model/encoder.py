@@ -163,6 +163,9 @@ class UnifracEncoder(nn.Module):
             self.mean_projection = nn.Linear(dim, LINEAGE_FEATURES, bias=False)
             self.max_projection = nn.Linear(dim, LINEAGE_FEATURES, bias=False)
             width += 2 * LINEAGE_FEATURES
+            # One size for every sample: while the encoder still changes fast, the common scale of
+            # all distances would otherwise change faster than s can follow.
+            self.norm = nn.LayerNorm(width)
         self.width = width
         self.faith_head = nn.Linear(width, 1)
         self.log_scale = nn.Parameter(
@@ -178,14 +181,12 @@ class UnifracEncoder(nn.Module):
         present = self.mean_projection(encoded.asv_vectors)[slots.values]
         strongest = self.max_projection(encoded.asv_vectors)[slots.values]
         lengths = slots.lengths
-        return torch.cat(
-            [
-                pooled,
-                torch.segment_reduce(present, "mean", lengths=lengths, unsafe=True),
-                torch.segment_reduce(strongest, "max", lengths=lengths, unsafe=True),
-            ],
-            dim=-1,
-        )
+        parts = [
+            pooled,
+            torch.segment_reduce(present, "mean", lengths=lengths, unsafe=True),
+            torch.segment_reduce(strongest, "max", lengths=lengths, unsafe=True),
+        ]
+        return self.norm(torch.cat(parts, dim=-1))
 
     def distances(self, z: Tensor, others: Tensor | None = None) -> Tensor:
         """Predicted distances tanh(|z_i - z_j| / s) between embeddings.
