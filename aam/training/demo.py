@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 from aam.config import (
     CategoricalOptions,
@@ -22,6 +24,7 @@ from aam.config import (
 )
 from aam.data.demo import DemoFiles, simulate_community
 from aam.errors import InputError
+from aam.training.results import print_results
 from aam.training.runs import is_run, say
 
 MARK = "simulated"  # folder of the simulated files; tells a demo's folder from any other
@@ -58,10 +61,18 @@ def demo(config: DemoConfig) -> Path:
             output=folder / "predicted-age.tsv",
         )
     )
+    print_results(
+        [one for name in ("pretrained", "age", "diagnosis") for one in results_of(folder / name)]
+    )
     say(f"demo finished in {time.monotonic() - started:.0f} s; open these in a browser:")
     for name in ("pretrained", "age", "diagnosis"):
         say(f"  {folder / name / 'report.html'}")
     return folder
+
+
+def results_of(run: Path) -> list[dict[str, Any]]:
+    """The measured numbers of a finished run."""
+    return json.loads((run / "summary.json").read_text(encoding="utf-8"))["results"]
 
 
 def prepare_folder(folder: Path) -> Path:

@@ -61,10 +61,10 @@ def encoded_batches(
     device = next(encoder.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     batches = [dataset.batch(part, generator=generator) for part in _chunks(rows, chunk)]
-    asv_ids = np.unique(np.concatenate([batch.asv_ids.numpy() for batch in batches]))
+    asv_ids = np.unique(np.concatenate([batch.asv_ids.cpu().numpy() for batch in batches]))
     vectors = encode_asvs(encoder, dataset, asv_ids)
     for batch in batches:
-        place = torch.from_numpy(np.searchsorted(asv_ids, batch.asv_ids.numpy())).to(device)
+        place = torch.from_numpy(np.searchsorted(asv_ids, batch.asv_ids.cpu().numpy())).to(device)
         yield batch.to(device), vectors[place]
 
 
@@ -111,7 +111,7 @@ def check_nucleotides(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for chunk in _chunks(asv_ids, ASV_CHUNK):
-            tokens = dataset.gather_tokens(chunk)
+            tokens = dataset.gather_tokens(chunk).to("cpu")  # the same draw on every device
             masked, hit = mask_tokens(tokens, penalties.mask_probability, penalties.mask_strategy)
             if not len(hit):
                 continue

@@ -123,7 +123,7 @@ def pretrain(config: PretrainConfig) -> Path:
     if config.losses.unifrac_penalty:
         distances = attach_distances(samples, config.data, config.distances)
     parts = split(samples, config.metadata, config.run.seed)
-    dataset = make_dataset(samples, config.data)
+    dataset = make_dataset(samples, config.data).to(fabric.device)
     tell(samples)
     train_rows = samples.rows(parts.train)
     plan = EpochPlan(train_rows, config.optimizer.batch_size, config.run.seed)
