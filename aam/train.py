@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import io
 import itertools
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ COMMANDS: dict[str, type] = {
     "demo": config.DemoConfig,
 }
 ALIASES = {"train": "finetune"}
+BOX = " |+\u2502\u256d\u256e\u2570\u256f\u2500"  # drawn around the messages of the option parser
 INTERRUPTED = 130  # what shells expect after Ctrl-C
 
 
@@ -116,13 +118,17 @@ def complaint(name: str, words: Sequence[str], said: str) -> str:
             near = difflib.get_close_matches(option, sorted(known), n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             return f"unknown option {option}; {hint}{remedy}"
-    lines = [line.strip("\u2502| ") for line in said.splitlines()]
-    title = next((line for line in lines if line), "").strip("\u256d\u256e\u2500 ")
-    body = list(itertools.takewhile(lambda line: "\u2500" not in line, lines[1:]))
+    lines = [line.strip(BOX) for line in said.splitlines()]
+    lines = ["" if set(line) == {"-"} else line for line in lines]  # rules, where text is ASCII
+    while lines and not lines[0]:
+        del lines[0]
+    title = lines[0].strip("- ") if lines else ""
+    rest = list(itertools.dropwhile(lambda line: not line, lines[1:]))
+    body = list(itertools.takewhile(bool, rest))  # up to the first rule
     if title.startswith("Required"):
-        missing = [line.split()[0] for line in body if line.startswith("--")]
-        return f"aam {name} needs {' and '.join(missing)}; {remedy}"
-    text = " ".join(line for line in body if line and not line.startswith("For full helptext"))
+        missing = [found for line in body if (found := re.match(r"--[a-z-]+", line))]
+        return f"aam {name} needs {' and '.join(one.group() for one in missing)}; {remedy}"
+    text = " ".join(line for line in body if not line.startswith("For full helptext"))
     text = text.removeprefix("Error parsing ")
     return f"{text.rstrip('.') or title.lower()}; {remedy}"
 

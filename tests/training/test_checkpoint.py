@@ -110,7 +110,7 @@ def test_an_encoder_is_loaded_and_what_happened_is_told(tmp_path):
     assert new == (1024 + 5) * 32
     for name, value in source.state_dict().items():
         assert torch.equal(target.state_dict()[name], value)
-    with pytest.raises(InputError, match="has shape .* this model needs"):
+    with pytest.raises(InputError, match=r"has shape .* this model needs"):
         load_encoder(CommunityEncoder(EncoderShape(64, 2, 1)), tmp_path)
 
 
