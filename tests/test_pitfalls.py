@@ -1,0 +1,296 @@
+"""What users of other trainers met, and must not meet here: one test a pitfall.
+
+Those that other tests hold already are named in ELSEWHERE.
+"""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import biom
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from aam.config import PenaltyOptions
+from aam.data.dataset import SampleDataset
+from aam.data.sequences import MASK
+from aam.data.table import read_table
+from aam.training.evaluation import check_nucleotides
+
+ROOT = Path(__file__).parent
+ELSEWHERE = {
+    "a count option crashed at first validation": (
+        "training/test_options_end_to_end.py", "test_no_option_is_left_out"),
+    "recomputation failed outside its backend": (
+        "training/test_options_end_to_end.py",
+        "test_interchangeable_settings_give_the_same_losses"),
+    "permuting the table's rows changed predictions": (
+        "training/test_predict.py",
+        "test_the_order_of_the_tables_rows_and_columns_changes_no_prediction"),
+    "warm-up that small studies never leave": (
+        "training/test_loop.py", "test_the_logged_rate_is_the_schedule_and_lasts_the_run"),
+    "a matrix by position": ("test_command_line.py", '"matrix without ids"'),
+    "NaN target": ("test_command_line.py", '"target all missing"'),
+    "duplicate metadata rows": ("test_command_line.py", '"metadata row twice"'),
+    "hashed ids": ("test_command_line.py", '"table hashed ids"'),
+    "batch larger than the set": ("test_command_line.py", '"batch larger than the set"'),
+    "plain text as BIOM": ("test_command_line.py", '"table is plain text"'),
+    "checkpoints written in place": (
+        "training/test_checkpoint.py", "test_a_failed_write_keeps_the_previous_file"),
+    "resume that is not exact": (
+        "training/test_resume.py", "test_a_run_ended_by_max_steps_continues_bit_for_bit"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pitfall", ELSEWHERE)
+def test_pitfall_is_tested_elsewhere(pitfall):
+    file, name = ELSEWHERE[pitfall]
+    assert name in (ROOT / file).read_text()
+
+
+def summary_of(run: Path) -> dict:
+    return json.loads((run / "summary.json").read_text())
+
+
+def facts_of(run: Path) -> dict[str, dict]:
+    return {fact["what"]: fact for fact in summary_of(run)["data"]}
+
+
+def test_pitfall_predict_could_not_load_what_train_wrote(aam, community, tmp_path):
+    """Pretrain, finetune and predict at default flags; nothing but files and steps is given."""
+    pre, fine, out = tmp_path / "pre", tmp_path / "fine", tmp_path / "out.tsv"
+    table = ("--table", community.table, "--max-steps", 1, "--rarefy-depth", 0)
+    from aam.train import main
+
+    def run(*words):
+        assert main([*map(str, words)]) == 0
+
+    run("pretrain", *table, "--tree", community.tree, "--output-dir", pre)
+    run(
+        "train", *table, "--metadata", community.metadata, "--metadata-column", "age",
+        "--pretrained-encoder", pre, "--output-dir", fine,
+    )  # fmt: skip
+    run("predict", "--model", fine, "--table", community.table, "--output", out)
+    assert len(out.read_text().splitlines()) == 25
+    for folder in (pre, fine):
+        assert (folder / "report.html").is_file()
+        assert summary_of(folder)["results"]
+
+
+def renamed(community, folder: Path, names) -> tuple[Path, Path]:
+    """The community with other sample ids."""
+    table = biom.load_table(str(community.table))
+    new = dict(zip(table.ids(), names, strict=True))
+    text = community.metadata.read_text()
+    table.update_ids(new)
+    with h5py.File(folder / "table.biom", "w") as file:
+        table.to_hdf5(file, "test")
+    for old, name in new.items():
+        text = re.sub(rf"^{re.escape(old)}\t", f"{name}\t", text, flags=re.M)
+    (folder / "metadata.tsv").write_text(text)
+    return folder / "table.biom", folder / "metadata.tsv"
+
+
+def test_pitfall_numeric_ids_were_read_as_numbers(aam, community, tmp_path, capsys):
+    names = [f"2538.{1000100 + 10 * n}" for n in range(24)]
+    table, metadata = renamed(community, tmp_path, names)
+    files = ("--table", table, "--metadata", metadata, "--metadata-column", "age")
+    words = ("--max-steps", 1, "--output-dir", tmp_path / "run")
+    assert aam("finetune", *files, *words, files=False) == 0
+    assert f"24 samples of {table} in {metadata}" in capsys.readouterr().err
+    ids = (tmp_path / "run" / "train_ids.txt").read_text().split()
+    assert set(ids) < set(names)
+    # As a spreadsheet would have rewritten them: nothing matches, and nothing is trained.
+    text = re.sub(r"^(2538\.\d+?)0+\t", r"\1\t", metadata.read_text(), flags=re.M)
+    metadata.write_text(text)
+    words = ("--max-steps", 1, "--output-dir", tmp_path / "second")
+    assert aam("finetune", *files, *words, files=False) == 2
+    said = capsys.readouterr().err
+    assert "equal as numbers" in said and said.count("\n") == 1
+    assert not (tmp_path / "second").exists()
+
+
+def test_pitfall_partial_matches_are_an_error_unless_allowed_and_counted(
+    aam, community, tmp_path, capsys
+):
+    lines = community.metadata.read_text().splitlines()
+    fewer = tmp_path / "fewer.tsv"
+    fewer.write_text("\n".join([*lines[:2], *lines[4:]]) + "\n")
+    words = ("--table", community.table, "--metadata", fewer, "--metadata-column", "age")
+    for command, more in (("finetune", ("--output-dir", tmp_path / "run")), ("inspect", ())):
+        assert aam(command, *words, *more, files=False) == 2
+        assert "2 of 24 samples" in capsys.readouterr().err
+    more = ("--allow-missing", "--max-steps", 1, "--output-dir", tmp_path / "run")
+    assert aam("finetune", *words, *more, files=False) == 0
+    dropped = [fact for fact in facts_of(tmp_path / "run").values() if fact["kind"] == "dropped"]
+    assert [fact["count"] for fact in dropped] == [2]
+    assert aam("inspect", *words, "--allow-missing", "--rarefy-depth", 0, files=False) == 0
+    assert "dropped: 2 samples" in capsys.readouterr().err
+
+
+def test_pitfall_string_labels_crashed(aam, community, tmp_path):
+    run = tmp_path / "run"
+    words = ("--metadata-column", "diagnosis", "--max-steps", 1, "--output-dir", run)
+    assert aam("finetune", *words) == 0
+    target = summary_of(run)["target"]
+    assert target["kind"] == "classification"
+    assert target["classes"] == ["colitis", "crohn", "healthy"]
+    with open(run / "predictions.tsv", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    for part in ("train", "validation"):  # stratified: every class in both parts
+        assert {r["true"] for r in rows if r["part"] == part} == set(target["classes"])
+    assert {f"probability_{one}" for one in target["classes"]} <= rows[0].keys()
+
+
+@pytest.mark.parametrize("transform", ["none", "minmax", "zscore", "log-minmax", "log-zscore"])
+def test_pitfall_the_count_loss_swamped_the_total(aam, tmp_path, transform):
+    run = tmp_path / "run"
+    words = ("--metadata-column", "age", "--target-transform", transform, "--count-penalty", 1)
+    assert aam("finetune", *words, "--max-steps", 1, "--output-dir", run) == 0
+    with open(run / "metrics.csv", newline="") as file:
+        values = {r["metric"]: float(r["value"]) for r in csv.DictReader(file) if r["step"] == "1"
+                  and r["part"] == "train"}  # fmt: skip
+    assert 0 < values["count_loss"] < 5  # nats, whatever the target's transform and the depth
+    assert {"count_loss", "target_loss", "loss"} <= values.keys()
+
+
+def test_pitfall_most_of_the_work_was_padding(community):
+    dataset = SampleDataset(read_table(community.table), token_limit=1024)
+    batch = dataset.batch(range(24))
+    distinct = set()
+    for row in range(24):
+        distinct |= set(batch.asv_ids[batch.slots[row]].tolist())
+    assert len(batch.tokens.values) == sum(len(dataset.sequences[one]) + 1 for one in distinct)
+    assert len(batch.slots.values) == dataset.asv_count.sum()
+
+
+def test_pitfall_the_token_limit_cost_and_changed_what_was_learned(aam, tmp_path):
+    for limit in (64, 4096):
+        words = ("--token-limit", limit, "--max-steps", 2, "--output-dir", tmp_path / str(limit))
+        assert aam("pretrain", *words) == 0
+    one, other = (
+        [line for line in (tmp_path / name / "metrics.csv").read_text().splitlines()
+         if "samples_per_second" not in line]
+        for name in ("64", "4096")
+    )  # fmt: skip
+    assert one == other
+
+
+def test_pitfall_validation_accuracy_measured_copying(community):
+    """A model that repeats its input finds no masked nucleotide; the masks are always the same."""
+
+    class Copier(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+            self.seen = []
+
+        @property
+        def asv_encoder(self):
+            return self
+
+        def forward(self, tokens):
+            self.seen.append(tokens.values.clone())
+            hidden = torch.nn.functional.one_hot(tokens.values.long(), 7).float()
+            return type(tokens)(hidden, tokens.offsets, tokens.max_length)
+
+        def nucleotide_head(self, hidden):
+            return hidden
+
+    dataset = SampleDataset(read_table(community.table))
+    model, asvs = Copier(), np.arange(len(dataset.sequences))
+    torch.manual_seed(1)
+    first = check_nucleotides(model, dataset, asvs, PenaltyOptions(), seed=3)
+    second = check_nucleotides(model, dataset, asvs, PenaltyOptions(), seed=3)
+    assert first.accuracy == 0.0 and len(first.bases) > 50
+    assert torch.equal(model.seen[0], model.seen[1]) and (model.seen[0] == MASK).any()
+    assert np.array_equal(first.positions, second.positions)
+    bases = ["PACGT"[one] for one in first.bases]
+    counted = {dataset.sequences[n][p] for n in range(3) for p in range(30)}
+    assert set(bases) <= counted == set("ACGT")
+
+
+def test_pitfall_bf16_on_cpu_was_ignored(aam, tmp_path, capsys):
+    """There is no half-precision option yet; asking for one is refused, not ignored."""
+    words = ("--precision", "bf16", "--output-dir", tmp_path / "run")
+    assert aam("pretrain", *words) == 2
+    assert "unknown option --precision" in capsys.readouterr().err
+
+
+def test_pitfall_the_qiime_header_was_rejected(aam, community, tmp_path):
+    text = community.metadata.read_text().replace("sample-id", "#SampleID", 1)
+    (tmp_path / "m.tsv").write_text(text)
+    words = ("--metadata", tmp_path / "m.tsv", "--metadata-column", "age")
+    assert aam("inspect", *words, "--rarefy-depth", 0) == 0
+
+
+@pytest.mark.parametrize("term", ["", "not applicable", "Missing: Not provided"])
+def test_pitfall_a_missing_target_crashed_later(aam, community, tmp_path, term):
+    lines = community.metadata.read_text().splitlines()
+    lines[2] = "\t".join([*lines[2].split("\t")[:-1], term])
+    (tmp_path / "m.tsv").write_text("\n".join(line for n, line in enumerate(lines) if n != 1))
+    run = tmp_path / "run"
+    words = ("--table", community.table, "--metadata", tmp_path / "m.tsv")
+    more = ("--metadata-column", "age", "--max-steps", 1, "--output-dir", run)
+    assert aam("finetune", *words, *more, files=False) == 0
+    fact = facts_of(run)["samples without a value of 'age'"]
+    assert (fact["count"], fact["kind"]) == (1, "dropped")
+
+
+def test_pitfall_sequences_were_cut_silently(aam, tmp_path, capsys):
+    words = ("--max-bp", 20, "--max-steps", 1, "--output-dir", tmp_path / "run")
+    assert aam("pretrain", *words) == 0
+    fact = facts_of(tmp_path / "run")["sequences cut at 20 bases"]
+    assert fact["kind"] == "cut" and fact["count"] == 44
+    assert "cut: 44 sequences cut at 20 bases" in capsys.readouterr().err
+
+
+def test_pitfall_samples_missing_from_the_distance_matrix(aam, community, tmp_path, capsys):
+    from aam.data.distances import compute_unifrac
+
+    whole, fewer = tmp_path / "whole.tsv", tmp_path / "fewer.tsv"
+    compute_unifrac(community.table, community.tree, "unweighted", whole)
+    rows = [line.split("\t") for line in whole.read_text().splitlines()]
+    keep = [n for n in range(len(rows)) if n not in (3, 9)]
+    fewer.write_text("\n".join("\t".join(rows[i][j] for j in keep) for i in keep) + "\n")
+    words = ("--table", community.table, "--unifrac-matrix", fewer, "--max-steps", 1)
+    run = tmp_path / "run"
+    assert aam("pretrain", *words, "--output-dir", run, files=False) == 2
+    said = capsys.readouterr().err
+    assert rows[3][0] in said and "--allow-missing" in said and not run.exists()
+    assert aam("pretrain", *words, "--allow-missing", "--output-dir", run, files=False) == 0
+    summary = summary_of(run)
+    assert summary["samples_train"] + summary["samples_validation"] == 22
+    assert [f["count"] for f in summary["data"] if f["kind"] == "dropped"] == [2]
+
+
+def test_pitfall_random_splits_leaked_subjects(aam, community, tmp_path, capsys):
+    words = ("--metadata-column", "diagnosis", "--max-steps", 1)
+    assert aam("finetune", *words, "--output-dir", tmp_path / "leaking") == 0
+    assert "use --group-column subject" in capsys.readouterr().err
+    assert any("--group-column subject" in w for w in summary_of(tmp_path / "leaking")["warnings"])
+    more = ("--group-column", "subject", "--output-dir", tmp_path / "grouped")
+    assert aam("finetune", *words, *more) == 0
+    assert summary_of(tmp_path / "grouped")["warnings"] == []
+    rows = [line.split("\t") for line in community.metadata.read_text().splitlines()[2:]]
+    subject = {row[0]: row[1] for row in rows}
+    parts = [
+        {subject[one] for one in (tmp_path / "grouped" / f"{part}_ids.txt").read_text().split()}
+        for part in ("train", "validation")
+    ]
+    assert parts[0] and parts[1] and not parts[0] & parts[1]
+
+
+@pytest.mark.real
+def test_pitfall_the_subject_is_proposed_on_real_data(real_data):
+    from aam.data.metadata import read_metadata
+    from aam.data.splits import leaking_columns, split_samples
+
+    metadata = read_metadata(real_data / "ibd" / "metadata.tsv")
+    who = metadata.text("host_subject_id")
+    known = [name for name, one in zip(metadata.ids, who, strict=True) if one is not None]
+    found = leaking_columns(metadata.select(known), split_samples(known))
+    assert found[0] == "host_subject_id"
