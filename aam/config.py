@@ -65,6 +65,9 @@ class DistanceOptions:
     """What the sample embedding learns; faith-pd learns each sample's Faith PD."""
     unifrac_matrix: Path | None = None
     """Precomputed distances (.h5 of ssu, .tsv, or .npy with ids) instead of a tree."""
+    mixed_samples: float = 1.0
+    """Mixtures of two samples a batch also learns distances from, for each real one; they cost
+    little and need --tree (a matrix knows none: 0)."""
     unifrac_matrix_ids: Path | None = None
     """Sample ids of a .npy matrix, one a line, in its order."""
     drop_missing_tips: bool = False
@@ -421,32 +424,10 @@ def check(config: Config) -> None:
 
 
 __all__ = [
-    "BestMetric",
-    "CategoricalOptions",
-    "Config",
-    "DemoConfig",
-    "DistanceMetric",
-    "DistanceOptions",
-    "EvaluateConfig",
-    "FinetuneConfig",
-    "FinetunePenaltyOptions",
-    "InspectConfig",
-    "MetadataOptions",
-    "ModelOptions",
-    "OptimizerOptions",
-    "PenaltyOptions",
-    "PredictConfig",
-    "PretrainConfig",
-    "RunOptions",
-    "TableOptions",
-    "TargetOptions",
-    "TargetTransform",
-    "UnifracConfig",
-    "check",
-    "from_dict",
-    "leaves",
-    "merge",
-    "read_toml",
-    "to_dict",
-    "write_toml",
-]
+    "BestMetric", "CategoricalOptions", "Config", "DemoConfig", "DistanceMetric",
+    "DistanceOptions", "EvaluateConfig", "FinetuneConfig", "FinetunePenaltyOptions",
+    "InspectConfig", "MetadataOptions", "ModelOptions", "OptimizerOptions", "PenaltyOptions",
+    "PredictConfig", "PretrainConfig", "RunOptions", "TableOptions", "TargetOptions",
+    "TargetTransform", "UnifracConfig", "check", "from_dict", "leaves", "merge", "read_toml",
+    "to_dict", "write_toml",
+]  # fmt: skip

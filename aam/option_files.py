@@ -39,6 +39,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "ffn_dim": (1, math.inf),
     "dropout": (0, 1),
     "distance_scale": (0, math.inf),
+    "mixed_samples": (0, math.inf),
     "categorical_embed_dim": (1, math.inf),
     "quantile": (0, 1),
     "unifrac_penalty": (0, math.inf),

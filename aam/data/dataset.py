@@ -68,6 +68,7 @@ class SampleDataset:
     Attributes:
         sample_ids: ids, row by row, as in the table.
         sequences: distinct sequences, which ``Batch.asv_ids`` index.
+        columns: ``(sequences,)`` column of each sequence in the table.
         tokens: their tokens: values ``(total_tokens,)`` uint8, on the dataset's device.
         asv_count: ``(samples,)`` int64, ASVs of each sample in a batch (at most ``token_limit``).
         sequence_lengths: ``(sequences,)`` int64, tokens of each sequence, START included.
@@ -112,9 +113,11 @@ class SampleDataset:
         self.share_asvs = share_asvs
         counts = table.counts
         self.sequences = table.feature_ids
+        self.columns = np.arange(len(self.sequences))
         if asv_sampling != "first":
             order = np.argsort(np.array(table.feature_ids, dtype=object))
             self.sequences = tuple(table.feature_ids[column] for column in order)
+            self.columns = order
             counts = counts[:, order]
         counts.sort_indices()
         self._check_reads(counts, table.source)

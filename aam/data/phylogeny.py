@@ -22,6 +22,7 @@ al. 2007 (weighted), Faith 1992 (PD).
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,13 +91,17 @@ class UniFrac:
         self.facts: list[DataFact] = []
         self.tree, counts = self._match(table, tree, drop_missing)
         self._check_reads(table, counts)
+        self._reach(counts)
+
+    def _reach(self, counts: scipy.sparse.csr_array) -> None:
+        """Find the branches of every sample; counts (samples, tips)."""
         used = self.tree.length > 0
         self._branches, self._faith_pd = _branch_rows(
             counts,
             self.tree.tip_start[used],
             self.tree.tip_stop[used],
             self.tree.length[used],
-            weighted=metric != "unweighted",
+            weighted=self.metric != "unweighted",
         )
         self._total = self._branches.sum(axis=1)
 
@@ -123,6 +128,17 @@ class UniFrac:
             distances[:, low:high] = self._distances(rows_a, rows_b[low:high])
         distances[rows_a[:, None] == rows_b] = 0.0
         return distances
+
+    def of(self, counts: scipy.sparse.csr_array) -> UniFrac:
+        """The same metric on the same tree for other samples of the table's features.
+
+        Args:
+            counts: (n, features of the table) reads, no explicit zeros; every row needs a read.
+        """
+        other = copy.copy(self)
+        other.sample_ids = tuple(map(str, range(counts.shape[0])))
+        other._reach(scipy.sparse.csr_array(counts[:, self._columns]))
+        return other
 
     def all_pairs(self) -> NDArray[np.float64]:
         """Distances between all samples of the table, (samples, samples) float64."""
@@ -151,8 +167,8 @@ class UniFrac:
         present = np.flatnonzero(tips >= 0)
         kept = np.zeros(len(tree.tip_names), dtype=bool)
         kept[tips[present]] = True
-        columns = present[np.argsort(tips[present])]
-        return tree.shear(kept), scipy.sparse.csr_array(table.counts[:, columns])
+        self._columns = present[np.argsort(tips[present])]
+        return tree.shear(kept), scipy.sparse.csr_array(table.counts[:, self._columns])
 
     def _report_missing(
         self, table: FeatureTable, tree: Phylogeny, missing: NDArray[np.int64], drop_missing: bool

@@ -9,11 +9,13 @@ Fine-tuning: the target's loss, and on request the same two and the count loss.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.sparse import csr_array
 from torch import Tensor, nn
 
 from aam.config import FinetunePenaltyOptions, PenaltyOptions, TargetOptions
@@ -52,6 +54,8 @@ class PretrainObjective(nn.Module):
         terms: Terms = {}
         if self.unifrac is not None and self.penalties.unifrac_penalty:
             vectors = self.encoder.encode_asvs(batch.tokens, dropout=False)
+            if isinstance(self.unifrac, DistanceLoss):
+                batch = self.unifrac.add_mixtures(batch)
             encoded = self.encoder.encode_samples(vectors, batch.slots, batch.counts)
             terms |= self.unifrac(self.encoder, encoded, batch)
         if self.penalties.nucleotide_penalty:
@@ -124,21 +128,66 @@ class FinetuneObjective(nn.Module):
 
 
 class DistanceLoss:
-    """Mean over all pairs i < j of (predicted - true distance)^2."""
+    """Mean over all pairs i < j of (predicted - true distance)^2.
 
-    def __init__(self, source: DistanceSource) -> None:
-        self.source = source
+    With a tree the true distances of any community are known, so a batch can also hold mixtures
+    of its samples: more pairs, and more kinds of them, from ASVs that are encoded anyway.
+    """
+
+    def __init__(
+        self, source: DistanceSource, *, mixtures: float = 0.0, columns: np.ndarray | None = None
+    ) -> None:
+        """Set up the loss.
+
+        Args:
+            source: true distances; a `UniFrac` if there are mixtures.
+            mixtures: how many, for each real sample of a batch.
+            columns: the table's column of each of the dataset's sequences, for mixtures.
+        """
+        self.source, self.mixtures, self.columns = source, mixtures, columns
+
+    def add_mixtures(self, batch: Batch) -> Batch:
+        """The batch with mixtures of its samples after the real ones."""
+        number = round(self.mixtures * len(batch))
+        if not number or len(batch) < 2:
+            return batch
+        slots, counts = mix_samples(batch.slots, batch.counts, number)
+        joined = Ragged(
+            torch.cat([batch.slots.values, slots.values]),
+            torch.cat([batch.slots.offsets, slots.offsets[1:] + batch.slots.offsets[-1]]),
+            max(batch.slots.max_length, slots.max_length),
+        )
+        return replace(batch, slots=joined, counts=torch.cat([batch.counts, counts]))
 
     def __call__(self, encoder: CommunityEncoder, encoded: Encoded, batch: Batch) -> Terms:
-        """Loss of a batch, and the mean absolute error beside it."""
+        """Loss of a batch, and the mean absolute error of its real samples beside it."""
         z = encoder.unifrac_encoder(encoded, batch.slots)
         predicted = encoder.unifrac_encoder.distances(z)
-        true = torch.as_tensor(
-            self.source.pairwise(batch.rows.cpu().numpy()), dtype=z.dtype, device=z.device
-        )
+        true = torch.as_tensor(self.true(batch), dtype=z.dtype, device=z.device)
         row, column = torch.triu_indices(len(z), len(z), 1, device=z.device)
-        error = predicted[row, column] - true[row, column]
-        return {"unifrac_loss": error.square().mean(), "distance_mae": error.detach().abs().mean()}
+        error = (predicted - true)[row, column]
+        real = error.detach()[column < len(batch)]
+        return {"unifrac_loss": error.square().mean(), "distance_mae": real.abs().mean()}
+
+    def true(self, batch: Batch) -> np.ndarray:
+        """True distances of a batch's real samples and mixtures, (n, n)."""
+        known = self.source.pairwise(batch.rows.cpu().numpy())
+        count = len(batch.slots)
+        if count == len(known):
+            return known
+        assert self.columns is not None
+        asvs = batch.asv_ids[batch.slots.values].cpu().numpy()
+        counts = csr_array(
+            (
+                batch.counts.cpu().numpy().astype(np.int64),
+                self.columns[asvs],
+                batch.slots.offsets.cpu().numpy(),
+            ),
+            shape=(count, len(self.columns)),
+        )
+        every = self.source.of(counts).pairwise(np.arange(count))
+        every[: len(known), : len(known)] = known  # of whole samples, whatever the token limit
+        return every
 
 
 class FaithLoss:
@@ -242,6 +291,41 @@ def span_hits(tokens: Ragged, probability: float) -> Tensor:
     one = torch.ones_like(starts, dtype=torch.int32)
     change.index_add_(0, starts, one).index_add_(0, ends, -one)
     return change[:-1].cumsum(0) > 0
+
+
+def mix_samples(slots: Ragged, counts: Tensor, number: int) -> tuple[Ragged, Tensor]:
+    """Communities that lie between two samples: each ASV of either is kept with a probability.
+
+    Args:
+        slots: values (slots,) int64, the ASVs of each sample.
+        counts: (slots,) reads.
+        number: mixtures to draw. Each is of two different samples i and j and keeps an ASV of i
+            with probability p and one of j with 1 - p, p uniform in (0, 1).
+
+    Returns:
+        The mixtures' slots and counts; an ASV kept from both samples has the sum of their reads.
+    """
+    device, samples = slots.values.device, len(slots)
+    first = torch.randint(samples, (number,), device=device)
+    second = (first + torch.randint(1, samples, (number,), device=device)) % samples
+    share = torch.rand(number, device=device)
+    pairs = torch.stack([first, second], 1).flatten()
+    asvs, reads = take_rows(slots, pairs), take_rows(slots.with_values(counts), pairs)
+    mixture = torch.arange(number, device=device).repeat_interleave(2)
+    chance = torch.stack([share, 1 - share], 1).flatten()
+    of_mixture, of_chance = spread(mixture, asvs.lengths), spread(chance, asvs.lengths)
+    kept = torch.rand(len(of_chance), device=device) < of_chance
+    empty = torch.ones(number, dtype=torch.bool, device=device)
+    empty[of_mixture[kept]] = False
+    kept |= empty[of_mixture]  # a mixture of nothing is that of everything
+    width = int(slots.values.max()) + 1
+    key, place = torch.unique(of_mixture[kept] * width + asvs.values[kept], return_inverse=True)
+    mixed_counts = torch.zeros(len(key), dtype=counts.dtype, device=device)
+    mixed_counts.index_add_(0, place, reads.values[kept])
+    lengths = torch.bincount(key // width, minlength=number)
+    offsets = torch.zeros(number + 1, dtype=torch.int32, device=device)
+    offsets[1:] = lengths.cumsum(0)
+    return Ragged(key % width, offsets, int(lengths.max())), mixed_counts
 
 
 def count_divergence(logits: Tensor, counts: Tensor, slots: Ragged) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from aam.batching import EpochPlan
 from aam.config import PretrainConfig, to_dict
 from aam.data.dataset import SampleDataset
+from aam.data.phylogeny import UniFrac
 from aam.errors import InputError
 from aam.model import CommunityEncoder
 from aam.model.encoder import EncoderShape
@@ -140,7 +141,7 @@ def pretrain(config: PretrainConfig) -> Path:
     )
     if distances is not None and faith is None and state is None:
         calibrate(task)
-    unifrac = faith or (DistanceLoss(distances) if distances is not None else None)
+    unifrac = faith or make_distance_loss(config, distances, dataset)
     objective = PretrainObjective(encoder, config.losses, unifrac)
     if config.run.compile_model:
         compile_stacks(encoder)
@@ -184,6 +185,19 @@ def encoder_shape(config: PretrainConfig) -> EncoderShape:
     return EncoderShape(
         **asdict(config.model), max_bp=config.data.max_bp, token_limit=config.data.token_limit
     )
+
+
+def make_distance_loss(
+    config: PretrainConfig, distances: Any, dataset: SampleDataset
+) -> DistanceLoss | None:
+    """The distance loss, with mixtures where a tree knows their distances."""
+    if distances is None:
+        return None
+    if not isinstance(distances, UniFrac):
+        if config.distances.mixed_samples:
+            say("no mixed samples: their distances need --tree, --unifrac-matrix has none")
+        return DistanceLoss(distances)
+    return DistanceLoss(distances, mixtures=config.distances.mixed_samples, columns=dataset.columns)
 
 
 def make_faith_loss(

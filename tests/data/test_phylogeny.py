@@ -110,6 +110,11 @@ def test_unifrac_and_faith_pd_equal_brute_force(tmp_path_factory, seed, tips, me
     np.testing.assert_allclose(
         unifrac.cross([2, 0], [1, 3]), expected[[2, 0]][:, [1, 3]], atol=1e-12
     )
+    others = unifrac.of(scipy.sparse.csr_array(make_table(counts, features).counts[[3, 0, 1]]))
+    np.testing.assert_allclose(
+        others.all_pairs(), expected[np.ix_([3, 0, 1], [3, 0, 1])], atol=1e-12
+    )
+    assert len(others) == 3 and len(unifrac) == 4
     pd = [
         sum(
             length
