@@ -228,14 +228,18 @@ def test_pitfall_the_qiime_header_was_rejected(aam, community, tmp_path):
 
 
 @pytest.mark.parametrize("term", ["", "not applicable", "Missing: Not provided"])
-def test_pitfall_a_missing_target_crashed_later(aam, community, tmp_path, term):
+def test_pitfall_a_missing_target_crashed_later(aam, community, tmp_path, capsys, term):
     lines = community.metadata.read_text().splitlines()
     lines[2] = "\t".join([*lines[2].split("\t")[:-1], term])
     (tmp_path / "m.tsv").write_text("\n".join(line for n, line in enumerate(lines) if n != 1))
     run = tmp_path / "run"
     words = ("--table", community.table, "--metadata", tmp_path / "m.tsv")
     more = ("--metadata-column", "age", "--max-steps", 1, "--output-dir", run)
-    assert aam("finetune", *words, *more, files=False) == 0
+    assert aam("finetune", *words, *more, files=False) == 2
+    said = capsys.readouterr().err
+    assert "m.tsv: column 'age' has no value for 1 of " in said and "--allow-missing" in said
+    assert not run.exists()
+    assert aam("finetune", *words, *more, "--allow-missing", files=False) == 0
     fact = facts_of(run)["samples without a value of 'age'"]
     assert (fact["count"], fact["kind"]) == (1, "dropped")
 

@@ -241,10 +241,11 @@ def adopt_pretrained(config: FinetuneConfig) -> None:
 
 
 def keep_samples_with_target(samples: Samples, config: FinetuneConfig) -> None:
-    """Drop (and count) samples without a value of the target.
+    """Drop and count samples without a value of the target, where that is allowed.
 
     Raises:
-        InputError: the column is missing, has no values, one class, or is not numeric.
+        InputError: the column is missing, has no values, one class, or is not numeric; or some
+            samples have no value and --allow-missing is not given.
     """
     metadata = samples.metadata
     assert metadata is not None
@@ -253,6 +254,12 @@ def keep_samples_with_target(samples: Samples, config: FinetuneConfig) -> None:
     require_values(metadata, column, numeric=not is_classification(metadata, config.target))
     lacking = [name for name, value in zip(samples.ids, values, strict=True) if value is None]
     if lacking:
+        if not config.data.allow_missing:
+            raise InputError(
+                f"{metadata.source}: column {column!r} has no value for {len(lacking)} of "
+                f"{len(values)} samples ({name_some(lacking)}): fill them in or leave these "
+                "samples out with --allow-missing"
+            )
         what = f"samples without a value of {column!r}"
         samples.facts.append(DataFact(what, len(lacking), name_some(lacking), "dropped"))
         samples.keep([n for n, v in zip(samples.ids, values, strict=True) if v is not None])
