@@ -109,6 +109,9 @@ def _curve_panel(
             axes.axhline(baseline[1], color=COLOUR["muted"], linestyle=(0, (4, 3)), label=label)
         if logarithmic:
             axes.set_yscale("log")
+            # Plain text: the page's fonts show powers of ten as matplotlib's markup.
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.yaxis.set_minor_formatter(lambda value, _: "")
         axes.set_title(title)
         axes.set_xlabel("step")
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import shlex
+import sys
 import time
 from dataclasses import asdict
 from datetime import datetime, timezone
+from pathlib import Path
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +79,12 @@ def compile_stacks(module: nn.Module) -> None:
             part.compile(dynamic=True)
 
 
+def command_line(command: str) -> str:
+    """What was typed, where that is known; else the command's name."""
+    typed = Path(sys.argv[0]).name in ("aam", "train.py")
+    return shlex.join(["aam", *sys.argv[1:]]) if typed and len(sys.argv) > 1 else f"aam {command}"
+
+
 def run_facts(
     config: Any,
     fabric: Any,
@@ -88,7 +97,7 @@ def run_facts(
     """What summary.json says of the run before its results."""
     return {
         "title": f"{config.command} {config.run.output_dir.name}",
-        "command": config.command,
+        "command": command_line(config.command),
         "aam_version": __version__,
         "torch_version": torch.__version__,
         "device": str(fabric.device),
