@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 import shlex
+import shutil
 import sys
 import time
 from dataclasses import asdict
 from datetime import datetime, timezone
-from pathlib import Path
 from pathlib import Path
 from typing import Any
 
