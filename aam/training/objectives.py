@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from aam.config import FinetunePenaltyOptions, PenaltyOptions, TargetOptions
 from aam.data.dataset import Batch
+from aam.data.phylogeny import UniFrac
 from aam.data.sequences import MASK, A, T
 from aam.model import CommunityEncoder, Encoded, Predictor
 from aam_kernels import Ragged
@@ -175,7 +176,7 @@ class DistanceLoss:
         count = len(batch.slots)
         if count == len(known):
             return known
-        assert self.columns is not None
+        assert self.columns is not None and isinstance(self.source, UniFrac)
         asvs = batch.asv_ids[batch.slots.values].cpu().numpy()
         counts = csr_array(
             (
