@@ -20,8 +20,8 @@ from aam.training.evaluation import (
     sample_embeddings,
     target_metrics,
 )
-from aam.training.finetune import in_units
 from aam.training.predict import covariates_as_trained, samples_as_trained
+from aam.training.predictions import in_units
 from aam.training.prepare import Samples, attach_distances, make_dataset, read_ids, tell
 from aam.training.pretrain import CHECK_SEED
 from aam.training.results import print_results, result

@@ -26,6 +26,7 @@ from aam.training.checkpoint import MODEL_FILE, load_encoder, read_model, save_m
 from aam.training.evaluation import encode_asvs, predict_outputs, target_metrics
 from aam.training.loop import Trainer
 from aam.training.objectives import DistanceLoss, FinetuneObjective, make_target_loss
+from aam.training.predictions import in_units, prediction_cells, prediction_header
 from aam.training.prepare import (
     Samples,
     attach_distances,
@@ -83,13 +84,6 @@ class Task:
             "target_loss": loss,
             **target_metrics(predicted, self.truth[rows], len(self.target.classes)),
         }
-
-
-def in_units(outputs: Tensor, target: TargetInfo, keys: list[str] | None) -> np.ndarray:
-    """Model outputs as numbers in the user's units (n,), or probabilities (n, classes)."""
-    if target.classes:
-        return outputs.softmax(-1).double().numpy()
-    return target.transform.invert(outputs[:, 0].double().numpy(), keys)
 
 
 def finetune(config: FinetuneConfig) -> Path:
@@ -441,17 +435,3 @@ def write_results(run: Run, task: Task, samples: Samples, summary: dict[str, Any
     }
     run.write_summary(summary)
     print_results(results)
-
-
-def prediction_header(target: TargetInfo) -> list[str]:
-    """Names of the columns that :func:`prediction_cells` fills."""
-    return ["predicted", *(f"probability_{name}" for name in target.classes)]
-
-
-def prediction_cells(predicted: np.ndarray, target: TargetInfo) -> list[list[str]]:
-    """A number in the user's units, or a class name and every class's probability."""
-    if not target.classes:
-        return [[repr(float(value))] for value in predicted]
-    return [
-        [target.classes[int(row.argmax())], *(f"{value:.6f}" for value in row)] for row in predicted
-    ]

@@ -16,10 +16,8 @@ from aam.training.checkpoint import load_model
 from aam.training.evaluation import predict_outputs
 from aam.training.finetune import (
     encode_categories,
-    in_units,
-    prediction_cells,
-    prediction_header,
 )
+from aam.training.predictions import in_units, prediction_cells, prediction_header
 from aam.training.prepare import Samples, make_dataset, read_samples, tell
 from aam.training.runs import check_file_output, say, write_table
 from aam.training.setup import pick_device
