@@ -65,9 +65,6 @@ class DistanceOptions:
     """What the sample embedding learns; faith-pd learns each sample's Faith PD."""
     unifrac_matrix: Path | None = None
     """Precomputed distances (.h5 of ssu, .tsv, or .npy with ids) instead of a tree."""
-    mixed_samples: float = 1.0
-    """Mixtures of two samples a batch also learns distances from, for each real one; they cost
-    little and need --tree (a matrix knows none: 0)."""
     unifrac_matrix_ids: Path | None = None
     """Sample ids of a .npy matrix, one a line, in its order."""
     drop_missing_tips: bool = False
@@ -242,6 +239,9 @@ class PretrainConfig:
     command: ClassVar[str] = "pretrain"
     data: TableOptions
     distances: DistanceOptions = field(default_factory=DistanceOptions)
+    mixed_samples: float = 1.0
+    """Mixtures of two samples a batch also learns distances from, for each real one; they cost
+    little and need --tree (a matrix knows none)."""
     metadata: MetadataOptions = field(default_factory=MetadataOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     losses: PenaltyOptions = field(default_factory=PenaltyOptions)

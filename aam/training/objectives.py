@@ -152,7 +152,7 @@ class DistanceLoss:
         number = round(self.mixtures * len(batch))
         if not number or len(batch) < 2:
             return batch
-        slots, counts = mix_samples(batch.slots, batch.counts, number)
+        slots, counts = mix_samples(batch.slots, batch.counts, batch.asv_ids, number)
         joined = Ragged(
             torch.cat([batch.slots.values, slots.values]),
             torch.cat([batch.slots.offsets, slots.offsets[1:] + batch.slots.offsets[-1]]),
@@ -294,12 +294,15 @@ def span_hits(tokens: Ragged, probability: float) -> Tensor:
     return change[:-1].cumsum(0) > 0
 
 
-def mix_samples(slots: Ragged, counts: Tensor, number: int) -> tuple[Ragged, Tensor]:
+def mix_samples(
+    slots: Ragged, counts: Tensor, asv_ids: Tensor, number: int
+) -> tuple[Ragged, Tensor]:
     """Communities that lie between two samples: each ASV of either is kept with a probability.
 
     Args:
-        slots: values (slots,) int64, the ASVs of each sample.
+        slots: values (slots,) int64, the row of `asv_ids` in each slot of a sample.
         counts: (slots,) reads.
+        asv_ids: (rows,) int64, which ASV a row is; without sharing an ASV has several rows.
         number: mixtures to draw. Each is of two different samples i and j and keeps an ASV of i
             with probability p and one of j with 1 - p, p uniform in (0, 1).
 
@@ -319,14 +322,17 @@ def mix_samples(slots: Ragged, counts: Tensor, number: int) -> tuple[Ragged, Ten
     empty = torch.ones(number, dtype=torch.bool, device=device)
     empty[of_mixture[kept]] = False
     kept |= empty[of_mixture]  # a mixture of nothing is that of everything
-    width = int(slots.values.max()) + 1
-    key, place = torch.unique(of_mixture[kept] * width + asvs.values[kept], return_inverse=True)
+    rows = asvs.values[kept]
+    width = int(asv_ids.max()) + 1
+    key, place = torch.unique(of_mixture[kept] * width + asv_ids[rows], return_inverse=True)
+    mixed_rows = torch.empty_like(key)
+    mixed_rows[place] = rows
     mixed_counts = torch.zeros(len(key), dtype=counts.dtype, device=device)
     mixed_counts.index_add_(0, place, reads.values[kept])
     lengths = torch.bincount(key // width, minlength=number)
     offsets = torch.zeros(number + 1, dtype=torch.int32, device=device)
     offsets[1:] = lengths.cumsum(0)
-    return Ragged(key % width, offsets, int(lengths.max())), mixed_counts
+    return Ragged(mixed_rows, offsets, int(lengths.max())), mixed_counts
 
 
 def count_divergence(logits: Tensor, counts: Tensor, slots: Ragged) -> Tensor:

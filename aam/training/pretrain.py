@@ -194,10 +194,10 @@ def make_distance_loss(
     if distances is None:
         return None
     if not isinstance(distances, UniFrac):
-        if config.distances.mixed_samples:
+        if config.mixed_samples:
             say("no mixed samples: their distances need --tree, --unifrac-matrix has none")
         return DistanceLoss(distances)
-    return DistanceLoss(distances, mixtures=config.distances.mixed_samples, columns=dataset.columns)
+    return DistanceLoss(distances, mixtures=config.mixed_samples, columns=dataset.columns)
 
 
 def make_faith_loss(

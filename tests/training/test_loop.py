@@ -101,6 +101,7 @@ def test_early_stopping_ends_after_validations_without_a_better_one(aam, tmp_pat
 def test_accumulated_gradients_are_those_of_both_batches(aam, tmp_path):
     """One accumulated step has the mean loss of its parts."""
     words = ("pretrain", "--epochs", 1, "--nucleotide-penalty", 0, "--lr", 1e-12)
+    words = (*words, "--mixed-samples", 0)  # drawn anew for every part of every step
     for name, more in (("one", ()), ("two", ("--accumulate", 2))):
         assert aam(*words, *more, "--output-dir", tmp_path / name) == 0
     one = list(read(tmp_path / "one", "train", "loss").values())

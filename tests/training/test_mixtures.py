@@ -35,7 +35,7 @@ def test_a_mixture_holds_asvs_of_two_samples_with_the_sum_of_the_kept_reads(data
     batch = dataset.batch(np.arange(6))
     samples = rows_of(batch.slots, batch.counts)
     sizes = []
-    for mixture in rows_of(*mix_samples(batch.slots, batch.counts, 200)):
+    for mixture in rows_of(*mix_samples(batch.slots, batch.counts, batch.asv_ids, 200)):
         assert mixture
         parents = [
             (one, other)
@@ -88,6 +88,17 @@ def test_samples_of_one_asv_mix_to_something(community):
     tiny = FeatureTable(("a", "b", "c"), ("ACGT", "CCGT", "GCGT"), counts, "tiny")
     batch = SampleDataset(tiny).batch([0, 1, 2])
     torch.manual_seed(2)
-    slots, reads = mix_samples(batch.slots, batch.counts, 300)
+    slots, reads = mix_samples(batch.slots, batch.counts, batch.asv_ids, 300)
     assert int(slots.lengths.min()) == 1 and int(slots.lengths.max()) == 2
     assert float(reads.min()) == 1 and float(reads.max()) == 1
+
+
+def test_mixtures_are_the_same_where_every_slot_has_a_row_of_its_own(table, dataset):
+    apart = SampleDataset(table, share_asvs=False)
+    found = []
+    for data in (dataset, apart):
+        batch = data.batch([3, 1, 4])
+        torch.manual_seed(3)
+        slots, counts = mix_samples(batch.slots, batch.counts, batch.asv_ids, 20)
+        found.append((batch.asv_ids[slots.values], slots.offsets, counts))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

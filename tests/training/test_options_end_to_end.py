@@ -25,9 +25,9 @@ PRETRAIN = {
     "weighted normalized": "--unifrac-metric weighted-normalized --drop-missing-tips",
     "spans": "--mask-strategy span --mask-probability 0.3 --masked-share 1.0",
     "nucleotides alone": "--unifrac-penalty 0 --nucleotide-penalty 2",
-    "distances alone": "--nucleotide-penalty 0",
+    "distances alone": "--nucleotide-penalty 0 --mixed-samples 0.5",
     "slots apart": "--no-share-asvs --no-gradient-checkpointing",
-    "math": "--attn-implementation math --device cpu",
+    "math": "--attn-implementation math --device cpu --nucleotide-embedding sum",
     "sdpa": "--attn-implementation sdpa",
     "optimizer": (
         "--accumulate 2 --weight-decay 0 --warmup-fraction 0.5 --clip 0.1 --lr 1e-3 "
@@ -47,7 +47,7 @@ FINETUNE = {
     "task": "age --task regression",
     "classes": "diagnosis --class-weights",
     "numbers as classes": "visits --task classification",
-    "minmax mse": "age --target-transform minmax --target-loss mse",
+    "minmax mse": "age --nucleotide-embedding sum --target-transform minmax --target-loss mse",
     "none mae": "age --target-transform none --target-loss mae",
     "category quantile": (
         "age --target-transform zscore-category --categorical-columns site "
