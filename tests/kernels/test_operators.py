@@ -147,10 +147,7 @@ def test_a_drawn_seed_is_traced():
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
-def test_inductor(monkeypatch):
-    from torch._inductor import config
-
-    monkeypatch.setattr(config, "cpp_cache_precompile_headers", False, raising=False)
+def test_inductor():
     torch._dynamo.reset()
     query, key, value = qkv()
 
