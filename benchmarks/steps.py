@@ -74,6 +74,12 @@ class Problem:
         tree = Path(self.folder) / "tree.nwk"
         return UniFrac(self.table, tree) if tree.exists() else Jaccard(self.table)
 
+    def distance_loss(self) -> DistanceLoss:
+        """That of `aam pretrain` at its defaults: with mixtures where there is a tree."""
+        if not isinstance(self.distances, UniFrac):
+            return DistanceLoss(self.distances)
+        return DistanceLoss(self.distances, mixtures=1.0, columns=self.dataset.columns)
+
     @cached_property
     def batches(self) -> list[np.ndarray]:
         """Rows of each batch."""
@@ -123,7 +129,7 @@ def trainer_step(folder: str, token_limit: int, recompute: bool = True, impl: st
     options = OptimizerOptions(batch_size=data.batch_size)
     trainer = Trainer(
         Fabric(accelerator="cpu", devices=1),
-        PretrainObjective(encoder, PenaltyOptions(), DistanceLoss(data.distances)),
+        PretrainObjective(encoder, PenaltyOptions(), data.distance_loss()),
         data.dataset,
         EpochPlan(np.arange(len(data.dataset)), data.batch_size, seed=0),
         options,

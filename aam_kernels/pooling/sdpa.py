@@ -1,21 +1,18 @@
 """Attention pooling with torch's own kernels.
 
-On a CPU: sequences of equal length in cache-sized chunks, a softmax and one batched
-vector-matrix product each. On a GPU: the scores padded to (n, max_length) for the softmax, then
-`torch.segment_reduce` over the packed values: no mask, no padding of values, no atomics, and no
-wait for the device when ``max_length`` is known.
+On a CPU: a softmax by `torch.segment_reduce` and one `torch.nn.functional.embedding_bag`, which
+sums weighted rows by sequence without a copy of the values. On a GPU: the scores padded to
+(n, max_length) for the softmax, then `torch.segment_reduce` over the packed values: no mask, no
+padding of values, no atomics, and no wait for the device when ``max_length`` is known.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
-from aam_kernels._runtime.grouping import Sequences, equal_length_chunks
-
-# Elements of the values of a chunk. Memory binds, so few calls count for more than the cache:
-# 2**17 takes 1.7 times as long.
-CHUNK_ELEMENTS = 1 << 21
+from aam_kernels._runtime.grouping import Sequences
 
 
 def forward(values: Tensor, scores: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
@@ -23,18 +20,15 @@ def forward(values: Tensor, scores: Tensor, sequences: Sequences) -> tuple[Tenso
     if values.device.type != "cpu":
         return _forward_gpu(values, scores, sequences)
     compute = torch.promote_types(values.dtype, torch.float32)
-    count = sequences.offsets.shape[0] - 1
-    pooled = values.new_zeros(count, values.shape[1])
-    lse = values.new_full((count,), float("-inf"), dtype=compute)
-    for chunk in equal_length_chunks(sequences, values.shape[1], CHUNK_ELEMENTS):
-        s, v = (chunk.query.take(x).to(compute) for x in (scores, values))
-        peak = s.amax(1, keepdim=True)
-        weights = s.sub(peak).exp_()
-        total = weights.sum(1, keepdim=True)
-        part = torch.bmm(weights.unsqueeze(1), v).squeeze(1).div_(total)
-        chunk.put_sequences(pooled, part)
-        chunk.put_sequences(lse, total.log_().add_(peak).squeeze(1))
-    return pooled, lse
+    rows, sequence, lengths = _real_rows(sequences)
+    weights, lse = _softmax(scores[rows].to(compute), sequence, lengths)
+    bags = torch.zeros(len(lengths) + 1, dtype=torch.int64)
+    torch.cumsum(lengths, 0, out=bags[1:])
+    pooled = embedding_bag(
+        rows, values.to(compute), bags, mode="sum", per_sample_weights=weights,
+        include_last_offset=True,
+    )  # fmt: skip
+    return pooled.to(values.dtype), lse
 
 
 def backward(
@@ -50,15 +44,37 @@ def backward(
         return _backward_gpu(grad_pooled, values, scores, pooled, lse, sequences)
     compute = torch.promote_types(values.dtype, torch.float32)
     grad_values, grad_scores = values.new_zeros(values.shape), scores.new_zeros(scores.shape)
-    for chunk in equal_length_chunks(sequences, values.shape[1], CHUNK_ELEMENTS):
-        s, v = (chunk.query.take(x).to(compute) for x in (scores, values))
-        grad, out = (chunk.take_sequences(x).to(compute) for x in (grad_pooled, pooled))
-        weights = s.softmax(1)  # exact where exp(s - lse) would round a large lse
-        delta = (grad * out).sum(1, keepdim=True)
-        products = torch.bmm(v, grad.unsqueeze(2)).squeeze(2)
-        chunk.query.put(grad_scores, products.sub_(delta).mul_(weights))
-        chunk.query.put(grad_values, weights.unsqueeze(2) * grad.unsqueeze(1))
+    rows, sequence, lengths = _real_rows(sequences)
+    # The softmax again: exp(s - lse) would round where the lse is large.
+    weights, _ = _softmax(scores[rows].to(compute), sequence, lengths)
+    grad_pooled = grad_pooled.to(compute)
+    delta = (grad_pooled * pooled.to(compute)).sum(1)
+    grad = grad_pooled.index_select(0, sequence)
+    products = (grad * values.index_select(0, rows).to(compute)).sum(1)
+    grad_scores[rows] = (weights * (products - delta[sequence])).to(scores.dtype)
+    grad_values[rows] = grad.mul_(weights.unsqueeze(1)).to(values.dtype)
     return grad_values, grad_scores
+
+
+def _real_rows(sequences: Sequences) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows that belong to a sequence and its number (rows,), and the lengths (n,); all int64."""
+    offsets = sequences.offsets.long()
+    lengths = offsets.diff() if sequences.lengths is None else sequences.lengths.long()
+    sequence = torch.repeat_interleave(lengths)
+    first = lengths.cumsum(0) - lengths
+    rows = torch.arange(len(sequence)) + (offsets[:-1] - first)[sequence]
+    return rows, sequence, lengths
+
+
+def _softmax(scores: Tensor, sequence: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights (rows,) and logsumexp (n,), which is -inf for a sequence without rows."""
+    if not len(scores):
+        return scores, scores.new_full((len(lengths),), float("-inf"))
+    peak = torch.segment_reduce(scores, "max", lengths=lengths, unsafe=True)
+    weights = (scores - peak[sequence]).exp_()
+    total = torch.segment_reduce(weights, "sum", lengths=lengths, unsafe=True, initial=0)
+    lse = torch.where(lengths > 0, total.log() + peak, float("-inf"))
+    return weights.div_(total[sequence]), lse
 
 
 def _forward_gpu(values: Tensor, scores: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
