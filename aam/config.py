@@ -391,7 +391,7 @@ class DemoConfig:
     """Samples of the simulated community."""
     pretrain_steps: int = 150
     """Steps of pretraining."""
-    finetune_steps: int = 150
+    finetune_steps: int = 360
     """Steps of fine-tuning."""
     seed: int = 0
     """Seed of everything."""

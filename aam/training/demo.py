@@ -50,8 +50,6 @@ def demo(config: DemoConfig) -> Path:
     pretrained = pretrain(pretrain_options(config, files, folder / "pretrained"))
     say("fine-tuning on age, given the site")
     age = finetune(finetune_options(config, files, pretrained, folder / "age", "age"))
-    say("fine-tuning on diagnosis")
-    finetune(finetune_options(config, files, pretrained, folder / "diagnosis", "diagnosis"))
     say("predicting age")
     predict(
         PredictConfig(
@@ -61,11 +59,9 @@ def demo(config: DemoConfig) -> Path:
             output=folder / "predicted-age.tsv",
         )
     )
-    print_results(
-        [one for name in ("pretrained", "age", "diagnosis") for one in results_of(folder / name)]
-    )
+    print_results([one for name in ("pretrained", "age") for one in results_of(folder / name)])
     say(f"demo finished in {time.monotonic() - started:.0f} s; open these in a browser:")
-    for name in ("pretrained", "age", "diagnosis"):
+    for name in ("pretrained", "age"):
         say(f"  {folder / name / 'report.html'}")
     return folder
 
@@ -114,10 +110,10 @@ def finetune_options(
         pretrained_encoder=pretrained,
         freeze_base=True,
         categorical=CategoricalOptions(categorical_columns=("site",)),
-        model=ModelOptions(count_embedding="none"),
+        model=ModelOptions(dropout=0.0),
         optimizer=OptimizerOptions(
-            batch_size=16, epochs=epochs_for(config.finetune_steps, config, 16), lr=1e-3,
-            max_steps=config.finetune_steps,
+            batch_size=16, epochs=epochs_for(config.finetune_steps, config, 16), lr=3e-4,
+            max_steps=config.finetune_steps, validate_every=3,
         ),
         run=RunOptions(output_dir=output, seed=config.seed),
     )  # fmt: skip

@@ -1,0 +1,33 @@
+"""The demo from simulated files to a report, with a few steps only."""
+
+import pytest
+
+from aam import train
+
+
+def test_the_demo_runs_twice_in_its_folder_and_in_no_other(tmp_path, capsys):
+    words = ["demo", "--samples", "24", "--pretrain-steps", "1", "--finetune-steps", "2"]
+    folder = tmp_path / "demo"
+    for _ in range(2):
+        assert train.main([*words, "--output-dir", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "Mantel r" in printed and "masked-nucleotide accuracy" in printed
+    assert "age R2" in printed and "random forest" in printed
+    assert (folder / "pretrained" / "report.html").is_file()
+    lines = (folder / "predicted-age.tsv").read_text().splitlines()
+    assert lines[0] == "sample-id\tpredicted" and len(lines) == 25
+    assert all(-50 < float(line.split("\t")[1]) < 150 for line in lines[1:])
+
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("years of work")
+    assert train.main([*words, "--output-dir", str(other)]) == 2
+    assert "is not empty and holds no demo" in capsys.readouterr().err
+    assert (other / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("path", ["file"])
+def test_a_file_is_no_folder_for_the_demo(tmp_path, capsys, path):
+    (tmp_path / path).write_text("")
+    assert train.main(["demo", "--output-dir", str(tmp_path / path)]) == 2
+    assert "is a file" in capsys.readouterr().err
