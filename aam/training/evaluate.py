@@ -109,7 +109,13 @@ def _evaluate_encoder(
     simple: dict[str, Any] = {}
     if len(train):
         simple = baselines.distance_baselines(
-            samples.table.counts, distances.pairwise, train, rows, groups=groups, seed=CHECK_SEED
+            samples.table.counts,
+            distances.pairwise,
+            train,
+            rows,
+            groups=groups,
+            sequences=samples.table.feature_ids,
+            seed=CHECK_SEED,
         )
     results = [
         result("Mantel r", measured["mantel_r"], {n: b.r for n, b in simple.items()}),

@@ -117,7 +117,7 @@ def finetune(config: FinetuneConfig) -> Path:
         config.data,
         targets=scaled.astype(np.int64 if classes else np.float32),
         categories=categories,
-    )
+    ).to(fabric.device)
     tell(samples)
     plan = EpochPlan(train_rows, config.optimizer.batch_size, config.run.seed)
     near = None if distances is None else distances.pairwise(train_rows[:16])

@@ -37,7 +37,8 @@ from aam_kernels.encoder_layer.weights import (
 )
 from aam_kernels.encoder_layer.workers import share
 
-# Rows of a chunk; 8 sequences of 101 tokens. Measured: see aam_kernels/README.md, "Chunks".
+# Rows of a chunk; 8 sequences of 101 tokens. Forward on one core, one noisy sweep: 73 GFLOP/s with
+# 404 rows, 78 with 808, 64 with 1,616.
 CHUNK_ROWS = 832
 
 
