@@ -12,10 +12,12 @@ import importlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 
+from aam_kernels._runtime.configurations import architecture
 from aam_kernels._runtime.device import device_key, passed
 
 IMPLS = ("triton", "cpu", "sdpa", "math")
@@ -64,6 +66,22 @@ def register_torch(operation: str, package: str) -> None:
     sdpa = Implementation(f"{package}.sdpa", ("cpu", "cuda"), everything, FLOATS)
     register(operation, "math", math)
     register(operation, "sdpa", sdpa)
+
+
+def register_triton(operation: str, package: str) -> None:
+    """Registers the Triton kernels of an operation, which run on GPUs that have a table."""
+    triton = Implementation(f"{package}.triton", ("cuda",), FLOATS, FLOATS, _triton_available)
+    register(operation, "triton", triton)
+
+
+def _triton_available() -> bool:
+    if find_spec("triton") is None or not torch.cuda.is_available():
+        return False
+    try:
+        architecture()
+    except RuntimeError:
+        return False
+    return True
 
 
 def implementation(operation: str, impl: str) -> ModuleType:

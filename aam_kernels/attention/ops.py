@@ -19,6 +19,7 @@ from aam_kernels._runtime.transforms import transformable
 
 OPERATION = "attention"
 dispatch.register_torch(OPERATION, "aam_kernels.attention")
+dispatch.register_triton(OPERATION, "aam_kernels.attention")
 
 _WHERE = (
     "Tensor offsets, Tensor? key_offsets, Tensor? lengths, Tensor? key_lengths, Tensor? seed, "

@@ -19,6 +19,7 @@ from aam_kernels.encoder_layer.weights import EncoderLayerWeights
 
 OPERATION = "encoder_layer"
 dispatch.register_torch(OPERATION, "aam_kernels.encoder_layer")
+dispatch.register_triton(OPERATION, "aam_kernels.encoder_layer")
 
 _HOW = "int num_heads, float dropout_p, Tensor? seed, SymInt max_length, str impl"
 

@@ -14,6 +14,7 @@ from aam_kernels._runtime.transforms import transformable
 
 OPERATION = "pooling"
 dispatch.register_torch(OPERATION, "aam_kernels.pooling")
+dispatch.register_triton(OPERATION, "aam_kernels.pooling")
 
 _WHERE = "Tensor offsets, Tensor? lengths, SymInt max_length, str impl"
 

@@ -1,0 +1,55 @@
+"""Device functions that every Triton kernel shares: the dropout hash and rounding on the way down.
+
+The hash is the one that `aam_kernels._runtime.dropout` defines; the names are the same there.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def mix(x):
+    """The 32-bit mixer, on uint32."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def seed_word(seed_ptr):
+    """The seed, a 0-d int64 tensor, as one uint32."""
+    seed = tl.load(seed_ptr)
+    low = (seed & 0xFFFFFFFF).to(tl.uint32)
+    high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    return mix(low ^ mix(high))
+
+
+@triton.jit
+def row_factors(word, rows, head):
+    """Of packed query rows (int32) of one head, or token rows and a dropout site: < 2**24, odd."""
+    place = rows.to(tl.uint32) * 0x9E3779B1 + head.to(tl.uint32) * 0x85EBCA77
+    return (mix(place ^ word) >> 8) | 0x800001
+
+
+@triton.jit
+def column_factors(columns):
+    """Of packed key rows (int32), or feature indices: < 2**24, odd."""
+    x = (columns.to(tl.uint32) & 0xFFFFFF) * 0x9E3779
+    x = ((x ^ (x >> 15)) & 0xFFFFFF) * 0xB5297B
+    return (x >> 8) | 0x800001
+
+
+@triton.jit
+def dropped(rows, columns, drop_below):
+    """Whether to drop, from broadcastable factors; both are below 2**24, so one 24-bit product."""
+    return (rows * columns).to(tl.int32, bitcast=True) < drop_below
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr, ROUND_HALF_UP: tl.constexpr):
+    """float32 to DTYPE; to bfloat16 by round-half-up where the processor has no convert."""
+    if ROUND_HALF_UP and DTYPE == tl.bfloat16:
+        bits = (x.to(tl.uint32, bitcast=True) + 0x8000) >> 16
+        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(DTYPE)
