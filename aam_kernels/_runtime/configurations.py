@@ -159,9 +159,9 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 
 def round_half_up(dtype: torch.dtype) -> bool:
-    """Whether bfloat16 intermediates are rounded half up: on gfx90a and gfx942, which have no convert.
+    """Whether bfloat16 intermediates are rounded half up: where the processor has no convert.
 
-    AAM_KERNELS_ROUNDING=even asks for round-half-to-even there too (a fifth slower).
+    That is gfx90a and gfx942; AAM_KERNELS_ROUNDING=even asks for round-half-to-even there too.
     """
     if dtype != torch.bfloat16 or os.environ.get("AAM_KERNELS_ROUNDING", "") == "even":
         return False

@@ -1,16 +1,24 @@
 """Counter-based dropout: the mask is a pure function of (seed, query row, key row, head).
 
 Every implementation of every operation draws the same mask, forward and backward, because the
-mask is a hash of where an element stands and of nothing else. All arithmetic is modulo 2**32::
+mask is a hash of where an element stands and of nothing else. An element costs one product: a
+row's and a column's factors are hashed once, and multiplied. All arithmetic is modulo 2**32::
 
     mix(x):  x ^= x >> 16;  x *= 0x7feb352d;  x ^= x >> 15;  x *= 0x846ca68b;  x ^= x >> 16
-    row(q, head) = mix(mix(low32(seed) ^ mix(high32(seed))) + mix(q * 0x9E3779B1 + head))
-    hash(q, k, head) = mix(row(q, head) + k * 0x85EBCA77)
-    keep iff hash >= floor(p * 2**32);  a kept value is scaled by 1 / (1 - p)
+    word = mix(low32(seed) ^ mix(high32(seed)))
+    row(q, head) = (mix((q * 0x9E3779B1 + head * 0x85EBCA77) ^ word) >> 8) | 0x800001
+    x = (k & 0xFFFFFF) * 0x9E3779;   x = ((x ^ (x >> 15)) & 0xFFFFFF) * 0xB5297B
+    column(k) = (x >> 8) | 0x800001
+    drop iff int32(row * column) < floor(p * 2**32) - 2**31;  a kept value is scaled by 1 / (1 - p)
+
+Both factors are odd and lie in [2**23, 2**24): their product fits GPUs' fast 24-bit multipliers,
+covers the 32-bit numbers evenly, and for two rows (or columns) is two sequences whose ratio is a
+fixed odd number of 24 random bits, as independent as those of two multiplicative generators. Means,
+variances and correlations of rows, columns and rectangles are those of independent draws (tests).
 
 ``q`` and ``k`` are rows of the packed tensors. Dropout on token features uses the same hash with
-``head = ((site + 1) * 0x10001) ^ 0x5bd1e995``, ``q`` the token row and ``k`` the feature index.
-The mixer is lowbias32 of Chris Wellons' hash-prospector (public domain).
+``head = 0x10000 + site``, ``q`` the token row and ``k`` the feature index. The mixer is lowbias32
+of Chris Wellons' hash-prospector (public domain).
 
 torch has no unsigned 32-bit arithmetic worth the name, so signed int32 is used, whose products
 and sums wrap to the same bits; logical shifts are arithmetic ones with the sign bits masked off.
@@ -22,12 +30,16 @@ import torch
 from torch import Tensor
 
 QUERY_FACTOR = 0x9E3779B1
-KEY_FACTOR = 0x85EBCA77
-SITE_FACTOR = 0x10001
-SITE_SALT = 0x5BD1E995
+HEAD_FACTOR = 0x85EBCA77
+FEATURE_HEAD = 0x10000
+"""Heads from here on are the sites of dropout on token features."""
+_COLUMN_FIRST = 0x9E3779
+_COLUMN_SECOND = 0xB5297B
+_LOW_24 = 0xFFFFFF
+_ODD_24 = 0x800001
 _MIX_FIRST = 0x7FEB352D
 _MIX_SECOND = 0x846CA68B
-_MASK_BLOCK = 1 << 16  # elements hashed at a time: hash, scratch and values stay in a core's L2
+_MASK_BLOCK = 1 << 16  # elements at a time: products and values stay in a core's L2
 
 
 def signed32(value: int) -> int:
@@ -36,19 +48,11 @@ def signed32(value: int) -> int:
     return value - (1 << 32) if value >= 1 << 31 else value
 
 
-def mix_(x: Tensor, scratch: Tensor | None = None) -> Tensor:
+def mix_(x: Tensor) -> Tensor:
     """Applies the 32-bit mixer to an int32 tensor in place and returns it."""
-    scratch = torch.empty_like(x) if scratch is None else scratch
-    _xor_shift_(x, scratch, 16, 0xFFFF)
-    x.mul_(_MIX_FIRST)
-    _xor_shift_(x, scratch, 15, 0x1FFFF)
-    x.mul_(signed32(_MIX_SECOND))
-    return _xor_shift_(x, scratch, 16, 0xFFFF)
-
-
-def _xor_shift_(x: Tensor, scratch: Tensor, bits: int, mask: int) -> Tensor:
-    torch.bitwise_right_shift(x, bits, out=scratch)
-    return x.bitwise_xor_(scratch.bitwise_and_(mask))
+    x.bitwise_xor_((x >> 16) & 0xFFFF).mul_(_MIX_FIRST)
+    x.bitwise_xor_((x >> 15) & 0x1FFFF).mul_(signed32(_MIX_SECOND))
+    return x.bitwise_xor_((x >> 16) & 0xFFFF)
 
 
 def resolve_seed(
@@ -81,48 +85,47 @@ def resolve_seed(
     return torch.tensor(seed - (1 << 64) if seed >= 1 << 63 else seed, device=device)
 
 
-def drop_threshold(dropout_p: float) -> int:
-    """``floor(p * 2**32)``: hashes below it are dropped (compared as unsigned)."""
-    return int(dropout_p * 4294967296.0)
+def drop_below(dropout_p: float) -> int:
+    """``floor(p * 2**32) - 2**31``: products of factors below it, as int32, are dropped."""
+    return int(dropout_p * 4294967296.0) - (1 << 31)
 
 
-def _seed_hash(seed: Tensor) -> Tensor:
-    low = (seed & 0xFFFFFFFF).to(torch.int32)
-    high = (seed >> 32).to(torch.int32)
-    return mix_(low.bitwise_xor(mix_(high)))
-
-
-def row_hash(seed: Tensor, query_rows: Tensor, num_heads: int) -> Tensor:
-    """Hash of every (row, head).
+def row_factors(seed: Tensor, query_rows: Tensor, num_heads: int, first_head: int = 0) -> Tensor:
+    """Factor of every (row, head).
 
     Args:
         seed: () int64.
         query_rows: (...,) integer rows of the packed query tensor.
         num_heads: number of heads.
+        first_head: number of the first one.
 
     Returns:
-        (..., num_heads) int32.
+        (..., num_heads) int32, odd, in [2**23, 2**24).
     """
-    rows = query_rows.to(torch.int32).mul(signed32(QUERY_FACTOR))
-    heads = torch.arange(num_heads, dtype=torch.int32, device=rows.device)
-    return mix_(mix_(rows.unsqueeze(-1) + heads).add_(_seed_hash(seed)))
+    low = (seed & 0xFFFFFFFF).to(torch.int32)
+    high = (seed >> 32).to(torch.int32)
+    word = mix_(low.bitwise_xor(mix_(high)))
+    heads = torch.arange(first_head, first_head + num_heads, dtype=torch.int32, device=seed.device)
+    rows = query_rows.to(torch.int32).mul(signed32(QUERY_FACTOR)).unsqueeze(-1)
+    mixed = mix_((rows + heads.mul_(signed32(HEAD_FACTOR))).bitwise_xor_(word))
+    return mixed.bitwise_right_shift_(8).bitwise_and_(_LOW_24).bitwise_or_(_ODD_24)
 
 
-def site_hash(seed: Tensor, token_rows: Tensor, site: int) -> Tensor:
-    """Hash of every token row at one dropout site: (tokens,) -> (tokens,) int32."""
-    salt = ((site + 1) * SITE_FACTOR) ^ SITE_SALT
-    rows = token_rows.to(torch.int32).mul(signed32(QUERY_FACTOR)).add_(signed32(salt))
-    return mix_(mix_(rows).add_(_seed_hash(seed)))
+def token_factors(seed: Tensor, token_rows: Tensor, site: int) -> Tensor:
+    """Factor of every token row at one dropout site: (tokens,) -> (tokens,) int32."""
+    return row_factors(seed, token_rows, 1, FEATURE_HEAD + site).squeeze(-1)
 
 
-def column_hash(key_rows: Tensor) -> Tensor:
-    """What a key row (or a feature index) adds to a row's hash: (...,) -> (...,) int32."""
-    return key_rows.to(torch.int32).mul(signed32(KEY_FACTOR))
+def column_factors(key_rows: Tensor) -> Tensor:
+    """Factor of every key row (or feature index): (...,) -> (...,) int32, odd, < 2**24."""
+    x = (key_rows & _LOW_24).to(torch.int32).mul_(_COLUMN_FIRST)
+    x.bitwise_xor_((x >> 15) & 0x1FFFF).bitwise_and_(_LOW_24).mul_(_COLUMN_SECOND)
+    return x.bitwise_right_shift_(8).bitwise_and_(_LOW_24).bitwise_or_(_ODD_24)
 
 
 def dropped(rows: Tensor, columns: Tensor, dropout_p: float) -> Tensor:
-    """The elements to drop, from broadcastable `row_hash` and `column_hash` tensors (bool)."""
-    return _signed_hash(rows, columns) < drop_threshold(dropout_p) - (1 << 31)
+    """The elements to drop, from broadcastable `row_factors` and `column_factors` (bool)."""
+    return rows * columns < drop_below(dropout_p)
 
 
 def kept(
@@ -133,14 +136,9 @@ def kept(
     Multiplying by it is vectorised; `masked_fill_` with a random mask is a branch an element
     (measured 0.2 against 4 ns).
     """
-    hashed = _signed_hash(rows, columns)
-    factor = torch.empty(hashed.shape, dtype=dtype, device=hashed.device)
-    return torch.ge(hashed, drop_threshold(dropout_p) - (1 << 31), out=factor)
-
-
-def _signed_hash(rows: Tensor, columns: Tensor) -> Tensor:
-    """The hash with its sign bit flipped: signed comparisons become unsigned ones."""
-    return mix_(rows + columns).bitwise_xor_(-(1 << 31))
+    products = rows * columns
+    factor = torch.empty(products.shape, dtype=dtype, device=products.device)
+    return torch.ge(products, drop_below(dropout_p), out=factor)
 
 
 def attention_dropped(
@@ -158,8 +156,8 @@ def attention_dropped(
     Returns:
         (..., num_heads, query_length, key_length) bool, True where dropped.
     """
-    rows = row_hash(seed, query_rows, num_heads).movedim(-1, -2).unsqueeze(-1)
-    columns = column_hash(key_rows).unsqueeze(-2).unsqueeze(-2)
+    rows = row_factors(seed, query_rows, num_heads).movedim(-1, -2).unsqueeze(-1)
+    columns = column_factors(key_rows).unsqueeze(-2).unsqueeze(-2)
     return dropped(rows, columns, dropout_p)
 
 
@@ -168,8 +166,8 @@ def feature_dropped(
 ) -> Tensor:
     """The (token, feature) elements to drop at a site: (tokens, features) bool."""
     features = torch.arange(num_features, dtype=torch.int32, device=token_rows.device)
-    rows = site_hash(seed, token_rows, site).unsqueeze(-1)
-    return dropped(rows, column_hash(features), dropout_p)
+    rows = token_factors(seed, token_rows, site).unsqueeze(-1)
+    return dropped(rows, column_factors(features), dropout_p)
 
 
 def feature_dropout_(
@@ -190,8 +188,8 @@ def feature_dropout_(
     if dropout_p == 0.0 or x.numel() == 0:
         return x
     assert seed is not None
-    features = column_hash(torch.arange(x.shape[1], dtype=torch.int32, device=x.device))
-    rows = site_hash(seed, token_rows, site).unsqueeze(-1)
+    features = column_factors(torch.arange(x.shape[1], dtype=torch.int32, device=x.device))
+    rows = token_factors(seed, token_rows, site).unsqueeze(-1)
     step = x.shape[0] if x.device.type != "cpu" else max(1, _MASK_BLOCK // x.shape[1])
     scale = 1.0 / (1.0 - dropout_p)
     for start in range(0, x.shape[0], step):

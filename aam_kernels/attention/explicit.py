@@ -2,7 +2,7 @@
 
 Used where a dropout mask is wanted, which no fused torch kernel takes. Scores are made in blocks
 of at most ``budget`` elements (whole sequences, else one head, else rows of one head), so that
-probabilities, hash and scratch stay in cache; blocks follow a fixed order, so sums are
+probabilities and masks stay in cache; blocks follow a fixed order, so sums are
 reproducible. With P the probabilities, M the kept elements, r = 1 / (1 - p)::
 
     O = r (P M) V            dV = r (P M)^T dO           D = rowsum(dO O)
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from aam_kernels._runtime.dropout import column_hash, kept, row_hash
+from aam_kernels._runtime.dropout import column_factors, kept, row_factors
 
 
 def forward(
@@ -36,14 +36,14 @@ def forward(
     """Returns output and logsumexp."""
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = query.new_empty(query.shape[:-1])
-    hashes = row_hash(seed, query_rows, query.shape[2]), column_hash(key_rows)
+    factors = row_factors(seed, query_rows, query.shape[2]), column_factors(key_rows)
     for block, heads, rows in _blocks(query, key, budget):
         q, k, v = (_heads_first(x[block, :, heads]) for x in (query, key, value))
         scores = _scores(q[:, rows], k, scale)
         peak = scores.amax(-1, keepdim=True)
         scores.sub_(peak).exp_()
         total = scores.sum(-1, keepdim=True)
-        scores.mul_(_kept(hashes, block, heads, rows, dropout_p, scores))
+        scores.mul_(_kept(factors, block, heads, rows, dropout_p, scores))
         part = torch.bmm(scores, v).div_(total.mul(1.0 - dropout_p))
         _place(output, block, heads, rows, part)
         _place(lse.unsqueeze(-1), block, heads, rows, total.log_().add_(peak))
@@ -68,7 +68,7 @@ def backward(
     grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     grad_key = torch.zeros_like(key, memory_format=torch.contiguous_format)
     grad_value = torch.zeros_like(value, memory_format=torch.contiguous_format)
-    hashes = row_hash(seed, query_rows, query.shape[2]), column_hash(key_rows)
+    factors = row_factors(seed, query_rows, query.shape[2]), column_factors(key_rows)
     keep_scale = 1.0 / (1.0 - dropout_p)
     for block, heads, rows in _blocks(query, key, budget):
         q, k, v, grad, out = (
@@ -78,7 +78,7 @@ def backward(
         negative_lse = _heads_first(lse[block, :, heads].unsqueeze(-1))[:, rows].neg()
         delta = (grad * out).sum(-1, keepdim=True)
         probabilities = _scores(q, k, scale, negative_lse).exp_()
-        keep = _kept(hashes, block, heads, rows, dropout_p, probabilities)
+        keep = _kept(factors, block, heads, rows, dropout_p, probabilities)
         grad_scores = _scores(grad, v, keep_scale).mul_(keep)
         grad_scores.sub_(delta).mul_(probabilities)
         kept_weights = probabilities.mul_(keep)
@@ -123,7 +123,7 @@ def _scores(left: Tensor, right: Tensor, scale: float, add: Tensor | None = None
 
 
 def _kept(
-    hashes: tuple[Tensor, Tensor],
+    factors: tuple[Tensor, Tensor],
     block: slice,
     heads: slice,
     rows: slice,
@@ -131,8 +131,8 @@ def _kept(
     scores: Tensor,
 ) -> Tensor:
     """1 where kept, else 0, in the shape of ``scores`` (B * heads, rows, keys)."""
-    row_part = hashes[0][block, rows, heads].transpose(1, 2).unsqueeze(-1).contiguous()
-    columns = hashes[1][block, None, None]
+    row_part = factors[0][block, rows, heads].transpose(1, 2).unsqueeze(-1).contiguous()
+    columns = factors[1][block, None, None]
     return kept(row_part, columns, dropout_p, scores.dtype).view_as(scores)
 
 

@@ -10,24 +10,21 @@ import torch
 from torch import Tensor
 
 from aam_kernels._runtime.dropout import (
-    column_hash,
-    drop_threshold,
-    mix_,
-    row_hash,
-    signed32,
-    site_hash,
+    column_factors,
+    drop_below,
+    row_factors,
+    token_factors,
 )
 
-_BLOCK = 1 << 16  # elements hashed at a time: hash, scratch and factors stay in a core's L2
-_SIGN = signed32(1 << 31)
+_BLOCK = 1 << 16  # elements at a time: products and factors stay in a core's L2
 
 
 def feature_factors(
     like: Tensor, rows: Tensor, site: int, dropout_p: float, seed: Tensor
 ) -> Tensor:
     """Factors of (tokens, features) at one site, in the dtype and on the device of ``like``."""
-    features = column_hash(torch.arange(like.shape[1], dtype=torch.int32, device=like.device))
-    return _factors(torch.empty_like(like), site_hash(seed, rows, site), features, dropout_p)
+    columns = column_factors(torch.arange(like.shape[1], device=like.device))
+    return _factors(torch.empty_like(like), token_factors(seed, rows, site), columns, dropout_p)
 
 
 def attention_factors(
@@ -42,10 +39,10 @@ def attention_factors(
         dropout_p: probability of dropping.
         seed: () int64.
     """
-    hashes = row_hash(seed, rows, num_heads).transpose(1, 2).contiguous()
-    columns = column_hash(rows)
+    row_parts = row_factors(seed, rows, num_heads).transpose(1, 2).contiguous()
+    columns = column_factors(rows)
     factors = torch.empty_like(like).unflatten(0, (rows.shape[0], num_heads))
-    for part, row_part, column_part in zip(factors, hashes, columns, strict=True):
+    for part, row_part, column_part in zip(factors, row_parts, columns, strict=True):
         _factors(part.flatten(0, 1), row_part.flatten(), column_part, dropout_p)
     return factors.flatten(0, 1)
 
@@ -54,15 +51,13 @@ def _factors(factors: Tensor, rows: Tensor, columns: Tensor, dropout_p: float) -
     step = max(1, _BLOCK // max(1, len(columns)))
     if factors.device.type != "cpu":
         step = max(1, factors.shape[0])
-    hashed = torch.empty(
+    products = torch.empty(
         min(step, len(rows)), len(columns), dtype=torch.int32, device=factors.device
     )
-    scratch = torch.empty_like(hashed)
-    threshold = drop_threshold(dropout_p) + _SIGN
+    threshold, scale = drop_below(dropout_p), 1.0 / (1.0 - dropout_p)
     for start in range(0, len(rows), step):
         part = factors[start : start + step]
-        block, free = hashed[: len(part)], scratch[: len(part)]
-        torch.add(rows[start : start + step, None], columns, out=block)
-        mix_(block, free).bitwise_xor_(_SIGN)  # unsigned order as signed order
-        part.copy_(block.ge_(threshold)).mul_(1.0 / (1.0 - dropout_p))
+        block = products[: len(part)]
+        torch.mul(rows[start : start + step, None], columns, out=block)
+        torch.ge(block, threshold, out=part).mul_(scale)
     return factors

@@ -49,9 +49,12 @@ def numpy_dropped(seed, queries, keys, heads, dropout_p):
     seed %= 1 << 64
     word = numpy_mix(np.uint32(seed & 0xFFFFFFFF) ^ numpy_mix(seed >> 32))
     q = np.array([row % (1 << 32) for row in queries], dtype=np.uint32)[None, :, None]
-    k = np.array([row % (1 << 32) for row in keys], dtype=np.uint32)[None, None, :]
+    k = np.array([row % (1 << 24) for row in keys], dtype=np.uint32)[None, None, :]
     head = np.array([h % (1 << 32) for h in heads], dtype=np.uint32)[:, None, None]
     with np.errstate(over="ignore"):
-        row = numpy_mix(word + numpy_mix(q * np.uint32(0x9E3779B1) + head))
-        hashed = numpy_mix(row + k * np.uint32(0x85EBCA77))
-    return hashed < np.uint32(int(dropout_p * 2**32))
+        place = q * np.uint32(0x9E3779B1) + head * np.uint32(0x85EBCA77)
+        row = (numpy_mix(place ^ word) >> np.uint32(8)) | np.uint32(0x800001)
+        x = k * np.uint32(0x9E3779)
+        x = ((x ^ (x >> np.uint32(15))) & np.uint32(0xFFFFFF)) * np.uint32(0xB5297B)
+        product = row * ((x >> np.uint32(8)) | np.uint32(0x800001))
+    return product.view(np.int32) < int(dropout_p * 2**32) - 2**31

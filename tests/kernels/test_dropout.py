@@ -24,8 +24,7 @@ def test_attention_mask_equals_unsigned_twin(seed, queries, keys, heads, p):
 @given(seeds, rows, st.integers(1, 9), st.integers(0, 7), st.floats(0.0, 0.999))
 def test_feature_mask_equals_unsigned_twin(seed, tokens, features, site, p):
     mask = dropout.feature_dropped(torch.tensor(seed), torch.tensor(tokens), features, site, p)
-    salt = ((site + 1) * 0x10001) ^ 0x5BD1E995
-    twin = numpy_dropped(seed, tokens, range(features), [salt], p)[0]
+    twin = numpy_dropped(seed, tokens, range(features), [0x10000 + site], p)[0]
     assert np.array_equal(mask.numpy(), twin)
 
 
@@ -71,6 +70,41 @@ def test_neighbours_are_independent():
         - 0.5
     )
     assert abs((mask * seed_after).mean().item()) * 4 < 4 / 600
+
+
+def correlations(z):
+    """Variance of all pairs of rows' correlations, over that of independent draws; the largest."""
+    rows, columns = z.shape
+    gram = (z @ z.T / columns)[torch.triu(torch.ones(rows, rows, dtype=torch.bool), 1)]
+    return gram.square().mean().item() * columns, gram.abs().max().item()
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_rows_columns_and_rectangles_are_as_independent_as_random_draws(p):
+    # One product an element: what such a hash could spoil are pairs of rows, and rectangles.
+    size, seeds = 151, 60
+    found = []
+    for seed in range(seeds):
+        rows = torch.arange(size) + 977 * seed
+        mask = dropout.attention_dropped(torch.tensor(seed), rows, rows, 2, p).double()
+        z = (mask - p) / (p * (1 - p)) ** 0.5
+        corners = z[0, :-1, :-1] * z[0, 1:, :-1] * z[0, :-1, 1:] * z[0, 1:, 1:]
+        heads = torch.stack([z[0].flatten(), z[1].flatten()])
+        found.append(
+            (
+                *correlations(z[0]), *correlations(z[0].T), *correlations(heads),
+                mask[0].sum(0).var().item() / (size * p * (1 - p)),
+                mask[0].sum(1).var().item() / (size * p * (1 - p)), corners.mean().item(),
+            )
+        )  # fmt: skip
+    row, row_peak, column, column_peak, _, head_peak, *variances, corner = torch.tensor(
+        found, dtype=torch.float64
+    ).T
+    assert abs(row.mean() - 1) < 0.03 and abs(column.mean() - 1) < 0.03
+    assert row_peak.median() < 0.5 and column_peak.median() < 0.5
+    assert head_peak.max() < 5 / size
+    assert all(abs(share.mean() - 1) < 0.06 for share in variances)
+    assert abs(corner.mean()) < 5 / size / seeds**0.5
 
 
 def test_high_word_of_the_seed_counts():

@@ -57,20 +57,18 @@ def errors(results, exact):
 @pytest.mark.parametrize("dim,heads", [(32, 4), (60, 4), (66, 2), (128, 4), (256, 2), (135, 3)])
 def test_float32_errs_at_most_twice_as_much_as_math(dim, heads, dropout_p, recompute):
     x, offsets, weights, grad = problem(dim=dim, ffn_dim=2 * dim)
-    options = {"num_heads": heads, "dropout_p": dropout_p, "seed": 11}
-    doubled = [t.detach().double().requires_grad_() for t in (x, *weights)]
-    exact = run(
-        doubled[0],
-        offsets,
-        EncoderLayerWeights(*doubled[1:]),
-        grad.double(),
-        impl="math",
-        **options,
-    )
-    of_math = errors(run(x, offsets, weights, grad, impl="math", **options), exact)
-    of_sdpa = errors(
-        run(x, offsets, weights, grad, impl="sdpa", recompute=recompute, **options), exact
-    )
+    exact_x, *exact_weights = (t.detach().double().requires_grad_() for t in (x, *weights))
+    of_math, of_sdpa = [], []
+    for seed in (
+        (11, 12, 13) if dropout_p else (11,)
+    ):  # one draw's largest error is a matter of luck
+        options = {"num_heads": heads, "dropout_p": dropout_p, "seed": seed}
+        exact_weights = EncoderLayerWeights(*exact_weights)
+        exact = run(exact_x, offsets, exact_weights, grad.double(), impl="math", **options)
+        of_math.append(errors(run(x, offsets, weights, grad, impl="math", **options), exact))
+        options |= {"impl": "sdpa", "recompute": recompute}
+        of_sdpa.append(errors(run(x, offsets, weights, grad, **options), exact))
+    of_math, of_sdpa = (torch.tensor(found).amax(0).tolist() for found in (of_math, of_sdpa))
     for names, math, ours in zip(("out", "x", *weights._fields), of_math, of_sdpa, strict=True):
         assert ours[0] <= 2 * math[0] + FLOOR, (names, ours, math)
         assert ours[1] <= 2 * math[1] + FLOOR, (names, ours, math)
