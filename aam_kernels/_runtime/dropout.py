@@ -78,11 +78,13 @@ def resolve_seed(
     if dropout_p == 0.0:
         return None
     if seed is None:
-        return torch.randint(0, 1 << 62, (), dtype=torch.int64).to(device)
+        # A small copy from pageable memory is staged at once: safe, and nothing waits.
+        return torch.randint(0, 1 << 62, (), dtype=torch.int64).to(device, non_blocking=True)
     if isinstance(seed, Tensor):
         return seed.reshape(()).to(device=device, dtype=torch.int64)
     seed &= (1 << 64) - 1
-    return torch.tensor(seed - (1 << 64) if seed >= 1 << 63 else seed, device=device)
+    signed = seed - (1 << 64) if seed >= 1 << 63 else seed
+    return torch.full((), signed, dtype=torch.int64, device=device)
 
 
 def drop_below(dropout_p: float) -> int:
