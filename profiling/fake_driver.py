@@ -1,0 +1,197 @@
+"""A Triton driver without a device: CPU tensors go through Triton's real launch path.
+
+Inside `captured` a call such as ``kernel[grid](*tensors, BLOCK=64, num_warps=4)`` is bound,
+specialised and compiled for the chosen target exactly as on a machine that has it, by
+``JITFunction.run`` itself; only the last step, the launch, is written down instead of made::
+
+    with captured("gfx942") as launches:
+        attention_forward(query, key, value, ...)      # CPU tensors
+    launches[0].kernel, launches[0].grid, launches[0].compiled.asm["amdgcn"]
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver as active_driver
+from triton.runtime.jit import JITFunction
+
+TARGETS = {
+    "gfx90a": GPUTarget("hip", "gfx90a", 64),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+}
+SHARED_LIMIT = {
+    "gfx90a": 64 * 1024,
+    "gfx942": 64 * 1024,
+    "gfx950": 160 * 1024,
+    "sm_80": 163 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+}
+"""Bytes of shared memory (LDS) that one program can have."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch, as the driver would have received it.
+
+    Attributes:
+        kernel: name of the kernel function.
+        grid: programs on the three axes.
+        compiled: what Triton compiled; None when that failed.
+        signature: parameter -> type, "constexpr" for what is a constant of the compiled code.
+        constants: parameter -> value, for those.
+        aligned: parameters whose value is known to be divisible by 16.
+        arguments: parameter -> value, as passed.
+        options: compiler options in effect (num_warps, ...).
+        error: what failed, when it did.
+    """
+
+    kernel: str
+    grid: tuple[int, int, int]
+    compiled: Any = field(default=None, repr=False)
+    signature: dict[str, str] = field(default_factory=dict)
+    constants: dict[str, Any] = field(default_factory=dict)
+    aligned: frozenset[str] = frozenset()
+    arguments: dict[str, Any] = field(default_factory=dict, repr=False)
+    options: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+    @property
+    def specialisation(self) -> str:
+        """The compiled kernel that served the launch: equal for launches that share one."""
+        return "" if self.compiled is None else f"{self.kernel} {self.compiled.hash}"
+
+    @property
+    def programs(self) -> int:
+        """Programs in the grid."""
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+
+class FakeDriver:
+    """What Triton asks of a driver, answered for one target; launches go to ``launches``."""
+
+    def __init__(self, architecture: str, launches: list[Launch] | None = None) -> None:
+        self.architecture = architecture
+        self.target = TARGETS[architecture]
+        self.launches = [] if launches is None else launches
+        limit = SHARED_LIMIT[architecture]
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": limit},
+            load_binary=lambda name, binary, shared, device: (object(), name, 0, 0, 1024),
+        )
+        self.launcher_cls = self._launcher
+
+    def get_current_target(self) -> GPUTarget:
+        """The target that kernels are compiled for."""
+        return self.target
+
+    def get_current_device(self) -> int:
+        """A number of its own for every target: kernels are cached by it."""
+        return list(TARGETS).index(self.architecture)
+
+    def get_active_torch_device(self) -> torch.device:
+        """Where tensors lie."""
+        return torch.device("cpu")
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        """The default stream."""
+        return 0
+
+    def _launcher(self, source: Any, metadata: Any) -> Any:
+        names = source.fn.arg_names
+        constants = {names[path[0]]: value for path, value in source.constants.items()}
+        aligned = frozenset(names[path[0]] for path, value in source.attrs.items() if value)
+        described = {
+            "kernel": source.fn.__name__,
+            "signature": dict(source.signature),
+            "constants": constants,
+            "aligned": aligned,
+        }
+
+        def launch(x: int, y: int, z: int, *rest: Any) -> None:
+            arguments = dict(zip(names, rest[-len(names) :], strict=True))
+            # The launcher outlives this driver: Triton keeps it with the compiled kernel.
+            target = active_driver.active
+            target.launches.append(
+                Launch(grid=(x, y, z), arguments=arguments, options=_options(metadata), **described)
+            )
+
+        return launch
+
+
+def _options(metadata: Any) -> dict[str, Any]:
+    wanted = ("num_warps", "num_stages", "waves_per_eu", "matrix_instr_nonkdim", "kpack", "maxnreg")
+    return {name: getattr(metadata, name) for name in wanted if hasattr(metadata, name)}
+
+
+@contextlib.contextmanager
+def driving(architecture: str, launches: list[Launch] | None = None) -> Iterator[FakeDriver]:
+    """Makes a fake driver for ``architecture`` the active one.
+
+    Raises:
+        ValueError: an unknown architecture.
+    """
+    if architecture not in TARGETS:
+        raise ValueError(f"architecture must be one of {tuple(TARGETS)}, got {architecture!r}")
+    before = active_driver._active
+    driver = FakeDriver(architecture, launches)
+    active_driver.set_active(driver)
+    try:
+        yield driver
+    finally:
+        active_driver._active = before
+
+
+@contextlib.contextmanager
+def captured(architecture: str, *, survive: bool = False) -> Iterator[list[Launch]]:
+    """The launches that are asked for inside, in order.
+
+    Args:
+        architecture: the target to compile for.
+        survive: a kernel that does not compile, or does not fit, is a `Launch` with ``error``
+            set; otherwise the exception leaves the context as it would on a device.
+    """
+    launches: list[Launch] = []
+    run = JITFunction.run
+
+    def recording(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        before = len(launches)
+        try:
+            compiled = run(self, *args, grid=grid, warmup=warmup, **kwargs)
+        except Exception as problem:
+            if not survive:
+                raise
+            last = " ".join(str(problem).split())[-400:]
+            error = f"{type(problem).__name__}: {last}"
+            launches.append(Launch(self.__name__, _grid(grid), options=kwargs, error=error))
+            return None
+        for place in range(before, len(launches)):
+            launches[place] = _with_compiled(launches[place], compiled)
+        return compiled
+
+    with driving(architecture, launches), mock.patch.object(JITFunction, "run", recording):
+        yield launches
+
+
+def _with_compiled(launch: Launch, compiled: Any) -> Launch:
+    content = {name: getattr(launch, name) for name in Launch.__dataclass_fields__}
+    return Launch(**{**content, "compiled": compiled})
+
+
+def _grid(grid: Any) -> tuple[int, int, int]:
+    if callable(grid):
+        return (0, 0, 0)
+    sizes = (*grid, 1, 1)
+    return sizes[0], sizes[1], sizes[2]
