@@ -1,0 +1,221 @@
+"""Attention forward for sequences of few keys: all of them resident, one pass, exact softmax.
+
+For one sequence and head, with q (length, d), k and v (key_length, d), c = scale log2(e)::
+
+    S = q k^T      m = max(c S, keys)      P = exp2(c S - m)      l = rowsum(P)
+    O = (P M) v / (l (1 - p))              lse = ln(2) (m + log2(l))        (M: kept by dropout)
+
+Queries pass by in blocks of BLOCK_M. Keys past the sequence are masked by -inf in the accumulator
+that S starts from, in the last tile only.
+"""
+
+import triton
+import triton.language as tl
+
+from aam_kernels._runtime.kernel_functions import (
+    column_factors,
+    dropped,
+    narrow,
+    row_factors,
+    seed_word,
+)
+from aam_kernels.attention.triton.short_rows import (
+    fill_rows,
+    fill_values,
+    head_base,
+    load_rows,
+    load_tiles,
+    program_place,
+    span,
+    store_rows,
+    tile_count,
+    tile_start,
+)
+
+
+@triton.jit
+def _attend(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    output_ptr,
+    lse_ptr,
+    seed_ptr,
+    first,
+    length,
+    key_first,
+    key_length,
+    head,
+    heads,
+    stride_query,
+    stride_key,
+    stride_value,
+    stride_output,
+    scale_log2,
+    drop_below,
+    keep_scale,
+    TILES: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    D: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROUND_HALF_UP: tl.constexpr,
+):
+    """One sequence and head whose keys fill COUNT tiles."""
+    dtype: tl.constexpr = key_ptr.dtype.element_ty
+    keys = load_tiles(key_ptr, key_length, stride_key, TILES, COUNT, HEAD_DIM, D)
+    values = load_tiles(value_ptr, key_length, stride_value, TILES, COUNT, HEAD_DIM, D)
+    last_rows = tile_start(TILES, COUNT - 1) + tl.arange(0, TILES[COUNT - 1])
+    bias = tl.where(last_rows < key_length, 0.0, float("-inf"))[None, :]
+    bias = tl.full([BLOCK_M, TILES[COUNT - 1]], 0.0, tl.float32) + bias
+    word = tl.full([], 0, tl.uint32)
+    columns = ()
+    if DROPOUT:
+        word = seed_word(seed_ptr)
+        for tile in tl.static_range(COUNT):
+            rows = key_first + tile_start(TILES, tile) + tl.arange(0, TILES[tile])
+            columns += (column_factors(rows),)
+    block = tl.arange(0, BLOCK_M)
+    for start in tl.range(0, length, BLOCK_M):
+        left = length - start
+        begin = tl.full([], 0, tl.int64) + start
+        q = load_rows(
+            query_ptr + begin * stride_query, block, left, stride_query, True, HEAD_DIM, D
+        )
+        if NEGATIVE:
+            q = -q
+        scores = ()
+        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        for tile in tl.static_range(COUNT):
+            if tile == COUNT - 1:
+                s = tl.dot(q, tl.trans(keys[tile]), bias, input_precision=PRECISION)
+            else:
+                s = tl.dot(q, tl.trans(keys[tile]), input_precision=PRECISION)
+            scores += (s,)
+            top = tl.maximum(top, tl.max(s, 1))
+        top = top * scale_log2
+        weight = tl.full([BLOCK_M], 0.0, tl.float32)
+        accumulator = tl.full([BLOCK_M, D], 0.0, tl.float32)
+        for tile in tl.static_range(COUNT):
+            p = tl.exp2(scores[tile] * scale_log2 - top[:, None])
+            weight += tl.sum(p, 1)
+            if DROPOUT:
+                rows = row_factors(word, first + start + block, head)
+                p = tl.where(dropped(rows[:, None], columns[tile][None, :], drop_below), 0.0, p)
+            p = narrow(p, dtype, ROUND_HALF_UP)
+            accumulator = tl.dot(p, values[tile], accumulator, input_precision=PRECISION)
+        output = accumulator * (keep_scale / weight)[:, None]
+        store_rows(
+            output_ptr + begin * stride_output,
+            output,
+            block,
+            left,
+            stride_output,
+            True,
+            HEAD_DIM,
+            D,
+        )
+        lse = (top + tl.log2(weight)) * 0.6931471805599453
+        tl.store(lse_ptr + (begin + block) * heads, lse, mask=block < left)
+
+
+@triton.jit(do_not_specialize=["count", "total", "heads", "drop_below"])
+def short_forward(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    output_ptr,
+    lse_ptr,
+    offsets_ptr,
+    lengths_ptr,
+    key_offsets_ptr,
+    key_lengths_ptr,
+    seed_ptr,
+    count,
+    total,
+    heads,
+    stride_query,
+    stride_query_head,
+    stride_key,
+    stride_key_head,
+    stride_value,
+    stride_value_head,
+    stride_output,
+    stride_output_head,
+    scale_log2,
+    drop_below,
+    keep_scale,
+    HEAD_DIM: tl.constexpr,
+    D: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROUND_HALF_UP: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TILE_0: tl.constexpr,
+    TILE_1: tl.constexpr,
+    TILE_2: tl.constexpr,
+):
+    """Output and logsumexp of one (sequence, head); the programs left over clear the tail."""
+    TILES: tl.constexpr = (TILE_0, TILE_1, TILE_2)
+    sequence, head = program_place(heads, GROUP)
+    if sequence >= count:
+        first = tl.load(offsets_ptr + count) + (sequence - count) * BLOCK_M
+        step = (GROUP - count % GROUP) * BLOCK_M
+        output_ptr = output_ptr + head.to(tl.int64) * stride_output_head
+        fill_rows(output_ptr, first, total, step, stride_output, 0.0, HEAD_DIM, D, BLOCK_M)
+        fill_values(lse_ptr + head, first, total, step, heads, float("-inf"), BLOCK_M)
+        return
+    first, length, slots = span(offsets_ptr, lengths_ptr, sequence)
+    key_first, key_length = first, length
+    if key_offsets_ptr is not None:
+        key_first, key_length, _ = span(key_offsets_ptr, key_lengths_ptr, sequence)
+    query_ptr = head_base(query_ptr, first, head, stride_query, stride_query_head)
+    key_ptr = head_base(key_ptr, key_first, head, stride_key, stride_key_head)
+    value_ptr = head_base(value_ptr, key_first, head, stride_value, stride_value_head)
+    output_ptr = head_base(output_ptr, first, head, stride_output, stride_output_head)
+    lse_ptr = head_base(lse_ptr, first, head, heads, 1)
+    for tile in tl.static_range(tile_count(TILES)):
+        if (key_length > tile_start(TILES, tile)) & (key_length <= tile_start(TILES, tile + 1)):
+            _attend(
+                query_ptr,
+                key_ptr,
+                value_ptr,
+                output_ptr,
+                lse_ptr,
+                seed_ptr,
+                first,
+                length,
+                key_first,
+                key_length,
+                head,
+                heads,
+                stride_query,
+                stride_key,
+                stride_value,
+                stride_output,
+                scale_log2,
+                drop_below,
+                keep_scale,
+                TILES,
+                tile + 1,
+                BLOCK_M,
+                HEAD_DIM,
+                D,
+                DROPOUT,
+                NEGATIVE,
+                PRECISION,
+                ROUND_HALF_UP,
+            )
+    # A gap behind the sequence; no keys: 0; more keys than promised: NaN, never a wrong number.
+    empty, blank, blank_lse = length, 0.0, float("-inf")
+    if key_length == 0:
+        empty = 0
+    if key_length > tile_start(TILES, 3):
+        empty, blank, blank_lse = 0, float("nan"), float("nan")
+    fill_rows(output_ptr, empty, slots, BLOCK_M, stride_output, blank, HEAD_DIM, D, BLOCK_M)
+    fill_values(lse_ptr, empty, slots, BLOCK_M, heads, blank_lse, BLOCK_M)
