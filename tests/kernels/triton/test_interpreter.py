@@ -85,11 +85,19 @@ def unmasked(x_ptr, out_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def accumulate(x_ptr, out_ptr, BLOCK: tl.constexpr):
-    """Every program adds to the same elements without an atomic operation."""
+def overlap(x_ptr, out_ptr, STEP: tl.constexpr, BLOCK: tl.constexpr):
+    """Programs write BLOCK elements, STEP apart."""
     places = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + tl.program_id(0) * BLOCK + places)
-    tl.store(out_ptr + places, tl.load(out_ptr + places) + x)
+    x = tl.load(x_ptr + places)
+    tl.store(out_ptr + tl.program_id(0) * STEP + places, x)
+
+
+@triton.jit
+def scan(out_ptr):
+    """Every program adds one to what the program before it has left."""
+    program = tl.program_id(0)
+    before = tl.load(out_ptr + program - 1, mask=program > 0, other=0.0)
+    tl.store(out_ptr + program, before + 1.0)
 
 
 def test_bfloat16_rounds_to_nearest_even():
@@ -197,12 +205,21 @@ def test_access_outside_is_refused(longer):
     assert torch.equal(out[:48], x[:48])
 
 
-def test_programs_that_share_elements_are_refused():
-    x, out = torch.randn(64), torch.zeros(16)
+def test_programs_that_write_the_same_element_are_refused():
+    x, out = torch.randn(16), torch.zeros(64)
     with interpreting():
-        accumulate[(1,)](x, out, BLOCK=16)
-        with pytest.raises(Race):
-            accumulate[(4,)](x, out, BLOCK=16)
+        overlap[(4,)](x, out, STEP=16, BLOCK=16)
+        overlap[(4,)](x, out, STEP=16, BLOCK=16)  # another launch may
+        with pytest.raises(Race, match="programs 0 and 1 write"):
+            overlap[(4,)](x, out, STEP=15, BLOCK=16)
+
+
+def test_programs_that_read_what_others_write_are_refused():
+    out = torch.zeros(4)
+    with interpreting():
+        scan[(1,)](out)
+        with pytest.raises(Race, match="program 1 reads"):
+            scan[(4,)](out)
 
 
 def test_fresh_memory_is_poisoned():
