@@ -177,8 +177,8 @@ def _compile_all(tuner: Any, target: GPUTarget) -> None:
 
 def pooled_stack_step() -> tuple[Any, Any]:
     """A training step of stack and pooling: the function, and its inputs on the device."""
-    from aam_kernels.ragged import _unchecked  # the values of fake offsets cannot be checked
     from aam_kernels.modules import AttentionPool, TransformerEncoder
+    from aam_kernels.ragged import _unchecked  # the values of fake offsets cannot be checked
 
     class Both(torch.nn.Module):
         def __init__(self) -> None:
