@@ -16,11 +16,13 @@ from aam_kernels._runtime import dispatch
 from aam_kernels._runtime.folding import fold_rows, fold_sequences, refuse_batched
 from aam_kernels._runtime.grouping import Sequences, check_sequences
 from aam_kernels._runtime.transforms import transformable
+from aam_kernels._runtime.trust import Case, case_of
 
 OPERATION = "attention"
 dispatch.register_torch(OPERATION, "aam_kernels.attention")
-dispatch.register_triton(OPERATION, "aam_kernels.attention")
+dispatch.register_triton(OPERATION, "aam_kernels.attention", max_width=128)
 
+_FURTHEST_ROW = 1 << 22
 _WHERE = (
     "Tensor offsets, Tensor? key_offsets, Tensor? lengths, Tensor? key_lengths, Tensor? seed, "
     "SymInt max_length, SymInt max_key_length, float? scale, float dropout_p, str impl"
@@ -50,7 +52,9 @@ def ragged_attention(
     """Output (total, heads, head_dim) and logsumexp (total, heads)."""
     sequences = Sequences(offsets, key_offsets, lengths, key_lengths, max_length, max_key_length)
     check_sequences(sequences, query.shape[0], key.shape[0])
-    name = dispatch.choose(OPERATION, impl, query.device, query.dtype)
+    name = dispatch.choose(
+        OPERATION, impl, query.device, query.dtype, _case(sequences, query, dropout_p)
+    )
     query, key, value = (_dense_heads(x) for x in (query, key, value))
     return dispatch.implementation(OPERATION, name).forward(
         query, key, value, sequences, _scale(scale, query), dropout_p, seed
@@ -83,11 +87,23 @@ def ragged_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
     sequences = Sequences(offsets, key_offsets, lengths, key_lengths, max_length, max_key_length)
-    name = dispatch.choose(OPERATION, impl, query.device, query.dtype)
+    name = dispatch.choose(
+        OPERATION, impl, query.device, query.dtype, _case(sequences, query, dropout_p)
+    )
     tensors = (_dense_heads(x) for x in (grad_output, query, key, value, output))
     return dispatch.implementation(OPERATION, name).backward(
         *tensors, lse, sequences, _scale(scale, query), dropout_p, seed
     )
+
+
+def _case(sequences: Sequences, query: Tensor, dropout_p: float) -> Case:
+    longest = sequences.max_length
+    if sequences.cross and longest >= 0:
+        known = sequences.max_key_length >= 0
+        longest = max(longest, sequences.max_key_length) if known else -1
+    gaps = sequences.lengths is not None or sequences.key_lengths is not None
+    form = "cross" if sequences.cross else "gaps" if gaps else "self"
+    return case_of((query.shape[-1],), longest, dropout_p, form)
 
 
 def _scale(scale: float | None, query: Tensor) -> float:
@@ -95,8 +111,11 @@ def _scale(scale: float | None, query: Tensor) -> float:
 
 
 def _dense_heads(x: Tensor) -> Tensor:
-    """Kernels read a head as consecutive elements; an expanded gradient is not that."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """Kernels read a head as consecutive elements; an expanded gradient is not that.
+
+    Nor may the rows of a tile lie 2**31 elements apart: GPU kernels address them with 32 bits.
+    """
+    return x if x.stride(-1) == 1 and x.stride(0) <= _FURTHEST_ROW else x.contiguous()
 
 
 @ragged_attention.register_fake
