@@ -28,43 +28,16 @@ from aam_kernels.attention.triton.short_rows import (
     program_place,
     span,
     store_rows,
-    tile_count,
     tile_start,
 )
 
 
 @triton.jit
 def _differentiate(
-    grad_output_ptr,
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    output_ptr,
-    lse_ptr,
-    grad_query_ptr,
-    grad_key_ptr,
-    grad_value_ptr,
-    seed_ptr,
-    first,
-    length,
-    key_first,
-    key_length,
-    head,
-    heads,
-    stride_grad_output,
-    stride_query,
-    stride_key,
-    stride_value,
-    stride_output,
-    stride_grad_query,
-    stride_grad_key,
-    stride_grad_value,
-    scale_log2,
-    grad_query_scale,
-    grad_key_scale,
-    drop_below,
-    keep,
-    keep_scale,
+    pointers,
+    strides,
+    place,
+    numbers,
     TILES: tl.constexpr,
     COUNT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -76,6 +49,12 @@ def _differentiate(
     ROUND_HALF_UP: tl.constexpr,
 ):
     """One sequence and head whose keys fill COUNT tiles."""
+    grad_output_ptr, query_ptr, key_ptr, value_ptr, output_ptr, lse_ptr = pointers[:6]
+    grad_query_ptr, grad_key_ptr, grad_value_ptr, seed_ptr = pointers[6:]
+    stride_grad_output, stride_query, stride_key, stride_value, stride_output = strides[:5]
+    stride_grad_query, stride_grad_key, stride_grad_value = strides[5:]
+    first, length, key_first, key_length, head, heads = place
+    scale_log2, grad_query_scale, grad_key_scale, drop_below, keep, keep_scale = numbers
     dtype: tl.constexpr = key_ptr.dtype.element_ty
     keys = load_tiles(key_ptr, key_length, stride_key, TILES, COUNT, HEAD_DIM, D)
     values = load_tiles(value_ptr, key_length, stride_value, TILES, COUNT, HEAD_DIM, D)
@@ -98,28 +77,21 @@ def _differentiate(
     for start in tl.range(0, length, BLOCK_M):
         left = length - start
         begin = tl.full([], 0, tl.int64) + start
-        q = load_rows(
-            query_ptr + begin * stride_query, block, left, stride_query, True, HEAD_DIM, D
-        )
-        if NEGATIVE:
-            q = -q
-        o = load_rows(
-            output_ptr + begin * stride_output, block, left, stride_output, True, HEAD_DIM, D
-        )
-        do = load_rows(
-            grad_output_ptr + begin * stride_grad_output,
-            block,
-            left,
-            stride_grad_output,
-            True,
-            HEAD_DIM,
-            D,
-        )
+        q_block = query_ptr + begin * stride_query
+        do_block = grad_output_ptr + begin * stride_grad_output
+        o_block = output_ptr + begin * stride_output
+        dq_block = grad_query_ptr + begin * stride_grad_query
+        q = load_rows(q_block, block, left, stride_query, True, HEAD_DIM, D)
+        do = load_rows(do_block, block, left, stride_grad_output, True, HEAD_DIM, D)
+        o = load_rows(o_block, block, left, stride_output, True, HEAD_DIM, D)
         lse = tl.load(lse_ptr + (begin + block) * heads, mask=block < left, other=float("inf"))
         lse = lse * 1.4426950408889634
         delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+        if NEGATIVE:
+            q = -q
         if DROPOUT:
             delta = delta * keep
+            row = row_factors(word, first + start + block, head)[None, :]
         dq = tl.full([BLOCK_M, D], 0.0, tl.float32)
         new_grad_keys = ()
         new_grad_values = ()
@@ -132,35 +104,33 @@ def _differentiate(
             dp = tl.dot(values[tile], tl.trans(do), input_precision=PRECISION)
             kept = p
             if DROPOUT:
-                rows = row_factors(word, first + start + block, head)
-                drop = dropped(rows[None, :], columns[tile][:, None], drop_below)
+                drop = dropped(row, columns[tile][:, None], drop_below)
                 kept = tl.where(drop, 0.0, p)
                 dp = tl.where(drop, 0.0, dp)
             kept = narrow(kept, dtype, ROUND_HALF_UP)
             ds = narrow(p * (dp - delta[None, :]), dtype, ROUND_HALF_UP)
-            new_grad_values += (tl.dot(kept, do, grad_values[tile], input_precision=PRECISION),)
-            new_grad_keys += (tl.dot(ds, q, grad_keys[tile], input_precision=PRECISION),)
+            dv = tl.dot(kept, do, grad_values[tile], input_precision=PRECISION)
+            dk = tl.dot(ds, q, grad_keys[tile], input_precision=PRECISION)
             dq = tl.dot(tl.trans(ds), keys[tile], dq, input_precision=PRECISION)
+            new_grad_values += (dv,)
+            new_grad_keys += (dk,)
         grad_keys = new_grad_keys
         grad_values = new_grad_values
-        store_rows(
-            grad_query_ptr + begin * stride_grad_query,
-            dq * grad_query_scale,
-            block,
-            left,
-            stride_grad_query,
-            True,
-            HEAD_DIM,
-            D,
-        )
+        dq = narrow(dq * grad_query_scale, dtype, ROUND_HALF_UP)
+        store_rows(dq_block, dq, block, left, stride_grad_query, True, HEAD_DIM, D)
     for tile in tl.static_range(COUNT):
         rows = tile_start(TILES, tile) + tl.arange(0, TILES[tile])
-        dk, dv = grad_keys[tile] * grad_key_scale, grad_values[tile]
+        dk = narrow(grad_keys[tile] * grad_key_scale, dtype, ROUND_HALF_UP)
+        dv = grad_values[tile]
         if DROPOUT:
             dv = dv * keep_scale
-        masked: tl.constexpr = tile == COUNT - 1
-        store_rows(grad_key_ptr, dk, rows, key_length, stride_grad_key, masked, HEAD_DIM, D)
-        store_rows(grad_value_ptr, dv, rows, key_length, stride_grad_value, masked, HEAD_DIM, D)
+        dv = narrow(dv, dtype, ROUND_HALF_UP)
+        store_rows(
+            grad_key_ptr, dk, rows, key_length, stride_grad_key, tile == COUNT - 1, HEAD_DIM, D
+        )
+        store_rows(
+            grad_value_ptr, dv, rows, key_length, stride_grad_value, tile == COUNT - 1, HEAD_DIM, D
+        )
 
 
 @triton.jit(do_not_specialize=["count", "total", "total_key", "heads", "drop_below"])
@@ -254,41 +224,72 @@ def short_backward(
     grad_query_ptr = grad_query_ptr + first.to(tl.int64) * stride_grad_query
     grad_key_ptr = grad_key_ptr + key_first.to(tl.int64) * stride_grad_key
     grad_value_ptr = grad_value_ptr + key_first.to(tl.int64) * stride_grad_value
-    for tile in tl.static_range(tile_count(TILES)):
-        if (key_length > tile_start(TILES, tile)) & (key_length <= tile_start(TILES, tile + 1)):
+    pointers = (
+        grad_output_ptr,
+        query_ptr,
+        key_ptr,
+        value_ptr,
+        output_ptr,
+        lse_ptr,
+        grad_query_ptr,
+        grad_key_ptr,
+        grad_value_ptr,
+        seed_ptr,
+    )
+    strides = (
+        stride_grad_output,
+        stride_query,
+        stride_key,
+        stride_value,
+        stride_output,
+        stride_grad_query,
+        stride_grad_key,
+        stride_grad_value,
+    )
+    place = (first, length, key_first, key_length, head, heads)
+    numbers = (scale_log2, grad_query_scale, grad_key_scale, drop_below, keep, keep_scale)
+    if (key_length > 0) & (key_length <= TILE_0):
+        _differentiate(
+            pointers,
+            strides,
+            place,
+            numbers,
+            TILES,
+            1,
+            BLOCK_M,
+            HEAD_DIM,
+            D,
+            DROPOUT,
+            NEGATIVE,
+            PRECISION,
+            ROUND_HALF_UP,
+        )
+    elif (key_length > TILE_0) & (key_length <= TILE_0 + TILE_1):
+        if TILE_1 > 0:
             _differentiate(
-                grad_output_ptr,
-                query_ptr,
-                key_ptr,
-                value_ptr,
-                output_ptr,
-                lse_ptr,
-                grad_query_ptr,
-                grad_key_ptr,
-                grad_value_ptr,
-                seed_ptr,
-                first,
-                length,
-                key_first,
-                key_length,
-                head,
-                heads,
-                stride_grad_output,
-                stride_query,
-                stride_key,
-                stride_value,
-                stride_output,
-                stride_grad_query,
-                stride_grad_key,
-                stride_grad_value,
-                scale_log2,
-                grad_query_scale,
-                grad_key_scale,
-                drop_below,
-                keep,
-                keep_scale,
+                pointers,
+                strides,
+                place,
+                numbers,
                 TILES,
-                tile + 1,
+                2,
+                BLOCK_M,
+                HEAD_DIM,
+                D,
+                DROPOUT,
+                NEGATIVE,
+                PRECISION,
+                ROUND_HALF_UP,
+            )
+    elif (key_length > TILE_0 + TILE_1) & (key_length <= TILE_0 + TILE_1 + TILE_2):
+        if TILE_2 > 0:  # noqa: SIM102  (a constant: no kernel without the tile)
+            _differentiate(
+                pointers,
+                strides,
+                place,
+                numbers,
+                TILES,
+                3,
                 BLOCK_M,
                 HEAD_DIM,
                 D,

@@ -25,35 +25,26 @@ from aam_kernels.attention.triton.short_rows import (
     head_base,
     load_rows,
     load_tiles,
+    narrowest,
     program_place,
     span,
     store_rows,
-    tile_count,
     tile_start,
 )
 
 
 @triton.jit
+def _narrower(x, WIDTH: tl.constexpr):
+    """(rows, keys) as (rows, keys / WIDTH, WIDTH): what is reduced over first costs no exchange."""
+    return tl.reshape(x, [x.shape[0], x.shape[1] // WIDTH, WIDTH])
+
+
+@triton.jit
 def _attend(
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    output_ptr,
-    lse_ptr,
-    seed_ptr,
-    first,
-    length,
-    key_first,
-    key_length,
-    head,
-    heads,
-    stride_query,
-    stride_key,
-    stride_value,
-    stride_output,
-    scale_log2,
-    drop_below,
-    keep_scale,
+    pointers,
+    strides,
+    place,
+    numbers,
     TILES: tl.constexpr,
     COUNT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -65,6 +56,11 @@ def _attend(
     ROUND_HALF_UP: tl.constexpr,
 ):
     """One sequence and head whose keys fill COUNT tiles."""
+    query_ptr, key_ptr, value_ptr, output_ptr, lse_ptr, seed_ptr = pointers
+    stride_query, stride_key, stride_value, stride_output = strides
+    first, length, key_first, key_length, head, heads = place
+    scale_log2, drop_below, keep_scale = numbers
+    WIDTH: tl.constexpr = narrowest(TILES, COUNT)
     dtype: tl.constexpr = key_ptr.dtype.element_ty
     keys = load_tiles(key_ptr, key_length, stride_key, TILES, COUNT, HEAD_DIM, D)
     values = load_tiles(value_ptr, key_length, stride_value, TILES, COUNT, HEAD_DIM, D)
@@ -88,36 +84,31 @@ def _attend(
         if NEGATIVE:
             q = -q
         scores = ()
-        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         for tile in tl.static_range(COUNT):
             if tile == COUNT - 1:
                 s = tl.dot(q, tl.trans(keys[tile]), bias, input_precision=PRECISION)
             else:
                 s = tl.dot(q, tl.trans(keys[tile]), input_precision=PRECISION)
             scores += (s,)
-            top = tl.maximum(top, tl.max(s, 1))
-        top = top * scale_log2
-        weight = tl.full([BLOCK_M], 0.0, tl.float32)
+        top = tl.max(_narrower(scores[COUNT - 1], WIDTH), 1)
+        for tile in tl.static_range(COUNT - 1):
+            top = tl.maximum(top, tl.max(_narrower(scores[tile], WIDTH), 1))
+        top = tl.max(top, 1) * scale_log2
+        weight = tl.full([BLOCK_M, WIDTH], 0.0, tl.float32)
         accumulator = tl.full([BLOCK_M, D], 0.0, tl.float32)
+        if DROPOUT:
+            row = row_factors(word, first + start + block, head)[:, None]
         for tile in tl.static_range(COUNT):
             p = tl.exp2(scores[tile] * scale_log2 - top[:, None])
-            weight += tl.sum(p, 1)
+            weight += tl.sum(_narrower(p, WIDTH), 1)
             if DROPOUT:
-                rows = row_factors(word, first + start + block, head)
-                p = tl.where(dropped(rows[:, None], columns[tile][None, :], drop_below), 0.0, p)
+                p = tl.where(dropped(row, columns[tile][None, :], drop_below), 0.0, p)
             p = narrow(p, dtype, ROUND_HALF_UP)
             accumulator = tl.dot(p, values[tile], accumulator, input_precision=PRECISION)
-        output = accumulator * (keep_scale / weight)[:, None]
-        store_rows(
-            output_ptr + begin * stride_output,
-            output,
-            block,
-            left,
-            stride_output,
-            True,
-            HEAD_DIM,
-            D,
-        )
+        weight = tl.sum(weight, 1)
+        output = narrow(accumulator * (keep_scale / weight)[:, None], dtype, ROUND_HALF_UP)
+        output_block = output_ptr + begin * stride_output
+        store_rows(output_block, output, block, left, stride_output, True, HEAD_DIM, D)
         lse = (top + tl.log2(weight)) * 0.6931471805599453
         tl.store(lse_ptr + (begin + block) * heads, lse, mask=block < left)
 
@@ -179,30 +170,52 @@ def short_forward(
     value_ptr = head_base(value_ptr, key_first, head, stride_value, stride_value_head)
     output_ptr = head_base(output_ptr, first, head, stride_output, stride_output_head)
     lse_ptr = head_base(lse_ptr, first, head, heads, 1)
-    for tile in tl.static_range(tile_count(TILES)):
-        if (key_length > tile_start(TILES, tile)) & (key_length <= tile_start(TILES, tile + 1)):
+    pointers = (query_ptr, key_ptr, value_ptr, output_ptr, lse_ptr, seed_ptr)
+    strides = (stride_query, stride_key, stride_value, stride_output)
+    place = (first, length, key_first, key_length, head, heads)
+    numbers = (scale_log2, drop_below, keep_scale)
+    if (key_length > 0) & (key_length <= TILE_0):
+        _attend(
+            pointers,
+            strides,
+            place,
+            numbers,
+            TILES,
+            1,
+            BLOCK_M,
+            HEAD_DIM,
+            D,
+            DROPOUT,
+            NEGATIVE,
+            PRECISION,
+            ROUND_HALF_UP,
+        )
+    elif (key_length > TILE_0) & (key_length <= TILE_0 + TILE_1):
+        if TILE_1 > 0:
             _attend(
-                query_ptr,
-                key_ptr,
-                value_ptr,
-                output_ptr,
-                lse_ptr,
-                seed_ptr,
-                first,
-                length,
-                key_first,
-                key_length,
-                head,
-                heads,
-                stride_query,
-                stride_key,
-                stride_value,
-                stride_output,
-                scale_log2,
-                drop_below,
-                keep_scale,
+                pointers,
+                strides,
+                place,
+                numbers,
                 TILES,
-                tile + 1,
+                2,
+                BLOCK_M,
+                HEAD_DIM,
+                D,
+                DROPOUT,
+                NEGATIVE,
+                PRECISION,
+                ROUND_HALF_UP,
+            )
+    elif (key_length > TILE_0 + TILE_1) & (key_length <= TILE_0 + TILE_1 + TILE_2):
+        if TILE_2 > 0:  # noqa: SIM102  (a constant: no kernel without the tile)
+            _attend(
+                pointers,
+                strides,
+                place,
+                numbers,
+                TILES,
+                3,
                 BLOCK_M,
                 HEAD_DIM,
                 D,

@@ -19,9 +19,9 @@ def tile_start(tiles, tile):
 
 
 @triton.constexpr_function
-def tile_count(tiles):
-    """How many tiles there are: unused ones are 0."""
-    return sum(tile > 0 for tile in tiles)
+def narrowest(tiles, count):
+    """The smallest of the first ``count`` tiles."""
+    return min(tiles[:count])
 
 
 @triton.jit
