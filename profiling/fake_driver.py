@@ -12,8 +12,8 @@ specialised and compiled for the chosen target exactly as on a machine that has 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -155,18 +155,30 @@ def driving(architecture: str, launches: list[Launch] | None = None) -> Iterator
 
 
 @contextlib.contextmanager
-def captured(architecture: str, *, survive: bool = False) -> Iterator[list[Launch]]:
+def captured(
+    architecture: str,
+    *,
+    survive: bool = False,
+    only: Collection[str] | None = None,
+    dropout: bool | None = None,
+) -> Iterator[list[Launch]]:
     """The launches that are asked for inside, in order.
 
     Args:
         architecture: the target to compile for.
         survive: a kernel that does not compile, or does not fit, is a `Launch` with ``error``
             set; otherwise the exception leaves the context as it would on a device.
+        only: names of the kernels to compile; launches of others are passed over. None: all.
+        dropout: replaces the compile-time constant DROPOUT of kernels that have one.
     """
     launches: list[Launch] = []
     run = JITFunction.run
 
     def recording(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        if only is not None and self.__name__ not in only:
+            return None
+        if dropout is not None:
+            args, kwargs = _with_dropout(self, args, kwargs, dropout)
         before = len(launches)
         try:
             compiled = run(self, *args, grid=grid, warmup=warmup, **kwargs)
@@ -178,16 +190,23 @@ def captured(architecture: str, *, survive: bool = False) -> Iterator[list[Launc
             launches.append(Launch(self.__name__, _grid(grid), options=kwargs, error=error))
             return None
         for place in range(before, len(launches)):
-            launches[place] = _with_compiled(launches[place], compiled)
+            launches[place] = replace(launches[place], compiled=compiled)
         return compiled
 
     with driving(architecture, launches), mock.patch.object(JITFunction, "run", recording):
         yield launches
 
 
-def _with_compiled(launch: Launch, compiled: Any) -> Launch:
-    content = {name: getattr(launch, name) for name in Launch.__dataclass_fields__}
-    return Launch(**{**content, "compiled": compiled})
+def _with_dropout(
+    kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any], dropout: bool
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of the same launch with dropout or without; the mask needs a seed."""
+    if "DROPOUT" not in kernel.arg_names:
+        return args, kwargs
+    values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs, "DROPOUT": dropout}
+    if "seed_ptr" in values:
+        values["seed_ptr"] = torch.empty((), dtype=torch.int64) if dropout else None
+    return (), values
 
 
 def _grid(grid: Any) -> tuple[int, int, int]:

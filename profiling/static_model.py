@@ -72,23 +72,19 @@ class Cost:
 
 @dataclass(frozen=True)
 class Loop:
-    """Consecutive blocks that end in a jump back to the first of them.
+    """Blocks that can be left and reached again only through the first of them.
 
     Attributes:
-        first: its first block.
-        last: its last block.
+        head: the block through which it is entered.
+        body: its blocks.
         depth: loops around it.
         cost: one turn of it, loops inside it once.
     """
 
-    first: int
-    last: int
+    head: int
+    body: frozenset[int]
     depth: int
     cost: Cost
-
-    def __contains__(self, block: int) -> bool:
-        """Whether a block belongs to it."""
-        return self.first <= block <= self.last
 
     def __str__(self) -> str:
         """What tells it from its neighbours."""
@@ -134,7 +130,7 @@ class Code:
             raise ValueError(f"{len(trips)} trips for {len(self.loops)} loops:\n{found}")
         times = [1.0] * len(self.blocks)
         for loop, count in zip(self.loops, trips, strict=True):
-            for block in range(loop.first, loop.last + 1):
+            for block in loop.body:
                 times[block] *= count
         for block in self._unreached(trips):
             times[block] = 0.0
@@ -145,26 +141,19 @@ class Code:
 
     def _unreached(self, trips: Sequence[float]) -> set[int]:
         """Blocks that serve only loops that go round 0 times."""
-        run = [loop.first for loop, count in zip(self.loops, trips, strict=True) if count > 0]
-        idle = [loop.first for loop, count in zip(self.loops, trips, strict=True) if count == 0]
-        if not idle or not run:
-            return set()
+        counted = list(zip(self.loops, trips, strict=True))
+        run = [loop.head for loop, count in counted if count > 0]
+        idle = [loop.head for loop, count in counted if count == 0]
+        unreached = {block for loop, count in counted if count == 0 for block in loop.body}
         everywhere = self._reachable(0, set())
         ends = {block for block in everywhere if not self.successors[block]}
-        unreached = {block for loop, n in zip(self.loops, trips, strict=True) if n == 0
-                     for block in range(loop.first, loop.last + 1)}  # fmt: skip
-        for block in range(1, len(self.blocks)):
-            if block not in everywhere:
-                continue
+        for block in everywhere - {0} if run and idle else ():
             without = self._reachable(0, {block})
             leads_to_idle = any(head not in without for head in idle)
-            needed = any(head not in without for head in run) or not any(
-                ends & self._reachable(head, {block}) for head in run
-            )
-            if leads_to_idle and not needed:
+            runs_without = all(head in without for head in run)
+            if leads_to_idle and runs_without and ends & self._reachable(run[-1], {block}):
                 unreached.add(block)
-        reached = self._reachable(0, unreached)
-        return unreached | (everywhere - reached)
+        return unreached | (everywhere - self._reachable(0, unreached))
 
     def _reachable(self, start: int, without: set[int]) -> set[int]:
         seen, waiting = set(), [start]
@@ -180,7 +169,7 @@ class Code:
         """Blocks that run equally often, next to each other, are one stream to llvm-mca."""
         streams: dict[tuple[float, int], list[str]] = {}
         for block, count in enumerate(times):
-            around = [number for number, loop in enumerate(self.loops) if block in loop]
+            around = [number for number, loop in enumerate(self.loops) if block in loop.body]
             key = (count, around[-1] if around else -1)
             if count:
                 streams.setdefault(key, []).extend(self.blocks[block])
@@ -197,18 +186,56 @@ def _code(architecture: str, lines: tuple[str, ...]) -> Code:
                        for number, block in enumerate(blocks))  # fmt: skip
     count = _amd_cost if vendor(architecture) == "amd" else _nvidia_cost
     costs = tuple(count(block, architecture) for block in blocks)
-    ends: dict[int, int] = {}
-    for number, block in enumerate(blocks):
-        target = starts.get(_target(block[-1]) or "") if block else None
-        if target is not None and target <= number:
-            ends[target] = max(ends.get(target, 0), number)
+    loops = _loops(successors, costs)
+    return Code(architecture, tuple(map(tuple, blocks)), successors, costs, loops)
+
+
+def _loops(successors: Sequence[tuple[int, ...]], costs: Sequence[Cost]) -> tuple[Loop, ...]:
+    """Natural loops: an edge back to a block that every way here has passed ends a turn."""
+    predecessors: list[set[int]] = [set() for _ in successors]
+    for block, following in enumerate(successors):
+        for target in following:
+            predecessors[target].add(block)
+    dominators = _dominators(predecessors)
+    bodies: dict[int, set[int]] = {}
+    for block, following in enumerate(successors):
+        for head in following:
+            if not dominators[block] >> head & 1:
+                continue
+            body, waiting = bodies.setdefault(head, {head}), [block]
+            while waiting:
+                inside = waiting.pop()
+                if inside not in body:
+                    body.add(inside)
+                    waiting.extend(predecessors[inside])
     loops = []
-    for first, last in sorted(ends.items(), key=lambda item: (item[0], -item[1])):
-        body = _sum(costs[first : last + 1])
-        if body.instructions > 3:  # not the trap after the end, or a wait for an asynchronous copy
-            depth = sum(outer <= first and last <= end for outer, end in ends.items()) - 1
-            loops.append(Loop(first, last, depth, body))
-    return Code(architecture, tuple(map(tuple, blocks)), successors, costs, tuple(loops))
+    for head, body in sorted(bodies.items()):
+        turn = _sum(costs[block] for block in sorted(body))
+        if turn.instructions > 3:  # not the trap after the end, or a wait for an asynchronous copy
+            depth = sum(head in other for other in bodies.values()) - 1
+            loops.append(Loop(head, frozenset(body), depth, turn))
+    return tuple(loops)
+
+
+def _dominators(predecessors: Sequence[set[int]]) -> list[int]:
+    """For every block the set, as bits, of the blocks that every way from the entry passes."""
+    everything = (1 << len(predecessors)) - 1
+    found = [1] + [everything] * (len(predecessors) - 1)
+    changed = True
+    while changed:
+        changed = False
+        for block in range(1, len(predecessors)):
+            common = everything
+            for before in predecessors[block]:
+                common &= found[before]
+            common |= 1 << block
+            if common != found[block]:
+                found[block], changed = common, True
+    # A block that nothing leads to has every bit, and would end loops that do not exist.
+    return [
+        bits if block == 0 or predecessors[block] else 1 << block
+        for block, bits in enumerate(found)
+    ]
 
 
 def code(compiled: Any) -> Code:
