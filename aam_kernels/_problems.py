@@ -1,11 +1,12 @@
 """The problems on which `verify` and the contract tests measure every implementation.
 
 A problem is one call of one public operation with inputs drawn from a seed. `run` gives output
-and gradients, `error` compares them with what `math` gives in float64 on the same inputs.
+and gradients; `aam_kernels._accuracy` compares them with `math` in float64 on the same inputs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -14,6 +15,10 @@ from torch import Tensor
 
 Lengths = tuple[int, ...]
 UNEQUAL: Lengths = (1, 2, 5, 0, 17, 33, 101, 151)
+EVERY_LENGTH: Lengths = (
+    0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 101, 127, 128, 129, 150, 151, 152, 160, 192, 255,
+    256, 257, 511, 1024,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Problem:
         tail: rows past the last sequence.
         padded: call the padded `attention` (with gaps) instead of the ragged one.
         recompute: `encoder_layer` only.
+        magnitude: factor on what the logits are made of: query and key, or scores.
+        bounded: tell the call the longest sequence.
     """
 
     operation: str
@@ -43,6 +50,8 @@ class Problem:
     tail: int = 0
     padded: bool = False
     recompute: bool = True
+    magnitude: float = 1.0
+    bounded: bool = True
     seed: int = field(default=20240229, repr=False)
 
     def inputs(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -50,7 +59,9 @@ class Problem:
         generator = torch.Generator().manual_seed(self.seed)
         return {
             # Matrices of a layer are scaled to keep the variance, as trained ones do.
-            name: (torch.randn(shape, generator=generator) * _spread(name, shape)).to(device, dtype)
+            name: (torch.randn(shape, generator=generator) * self._spread(name, shape)).to(
+                device, dtype
+            )
             for name, shape in self._shapes().items()
         }
 
@@ -81,12 +92,12 @@ class Problem:
     def call(self, impl: str, x: dict[str, Tensor]) -> Tensor:
         """The operation's output."""
         device = next(iter(x.values())).device
-        offsets = _offsets(self.lengths, device)
+        offsets = offsets_of(self.lengths, device)
         if self.operation == "pooling":
             from aam_kernels.pooling.api import attention_pool
 
             return attention_pool(
-                x["values"], x["scores"], offsets, max_length=self._longest(), impl=impl
+                x["values"], x["scores"], offsets, max_length=self._bound(), impl=impl
             )
         if self.operation == "encoder_layer":
             return self._encoder_layer(impl, x, offsets)
@@ -108,9 +119,9 @@ class Problem:
         output = ragged_attention(
             *qkv,
             offsets,
-            key_offsets=None if keys is None else _offsets(keys, device),
-            max_length=self._longest(),
-            max_key_length=None if keys is None else max(keys, default=0),
+            key_offsets=None if keys is None else offsets_of(keys, device),
+            max_length=self._bound(),
+            max_key_length=None if keys is None or not self.bounded else max(keys, default=0),
             dropout_p=self.dropout_p,
             seed=self.seed,
             impl=impl,
@@ -129,10 +140,23 @@ class Problem:
             num_heads=self.heads,
             dropout_p=self.dropout_p,
             seed=self.seed,
-            max_length=self._longest(),
+            max_length=self._bound(),
             recompute=self.recompute,
             impl=impl,
         )
+
+    def largest_logit(self) -> float:
+        """About, where logits were made large; else 0."""
+        if self.magnitude <= 1:
+            return 0.0
+        return 4.5 * self.magnitude ** (1 if self.operation == "pooling" else 2)
+
+    def size(self) -> int:
+        """Elements of the scores of all heads, or of the largest input if that is more."""
+        keys = self.lengths if self.key_lengths is None else self.key_lengths
+        scores = sum(a * b for a, b in zip(self.lengths, keys, strict=True)) * self.heads
+        rows = sum(self.lengths) if self.operation == "encoder_layer" else 1
+        return max(scores, rows * max(math.prod(shape) for shape in self._shapes().values()))
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         total = sum(self.lengths) + self.tail
@@ -166,37 +190,13 @@ class Problem:
     def _longest(self) -> int:
         return max(self.lengths, default=0)
 
+    def _bound(self) -> int | None:
+        return self._longest() if self.bounded else None
 
-@dataclass(frozen=True)
-class Error:
-    """Largest and mean absolute error of one tensor, as shares of its largest true value.
-
-    Of 1, the size of the inputs, where the true values are smaller: what cancels to nothing, such
-    as the gradient of a query that sees one key, has no size of its own.
-    """
-
-    largest: float
-    mean: float
-
-
-def error(measured: Tensor, truth: Tensor) -> Error:
-    """Compares with a float64 truth; anything not finite is an infinite error."""
-    if truth.numel() == 0:
-        return Error(0.0, 0.0)
-    difference = (measured.double() - truth).abs()
-    if not bool(difference.isfinite().all()):
-        return Error(float("inf"), float("inf"))
-    scale = max(float(truth.abs().max()), 1.0)
-    return Error(float(difference.max()) / scale, float(difference.mean()) / scale)
-
-
-FLOORS = {
-    torch.float64: Error(1e-14, 1e-15),
-    torch.float32: Error(3e-7, 3e-8),
-    torch.bfloat16: Error(2e-3, 1e-5),
-    torch.float16: Error(3e-4, 1e-6),
-}
-"""Errors that pass whatever `math` has: about a rounding of the largest value of a tensor."""
+    def _spread(self, name: str, shape: tuple[int, ...]) -> float:
+        if name in ("query", "key", "scores"):
+            return self.magnitude
+        return shape[1] ** -0.5 if name.endswith("_weight") and len(shape) == 2 else 1.0
 
 
 def attention_problems() -> list[Problem]:
@@ -257,11 +257,49 @@ def encoder_layer_problems() -> list[Problem]:
     ]
 
 
+def more_problems(operation: str) -> list[Problem]:
+    """What `verify` measures beside the problems above: every length class, grids, large logits."""
+    problems = [
+        Problem(operation, "every length class", EVERY_LENGTH, tail=3),
+        Problem(operation, "longest row not given", bounded=False, tail=1),
+    ]
+    if operation == "pooling":
+        problems += [Problem(operation, "large scores", magnitude=50.0)]
+        problems += [
+            Problem(operation, f"dim {size}", heads=1, head_dim=size, lengths=(1, 0, 40, 151))
+            for size in (16, 96, 384, 1152)
+        ]
+    elif operation == "attention":
+        many = (1, 0, 2, 3, 1) * 14_000
+        problems += [
+            Problem(operation, "70,000 sequences, 4 heads", many, heads=4, head_dim=16),
+            Problem(operation, "large logits", magnitude=8.0),
+            Problem(operation, "large logits, long rows", (600, 3), magnitude=8.0),
+            Problem(operation, "every length class, dropout", EVERY_LENGTH, dropout_p=0.1),
+            Problem(operation, "cross, 4,096 keys", (5, 70), key_lengths=(4096, 300), heads=1),
+            Problem(operation, "head_dim 128, long rows", (600, 0, 257), head_dim=128),
+        ]
+    else:
+        problems += [
+            Problem(operation, f"head_dim {size}", head_dim=size, lengths=(1, 0, 40, 151))
+            for size in (8, 64, 128)
+        ]
+    return problems
+
+
 PROBLEMS: dict[str, Callable[[], list[Problem]]] = {
     "attention": attention_problems,
     "pooling": pooling_problems,
     "encoder_layer": encoder_layer_problems,
 }
+
+
+def problems_of(operation: str, *, quick: bool = False) -> list[Problem]:
+    """What `verify` measures: all, or rows of unequal length with a tail, dropout and cross."""
+    problems = PROBLEMS[operation]()
+    if not quick:
+        return [*problems, *more_problems(operation)]
+    return [p for p in problems if p.name in ("unequal lengths", "dropout", "cross, empty keys")]
 
 
 def _layer_shapes(width: int) -> dict[str, tuple[int, ...]]:
@@ -282,10 +320,7 @@ def _layer_shapes(width: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _spread(name: str, shape: tuple[int, ...]) -> float:
-    return shape[1] ** -0.5 if name.endswith("_weight") and len(shape) == 2 else 1.0
-
-
-def _offsets(lengths: Iterable[int], device: torch.device | str) -> Tensor:
+def offsets_of(lengths: Iterable[int], device: torch.device | str) -> Tensor:
+    """(n + 1,) int32 cumulative lengths."""
     counts = torch.tensor((0, *lengths), dtype=torch.int64)
     return counts.cumsum(0).to(device, torch.int32)

@@ -1,7 +1,7 @@
 """Measures every implementation against float64 on this machine's own device.
 
-`aam_kernels.verify` is the command line of it. What passed in a complete run is remembered for
-the device: away from the CPU, ``impl="auto"`` uses nothing else.
+`aam_kernels.verify` is the command line of it. What passed or failed in a complete run is
+remembered for the device, and spares `aam_kernels._runtime.trust` its small checks.
 
 Each implementation must show, on every problem of the contract and in every dtype it takes: an
 error against ``math`` in float64 of at most twice the error of ``math`` in that dtype (plus a
@@ -23,13 +23,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aam_kernels._problems import FLOORS, PROBLEMS, Error, Problem, error
-from aam_kernels._runtime.device import device_key, remember
+from aam_kernels import _quick_check  # noqa: F401  (installs the check that dispatch asks for)
+from aam_kernels._accuracy import compare, error
+from aam_kernels._problems import PROBLEMS, Problem, problems_of
+from aam_kernels._runtime import record, trust
+from aam_kernels._runtime.device import device_key, environment
 from aam_kernels._runtime.dispatch import available_impls
+from aam_kernels._timing import median_seconds, shown
+from aam_kernels._torch_backends import BackendCheck, check_backends
+from aam_kernels._torch_backends import table as backend_table
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-RATIO = 2.0
-"""How many times the error of `math` an implementation may have."""
+_SMALL = 1 << 24  # elements of scores or matrices up to which the truth is computed on the CPU
 
 
 @dataclass(frozen=True)
@@ -59,16 +64,42 @@ class Check:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one implementation on rows like those of a model.
+
+    Attributes:
+        operation: name of the operation.
+        impl: name of the implementation.
+        dtype: "float32", "bfloat16", "float16".
+        rows: how many sequences.
+        length: rows of each.
+        forward: median seconds.
+        backward: median seconds of the gradients of every input, without the forward pass.
+    """
+
+    operation: str
+    impl: str
+    dtype: str
+    rows: int
+    length: int
+    forward: float
+    backward: float
+
+
 @dataclass
 class VerificationReport:
-    """All checks made on one device."""
+    """All that was measured on one device; `backends` is for information."""
 
     device: str
+    environment: str = ""
     checks: list[Check] = field(default_factory=list)
+    timings: list[Timing] = field(default_factory=list)
+    backends: list[BackendCheck] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
-        """Whether every check passed."""
+        """Whether every check of our own implementations passed."""
         return not self.failures
 
     @property
@@ -76,35 +107,36 @@ class VerificationReport:
         """The checks that failed."""
         return [check for check in self.checks if check.failures]
 
-    def passing(self) -> list[str]:
-        """Names ``operation/impl`` of which every check passed."""
-        seen = {f"{check.operation}/{check.impl}" for check in self.checks}
-        return sorted(seen - {f"{check.operation}/{check.impl}" for check in self.failures})
-
     def to_json(self) -> str:
-        """Device, verdict and every check."""
+        """Device, verdict, every check, every time, every backend of torch."""
         content = {
             "device": self.device,
+            "environment": self.environment,
             "passed": self.passed,
             "checks": [asdict(check) for check in self.checks],
+            "timings": [asdict(timing) for timing in self.timings],
+            "torch_backends": [asdict(check) for check in self.backends],
         }
         return json.dumps(content, indent=1)
 
     def table(self) -> str:
-        """One line for every operation, implementation and dtype, then every failure."""
-        head = ("operation", "impl", "dtype", "problems", "worst error", "to math", "verdict")
+        """One line for every operation, implementation and dtype, every failure, torch's own."""
+        head = ("operation", "impl", "dtype", "problems", "worst error", "to math", "forward",
+                "backward", "verdict")  # fmt: skip
         rows = [head]
-        for (operation, impl, dtype), checks in _grouped(self.checks).items():
+        clocks = {(x.operation, x.impl, x.dtype): x for x in self.timings}
+        for place, checks in _grouped(self.checks).items():
             worst = max(checks, key=lambda check: check.error)
             failed = sum(bool(check.failures) for check in checks)
+            timing = clocks.get(place)
             rows.append(
                 (
-                    operation,
-                    impl,
-                    dtype,
+                    *place,
                     str(len(checks)),
                     f"{worst.error:.1e}",
                     f"{max(check.ratio for check in checks):.2f}x",
+                    shown(timing.forward) if timing else "",
+                    shown(timing.backward) if timing else "",
                     f"{failed} FAILED" if failed else "passed",
                 )
             )
@@ -113,9 +145,14 @@ class VerificationReport:
         for row in rows:
             cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
             lines.append("  ".join(cells).rstrip())
+        sizes = {x.operation: f"{x.operation} {x.rows} x {x.length}" for x in self.timings}
+        if sizes:
+            lines.append(f"times: {', '.join(sizes.values())} tokens, width {_TIMED_WIDTH}")
         for check in self.failures:
             where = f"{check.operation}/{check.impl} {check.dtype}, {check.problem}"
             lines.extend(f"FAILED {where}: {failure}" for failure in check.failures)
+        if self.backends:
+            lines += ["", *backend_table(self.backends)]
         return "\n".join(lines)
 
 
@@ -126,6 +163,9 @@ def verify(
     impls: tuple[str, ...] | None = None,
     dtypes: tuple[torch.dtype, ...] = DTYPES,
     save: bool = False,
+    quick: bool = False,
+    times: bool = False,
+    backends: bool = False,
 ) -> VerificationReport:
     """Checks implementations on a device against the contract.
 
@@ -134,33 +174,38 @@ def verify(
         operations: which operations; None: all.
         impls: which implementations; None: all that are available there.
         dtypes: dtypes of the inputs.
-        save: remember what passed, for ``impl="auto"``. Only a complete run may be saved.
+        save: remember what passed and what failed, so that calls need no small check of their
+            own. Only a complete run may be saved.
+        quick: two or three problems for each operation instead of all.
+        times: also time every implementation.
+        backends: also measure torch's own attention backends, for information.
 
     Raises:
         ValueError: an unknown operation, an implementation that is not available on the device,
             or ``save`` with a restricted run.
     """
-    if save and (operations or impls or dtypes != DTYPES):
-        raise ValueError("only a complete run can be saved: leave out operations, impls, dtypes")
+    if save and (operations or impls or dtypes != DTYPES or quick):
+        raise ValueError(
+            "only a complete run can be saved: leave out operations, impls, dtypes and quick"
+        )
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     available = _available(device)
-    for operation in operations or ():
-        if operation not in available:
-            raise ValueError(f"operation must be one of {tuple(available)}, got {operation!r}")
-    report = VerificationReport(device_key(device))
-    for operation in operations or tuple(available):
-        for impl in impls or ():
-            if impl not in available[operation]:
-                raise ValueError(
-                    f"{operation}: impl={impl!r} is not available here; available: "
-                    f"{', '.join(available[operation])}"
-                )
-        for dtype in dtypes:
-            for problem in PROBLEMS[operation]():
-                names = impls or available[operation]
-                report.checks.extend(check_problem(problem, names, dtype, device))
+    _check_names(operations, impls, available)
+    report = VerificationReport(device_key(device), environment(device))
+    with trust.suspended():
+        for operation in operations or tuple(available):
+            names = impls or available[operation]
+            for dtype in dtypes:
+                for problem in problems_of(operation, quick=quick):
+                    report.checks.extend(check_problem(problem, names, dtype, device))
+                if times:
+                    report.timings.extend(_times(operation, names, dtype, device))
     if save:
-        remember(device, report.passing())
+        _remember(report, dtypes)
+    if backends and (operations is None or "attention" in operations):
+        report.backends = check_backends(device, dtypes, times=times)
     return report
 
 
@@ -169,14 +214,22 @@ def check_problem(
 ) -> Iterator[Check]:
     """Checks several implementations on one problem; truth and `math` are computed once."""
     inputs = problem.inputs(dtype, device)
-    truth = problem.run("math", {name: x.double() for name, x in inputs.items()})
+    where = "cpu" if problem.size() < _SMALL else device
+    truth = problem.run("math", {name: x.to(where, torch.float64) for name, x in inputs.items()})
     math = problem.run("math", inputs)
     allowed = {name: error(math[name], truth[name]) for name in truth}
     for impl in impls:
         started = time.perf_counter()
-        result = problem.run(impl, inputs)
-        worst, largest, ratio, failures = _compare(result, truth, allowed, FLOORS[dtype])
-        failures += _repeat(problem, impl, inputs, result)
+        worst, largest, ratio = "", float("inf"), float("inf")
+        failures: list[str] = []
+        try:
+            result = problem.run(impl, inputs)
+            found = compare(result, truth, allowed, dtype, problem.largest_logit())
+            worst, largest, ratio = found.worst, found.error, found.ratio
+            failures = [*found.failures, *_repeat(problem, impl, inputs, result)]
+        except Exception as crash:
+            told = " ".join(str(crash).split())[:500]
+            failures.append(f"does not run: {type(crash).__name__}: {told}")
         yield Check(
             problem.operation,
             impl,
@@ -188,26 +241,6 @@ def check_problem(
             tuple(failures),
             time.perf_counter() - started,
         )
-
-
-def _compare(
-    result: dict[str, Tensor], truth: dict[str, Tensor], math: dict[str, Error], floor: Error
-) -> tuple[str, float, float, list[str]]:
-    """The worst tensor, its error, the worst ratio to math, and what is too large."""
-    worst, worst_share, largest, worst_ratio = "", -1.0, 0.0, 0.0
-    failures = []
-    for name, expected in truth.items():
-        measured = error(result[name], expected)
-        for kind in ("largest", "mean"):
-            found, of_math = getattr(measured, kind), getattr(math[name], kind)
-            bound = RATIO * of_math + getattr(floor, kind)
-            if not found <= bound:
-                failures.append(f"{name}: {kind} error {found:.2e}, allowed {bound:.2e}")
-            if found > getattr(floor, kind):
-                worst_ratio = max(worst_ratio, found / max(of_math, 1e-300))
-            if kind == "largest" and found / bound > worst_share:
-                worst, worst_share, largest = name, found / bound, found
-    return worst, largest, worst_ratio, failures
 
 
 def _repeat(
@@ -233,6 +266,72 @@ def _repeat(
     return failures
 
 
+_TIMED_WIDTH = 128
+
+
+def _times(
+    operation: str, impls: tuple[str, ...], dtype: torch.dtype, device: torch.device
+) -> Iterator[Timing]:
+    """Times implementations on many rows of ASVs; what does not run has failed its checks."""
+    count = 2048 if device.type == "cuda" else 16
+    length = 151
+    problem = Problem(operation, "timing", (length,) * count, 4, _TIMED_WIDTH // 4)
+    inputs = problem.inputs(dtype, device)
+    leaves = {name: x.requires_grad_() for name, x in inputs.items() if name != "grad"}
+    for impl in impls:
+        try:
+            output = problem.call(impl, leaves)
+
+            def forward(impl: str = impl) -> Tensor:
+                with torch.no_grad():
+                    return problem.call(impl, leaves)
+
+            def backward(output: Tensor = output) -> object:
+                tensors = tuple(leaves.values())
+                return torch.autograd.grad(output, tensors, inputs["grad"], retain_graph=True)
+
+            seconds = [median_seconds(call, device, budget=0.2) for call in (forward, backward)]
+        except Exception:
+            continue
+        name = str(dtype).removeprefix("torch.")
+        yield Timing(operation, impl, name, count, length, *seconds)
+
+
+def _remember(report: VerificationReport, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Writes what passed and what failed into the record, in place of earlier small checks."""
+    names = {str(dtype).removeprefix("torch."): dtype for dtype in dtypes}
+    entries = {}
+    for (operation, impl, dtype), checks in _grouped(report.checks).items():
+        failed = [check for check in checks if check.failures]
+        told = "; ".join(f"{check.problem}: {check.failures[0]}" for check in failed[:3])
+        name = trust.entry(operation, impl, names[dtype])
+        entries[name] = (
+            f"{operation}: impl={impl!r} failed `verify` on {report.device} ({dtype}, "
+            f"{len(failed)} of {len(checks)} problems): {told}"
+            if failed
+            else ""
+        )
+    record.write(report.environment, entries, [name.removesuffix("*") for name in entries])
+    trust.forget()
+
+
+def _check_names(
+    operations: tuple[str, ...] | None,
+    impls: tuple[str, ...] | None,
+    available: dict[str, tuple[str, ...]],
+) -> None:
+    for operation in operations or ():
+        if operation not in available:
+            raise ValueError(f"operation must be one of {tuple(available)}, got {operation!r}")
+    for operation in operations or tuple(available):
+        for impl in impls or ():
+            if impl not in available[operation]:
+                raise ValueError(
+                    f"{operation}: impl={impl!r} is not available here; available: "
+                    f"{', '.join(available[operation])}"
+                )
+
+
 def _available(device: torch.device) -> dict[str, tuple[str, ...]]:
     """Implementations of every operation of the package; importing one registers it."""
     import aam_kernels.attention.ops
@@ -254,20 +353,26 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m aam_kernels.verify",
-        description="Measure every attention implementation against float64 on this device.",
+        description="Measure every implementation, and torch's own attention backends, against "
+        "float64 on this device. Exits with 1 when one of ours fails.",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if any")
     parser.add_argument("--operation", action="append", help="only this one; repeatable")
     parser.add_argument("--impl", action="append", help="only this one; repeatable")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every check here")
+    parser.add_argument("--quick", action="store_true", help="a few problems; nothing remembered")
+    parser.add_argument("--no-times", action="store_true", help="errors only")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything here")
     options = parser.parse_args(arguments)
-    complete = not (options.operation or options.impl)
+    complete = not (options.operation or options.impl or options.quick)
     try:
         report = verify(
             options.device,
             operations=tuple(options.operation) if options.operation else None,
             impls=tuple(options.impl) if options.impl else None,
             save=complete,
+            quick=options.quick,
+            times=not options.no_times,
+            backends=True,
         )
     except ValueError as problem:
         sys.stderr.write(f"error: {problem}\n")

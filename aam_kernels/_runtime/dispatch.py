@@ -2,8 +2,9 @@
 
 Operations register their implementations by module path; a module is imported when first used.
 An explicit request is honoured or refused, never replaced. "auto" takes the fastest one that
-serves the device and dtype; away from the CPU it takes only what has passed
-``python -m aam_kernels.verify`` on that device, and ``math`` (the specification) until then.
+serves the device, dtype and width. Away from the CPU nothing but ``math`` (the specification) is
+used before it has passed a check on that device (`aam_kernels._runtime.trust`): what fails is
+replaced by ``math`` with one warning under "auto", and refused when asked for by name.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ import importlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 
+from aam_kernels._runtime import trust
 from aam_kernels._runtime.configurations import architecture
-from aam_kernels._runtime.device import device_key, passed
+from aam_kernels._runtime.device import device_key
+from aam_kernels._runtime.trust import ANY, Case
 
 IMPLS = ("triton", "cpu", "sdpa", "math")
 """Names of implementations, fastest first: the order in which "auto" looks."""
@@ -34,6 +38,7 @@ class Implementation:
         dtypes: dtypes served.
         auto_dtypes: dtypes for which "auto" may take it.
         available: whether it can run on this installation.
+        max_width: the largest head_dim (or width) served; None: any.
     """
 
     module: str
@@ -41,6 +46,11 @@ class Implementation:
     dtypes: tuple[torch.dtype, ...]
     auto_dtypes: tuple[torch.dtype, ...]
     available: Callable[[], bool] = lambda: True
+    max_width: int | None = None
+
+    def takes(self, case: Case) -> bool:
+        """Whether the width is served."""
+        return self.max_width is None or not case.width or case.width[0] <= self.max_width
 
     def serves(self, device: torch.device) -> bool:
         """Whether the device is served on this installation."""
@@ -49,7 +59,7 @@ class Implementation:
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _REGISTRY: dict[str, dict[str, Implementation]] = {}
-_WARNED: set[tuple[str, str]] = set()
+_WARNED: set[tuple[str, str, torch.dtype]] = set()
 
 
 def register(operation: str, impl: str, implementation: Implementation) -> None:
@@ -68,18 +78,25 @@ def register_torch(operation: str, package: str) -> None:
     register(operation, "sdpa", sdpa)
 
 
-def register_triton(operation: str, package: str) -> None:
+def register_triton(operation: str, package: str, max_width: int | None = None) -> None:
     """Registers the Triton kernels of an operation, which run on GPUs that have a table."""
-    triton = Implementation(f"{package}.triton", ("cuda",), FLOATS, FLOATS, _triton_available)
+    triton = Implementation(
+        f"{package}.triton", ("cuda",), FLOATS, FLOATS, _triton_available, max_width
+    )
     register(operation, "triton", triton)
 
 
 def _triton_available() -> bool:
-    if find_spec("triton") is None or not torch.cuda.is_available():
+    return torch.cuda.is_available() and _triton_serves(torch.cuda.current_device())
+
+
+@lru_cache(maxsize=64)
+def _triton_serves(device_index: int) -> bool:
+    if find_spec("triton") is None:
         return False
     try:
         architecture()
-    except RuntimeError:
+    except (RuntimeError, ImportError):
         return False
     return True
 
@@ -89,17 +106,21 @@ def implementation(operation: str, impl: str) -> ModuleType:
     return importlib.import_module(_REGISTRY[operation][impl].module)
 
 
-def choose(operation: str, impl: str, device: torch.device, dtype: torch.dtype) -> str:
+def choose(
+    operation: str, impl: str, device: torch.device, dtype: torch.dtype, case: Case = ANY
+) -> str:
     """Resolves ``impl`` for one call.
 
     Raises:
-        ValueError: the name is unknown, or the implementation does not serve the device or dtype
-            on this installation.
+        ValueError: the name is unknown, or the implementation does not serve the device, dtype
+            or width on this installation.
+        RuntimeError: the implementation was asked for by name and has failed its check on this
+            device, or no check can run now (see `trust.failure`).
     """
     check_name(impl)
     table = _REGISTRY[operation]
     if impl == "auto":
-        return _choose_auto(operation, table, device, dtype)
+        return _choose_auto(operation, table, device, dtype, case)
     found = table.get(impl)
     if found is None or not found.serves(device):
         usable = available_impls(device).get(operation, ())
@@ -109,6 +130,16 @@ def choose(operation: str, impl: str, device: torch.device, dtype: torch.dtype) 
         )
     if dtype not in found.dtypes:
         raise ValueError(f"{operation}: impl={impl!r} does not take {dtype}; use impl='math'")
+    if not found.takes(case):
+        raise ValueError(
+            f"{operation}: impl={impl!r} takes widths to {found.max_width}, got {case.width[0]}"
+        )
+    failure = trust.failure(operation, impl, device, dtype, case)
+    if failure:
+        raise RuntimeError(
+            f"{failure}. Use impl='math'; AAM_KERNELS_VERIFY=0 runs it regardless, and "
+            "`python -m aam_kernels.verify` measures everything again"
+        )
     return impl
 
 
@@ -128,22 +159,36 @@ def available_impls(device: torch.device | str = "cpu") -> dict[str, tuple[str, 
 
 
 def _choose_auto(
-    operation: str, table: dict[str, Implementation], device: torch.device, dtype: torch.dtype
+    operation: str,
+    table: dict[str, Implementation],
+    device: torch.device,
+    dtype: torch.dtype,
+    case: Case,
 ) -> str:
     for name in IMPLS:
         found = table.get(name)
-        if found is None or not found.serves(device) or dtype not in found.auto_dtypes:
+        if found is None or dtype not in found.auto_dtypes:
             continue
-        if name == "math" or device.type == "cpu" or passed(operation, name, device):
+        if not found.serves(device) or not found.takes(case):
+            continue
+        failure = trust.failure(operation, name, device, dtype, case)
+        if not failure:
             return name
-        if (operation, device_key(device)) not in _WARNED:
-            _WARNED.add((operation, device_key(device)))
-            warnings.warn(
-                f"{operation}: impl='auto' uses 'math', because '{name}' has not passed on "
-                f"{device_key(device)}; run `python -m aam_kernels.verify` once on this machine",
-                stacklevel=2,
-            )
+        _warn_once(operation, device, dtype, failure)
+        return "math"
     raise ValueError(
         f"{operation}: no implementation takes {dtype} on {device.type}; expected float32, "
         f"float16, bfloat16 or float64"
     )
+
+
+def _warn_once(operation: str, device: torch.device, dtype: torch.dtype, failure: str) -> None:
+    """One warning a process for each operation, device and dtype."""
+    place = (operation, device_key(device), dtype)
+    if place not in _WARNED:
+        _WARNED.add(place)
+        warnings.warn(
+            f"{failure}. impl='auto' uses the slower 'math' instead; "
+            "`python -m aam_kernels.verify` shows everything that is wrong on this machine",
+            stacklevel=4,
+        )

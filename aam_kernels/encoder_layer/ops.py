@@ -1,8 +1,8 @@
 """Registers the encoder layer with torch: schema, shapes, autograd, vmap. No arithmetic.
 
 Forward and backward are two operators, so that compilers see one node each way. The forward
-operator returns the output and the four tensors of `sdpa.Saved`; with ``recompute`` those four
-are empty. The backward operator returns the gradients of (x, weights), empty where not needed.
+operator returns the output and the tensors of `Saved`; with ``recompute`` those are empty. The
+backward operator returns the gradients of (x, weights), empty where not needed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch import Tensor
 from aam_kernels._runtime import dispatch
 from aam_kernels._runtime.grouping import Sequences, check_sequences
 from aam_kernels._runtime.transforms import transformable
+from aam_kernels._runtime.trust import case_of
+from aam_kernels.encoder_layer.saved import Saved, new_saved, nothing_saved
 from aam_kernels.encoder_layer.weights import EncoderLayerWeights
 
 OPERATION = "encoder_layer"
@@ -32,35 +34,37 @@ _WEIGHTS = ", ".join(f"Tensor {name}" for name in EncoderLayerWeights._fields)
     "aam_kernels::encoder_layer",
     mutates_args=(),
     schema=f"(Tensor x, Tensor offsets, {_WEIGHTS}, {_HOW}, bool recompute) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def encoder_layer(x: Tensor, offsets: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """Output (total, D), then what is kept for backward: empty, or `sdpa.Saved`."""
+    """Output (total, D), then what is kept for backward: empty, or `Saved`."""
     weights = EncoderLayerWeights(*arguments[:12])
     num_heads, dropout_p, seed, max_length, impl, recompute = arguments[12:]
     check_sequences(Sequences(offsets, max_length=max_length), x.shape[0], x.shape[0])
-    name = dispatch.choose(OPERATION, impl, x.device, x.dtype)
+    case = case_of((x.shape[1], num_heads), max_length, dropout_p)
+    name = dispatch.choose(OPERATION, impl, x.device, x.dtype, case)
     with torch.autocast(x.device.type, enabled=False):  # the operator has chosen its dtypes
         output, saved = dispatch.implementation(OPERATION, name).forward(
             x, offsets, weights, num_heads, dropout_p, seed, max_length, not recompute
         )
-    return (output, *(saved if saved is not None else _nothing_saved(x)))
+    return (output, *(_kept(x, arguments) if saved is None else saved))
 
 
 @torch.library.custom_op(
     "aam_kernels::encoder_layer_backward",
     mutates_args=(),
     schema=f"(Tensor grad_output, Tensor x, Tensor offsets, {_WEIGHTS}, Tensor qkv, "
-    f"Tensor attended, Tensor mid, Tensor hidden_input, bool[] needs, {_HOW}) "
+    f"Tensor attended, Tensor lse, Tensor mid, Tensor hidden_input, bool[] needs, {_HOW}) "
     f"-> ({', '.join(['Tensor'] * 13)})",
 )
 def encoder_layer_backward(
     grad_output: Tensor, x: Tensor, offsets: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
     """Gradients of (x, weights); those that ``needs`` does not ask for are empty."""
-    weights, saved = EncoderLayerWeights(*arguments[:12]), arguments[12:16]
-    needs, num_heads, dropout_p, seed, max_length, impl = arguments[16:]
-    name = dispatch.choose(OPERATION, impl, x.device, x.dtype)
+    weights, saved = EncoderLayerWeights(*arguments[:12]), arguments[12:17]
+    needs, num_heads, dropout_p, seed, max_length, impl = arguments[17:]
+    case = case_of((x.shape[1], num_heads), max_length, dropout_p)
+    name = dispatch.choose(OPERATION, impl, x.device, x.dtype, case)
     with torch.autocast(x.device.type, enabled=False):
         grads = dispatch.implementation(OPERATION, name).backward(
             grad_output, x, offsets, weights, num_heads, dropout_p, seed, max_length, saved, needs
@@ -68,26 +72,23 @@ def encoder_layer_backward(
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
 
-def _nothing_saved(x: Tensor) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(0) for _ in range(4))
+def _kept(x: Tensor, arguments: tuple[Any, ...]) -> Saved:
+    """Tensors of the shapes that are kept: fixed when a call is traced, before "auto" is resolved."""
+    num_heads, *_, impl, recompute = arguments[12:]
+    if recompute or impl == "math":
+        return nothing_saved(x)
+    hidden = EncoderLayerWeights(*arguments[:12]).ffn_in_weight.shape[0]
+    return new_saved(x, hidden, num_heads, on_cpu=x.device.type == "cpu" and impl != "triton")
 
 
 @encoder_layer.register_fake
 def _(x: Tensor, offsets: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *_, impl, recompute = arguments
-    output = x.new_empty(x.shape)
-    if recompute or impl == "math":
-        return (output, *_nothing_saved(x))
-    total, dim = x.shape
-    hidden = EncoderLayerWeights(*arguments[:12]).ffn_in_weight.shape[0]
-    kept = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
-    widths = (3 * dim, dim, dim, hidden)
-    return (output, *(x.new_empty((total, width), dtype=kept) for width in widths))
+    return (x.new_empty(x.shape), *_kept(x, arguments))
 
 
 @encoder_layer_backward.register_fake
 def _(grad_output: Tensor, x: Tensor, offsets: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    needs = arguments[16]
+    needs = arguments[17]
     tensors = zip((x, *arguments[:12]), needs, strict=True)
     return tuple(t.new_empty(t.shape) if need else x.new_empty(0) for t, need in tensors)
 
@@ -103,7 +104,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Any, ...]:
     x, offsets, seed, *rest = ctx.saved_tensors
-    saved, weights = rest[:4], rest[4:]
+    saved, weights = rest[:5], rest[5:]
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:14]]
     if grad_output is None:
         return (None,) * 20

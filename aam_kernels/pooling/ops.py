@@ -11,6 +11,7 @@ from aam_kernels._runtime import dispatch
 from aam_kernels._runtime.folding import fold_rows, fold_sequences
 from aam_kernels._runtime.grouping import Sequences, check_sequences
 from aam_kernels._runtime.transforms import transformable
+from aam_kernels._runtime.trust import Case, case_of
 
 OPERATION = "pooling"
 dispatch.register_torch(OPERATION, "aam_kernels.pooling")
@@ -35,7 +36,7 @@ def attention_pool(
     """Pooled values (n, dim) and logsumexp (n,)."""
     sequences = Sequences(offsets, None, lengths, None, max_length)
     check_sequences(sequences, values.shape[0], values.shape[0])
-    name = dispatch.choose(OPERATION, impl, values.device, values.dtype)
+    name = dispatch.choose(OPERATION, impl, values.device, values.dtype, _case(sequences, values))
     return dispatch.implementation(OPERATION, name).forward(values, scores, sequences)
 
 
@@ -58,10 +59,15 @@ def attention_pool_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of values and scores."""
     sequences = Sequences(offsets, None, lengths, None, max_length)
-    name = dispatch.choose(OPERATION, impl, values.device, values.dtype)
+    name = dispatch.choose(OPERATION, impl, values.device, values.dtype, _case(sequences, values))
     return dispatch.implementation(OPERATION, name).backward(
         grad_pooled, values, scores, pooled, lse, sequences
     )
+
+
+def _case(sequences: Sequences, values: Tensor) -> Case:
+    form = "self" if sequences.lengths is None else "gaps"
+    return case_of((values.shape[1],), sequences.max_length, form=form)
 
 
 @attention_pool.register_fake
