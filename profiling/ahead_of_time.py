@@ -167,20 +167,13 @@ def _amd(compiled: Any) -> Resources:
         shared=shared,
         occupancy=fitting,
         matrix=_count(lines, r"^(v_s?mfma\w+)"),
-        loads=_count(lines, r"^(?:global|buffer|flat)_load_(\w+)", _amd_width),
-        stores=_count(lines, r"^(?:global|buffer|flat)_store_(\w+)", _amd_width),
+        loads=_widths(lines, r"^(?:global|buffer|flat)_load_\w+"),
+        stores=_widths(lines, r"^(?:global|buffer|flat)_store_\w+"),
         shared_access=_total(lines, r"^ds_(?:read|write|load|store)"),
         barriers=_total(lines, r"^s_barrier"),
         exponentials=_total(lines, r"^v_exp_"),
         instructions=sum(not line.endswith(":") for line in lines),
     )
-
-
-def _amd_width(kind: str) -> str:
-    words = re.match(r"(?:lds_)?dwordx?(\d?)", kind)
-    if words:
-        return str(4 * int(words.group(1) or 1))
-    return "1" if "byte" in kind else "2"
 
 
 def _nvidia(compiled: Any) -> Resources:
@@ -200,8 +193,8 @@ def _nvidia(compiled: Any) -> Resources:
         shared=shared,
         occupancy=_nvidia_occupancy(architecture, registers, shared, warps),
         matrix=_count(lines, r"^(HMMA\.\w+|IMMA\.\w+|DMMA\S*|HGMMA\.\w+|UTC\w*MMA)"),
-        loads=_count(lines, r"^((?:LDG|LDGSTS|UTMALDG)\S*)", _nvidia_width),
-        stores=_count(lines, r"^((?:STG|UTMASTG)\S*)", _nvidia_width),
+        loads=_widths(lines, r"^(?:LDG|LDGSTS|UTMALDG)\S*"),
+        stores=_widths(lines, r"^(?:STG|UTMASTG)\S*"),
         shared_access=_total(lines, r"^(?:LDS|STS|LDSM|STSM)\b"),
         barriers=_total(lines, r"^BAR\b"),
         exponentials=_total(lines, r"^MUFU\.EX2"),
@@ -223,13 +216,6 @@ def _nvidia_usage(binary: bytes) -> tuple[int, int, int]:
     return registers, stack, local
 
 
-def _nvidia_width(kind: str) -> str:
-    if "TMA" in kind:
-        return "block"
-    found = re.search(r"\.(128|64|U?S?16|U?S?8)\b", kind)
-    return str(int(re.sub(r"\D", "", found.group(1))) // 8) if found else "4"
-
-
 def _nvidia_occupancy(architecture: str, registers: int, shared: int, warps: int) -> float:
     granted = -(-registers // 8) * 8 * 32  # registers of a warp
     fitting = min(64 // warps, 65536 // (granted * warps))
@@ -237,10 +223,27 @@ def _nvidia_occupancy(architecture: str, registers: int, shared: int, warps: int
     return fitting * warps / 4
 
 
-def _count(lines: list[str], pattern: str, name: Any = str) -> dict[str, int]:
+def memory_width(name: str) -> int:
+    """Bytes that one lane moves by an instruction on global memory; 0 for a block copy (TMA)."""
+    if name.startswith("UTMA"):
+        return 0
+    if words := re.search(r"_dword(?:x(\d))?", name):
+        return 4 * int(words.group(1) or 1)
+    if name.startswith(("global", "buffer", "flat", "scratch")):
+        return 1 if "byte" in name else 2
+    bits = re.search(r"\.(128|64|U?S?16|U?S?8)\b", name)
+    return int(re.sub(r"\D", "", bits.group(1))) // 8 if bits else 4
+
+
+def _count(lines: list[str], pattern: str) -> dict[str, int]:
     found = (re.match(pattern, line) for line in lines)
-    counts = Counter(name(match.group(1)) for match in found if match)
-    return dict(sorted(counts.items()))
+    return dict(sorted(Counter(match.group(1) for match in found if match).items()))
+
+
+def _widths(lines: list[str], pattern: str) -> dict[str, int]:
+    found = (re.match(pattern, line) for line in lines)
+    counts = Counter(memory_width(match.group(0)) for match in found if match)
+    return {str(width): counts[width] for width in sorted(counts)}
 
 
 def _total(lines: list[str], pattern: str) -> int:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
 
-from profiling.ahead_of_time import architecture_of, instructions, vendor
+from profiling.ahead_of_time import architecture_of, instructions, memory_width, vendor
 
 MATRIX_RATE = {  # operations a clock of one SIMD's matrix unit, by operand type
     "gfx90a": {"f32": 64, "half": 256},
@@ -43,6 +43,7 @@ class Cost:
         transcendental: clocks of the transcendental unit (AMD: part of ``issue``).
         shared: AMD: clocks of the LDS, a SIMD's share; NVIDIA: instructions on shared memory.
         memory: instructions on global memory.
+        bytes: what they ask for in all lanes, masked or not.
         barriers: barriers.
         exponentials: exponential instructions.
         matrix_instructions: matrix instructions.
@@ -55,6 +56,7 @@ class Cost:
     transcendental: float = 0.0
     shared: float = 0.0
     memory: float = 0.0
+    bytes: float = 0.0
     barriers: float = 0.0
     exponentials: float = 0.0
     matrix_instructions: float = 0.0
@@ -309,6 +311,7 @@ def _amd_cost(block: Sequence[str], architecture: str) -> Cost:
             total["shared"] += 64 * _lds_width(name) / 128 * 4
         elif name.startswith(("global_", "buffer_", "flat_", "scratch_")):
             total["memory"] += 1
+            total["bytes"] += 64 * memory_width(name)
         elif name == "s_barrier":
             total["barriers"] += 1
     return Cost(**total)
@@ -349,6 +352,7 @@ def _nvidia_cost(block: Sequence[str], architecture: str) -> Cost:
             total["shared"] += 1
         elif name.startswith(("LDG", "STG", "UTMA")):
             total["memory"] += 1
+            total["bytes"] += 32 * memory_width(name)
         elif name.startswith("BAR"):
             total["barriers"] += 1
     return Cost(**total)
