@@ -18,7 +18,10 @@ TOP_LEVEL = {
     "constraints-dev.txt", "CMakeLists.txt", "aam", "aam_kernels", "benchmarks", "tests",
     "profiling", "docs", "deploy", ".ci", ".gitignore", ".pre-commit-config.yaml",
 }  # fmt: skip
-HEAVY = ("skbio", "sklearn", "matplotlib", "tensorboard", "biom", "pandas", "lightning_fabric")
+HEAVY = (
+    "skbio", "sklearn", "matplotlib", "tensorboard", "biom", "pandas", "lightning_fabric",
+    "transformers",
+)  # fmt: skip
 
 
 def imported_by(statement: str) -> set[str]:
