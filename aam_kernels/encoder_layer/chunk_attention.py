@@ -38,7 +38,7 @@ def forward(
     dropout_p: float,
     seed: Tensor | None,
     rows: Tensor | None,
-    known: Tensor | None = None,
+    known: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, list[Kept]]:
     """Attention of every sequence of a chunk.
 
@@ -49,16 +49,19 @@ def forward(
         dropout_p: probability of dropping an attention probability.
         seed: () int64, None without dropout.
         rows: (chunk rows,) int64 rows in the packed tensor, None without dropout.
-        known: the output, where it was kept and only the second result is wanted.
+        known: the output and (on a GPU) the logsumexp, where they were kept and only the second
+            result is wanted.
 
     Returns:
         Output (chunk rows, D), and what `backward` needs, one entry a group.
     """
     if chunk.packed is not None:
+        if known is not None:
+            return known[0].to(qkv.dtype), [Kept(qkv.new_empty(0), known[1], None)]
         heads = qkv.unflatten(1, (3, num_heads, -1))
         out, lse = sdpa.forward(*heads.unbind(1), chunk.packed, _scale(heads), dropout_p, seed)
         return out.flatten(1), [Kept(qkv.new_empty(0), lse, None)]
-    output = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3) if known is None else known
+    output = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3) if known is None else known[0]
     kept = []
     for group in chunk.groups:
         place = group.take(output).unflatten(2, (num_heads, -1))

@@ -73,7 +73,7 @@ def encoder_layer_backward(
 
 
 def _kept(x: Tensor, arguments: tuple[Any, ...]) -> Saved:
-    """Tensors of the shapes that are kept: fixed when a call is traced, before "auto" is resolved."""
+    """Tensors of the shapes that are kept: a trace fixes them before "auto" is resolved."""
     num_heads, *_, impl, recompute = arguments[12:]
     if recompute or impl == "math":
         return nothing_saved(x)

@@ -28,6 +28,7 @@ from aam_kernels.encoder_layer.products import (
     linear,
     linear_add,
 )
+from aam_kernels.encoder_layer.saved import Saved, new_saved
 from aam_kernels.encoder_layer.weights import (
     BRANCH_SITE,
     HIDDEN_SITE,
@@ -40,15 +41,6 @@ from aam_kernels.encoder_layer.workers import share
 # Rows of a chunk; 8 sequences of 101 tokens. Forward on one core, one noisy sweep: 73 GFLOP/s with
 # 404 rows, 78 with 808, 64 with 1,616.
 CHUNK_ROWS = 832
-
-
-class Saved(NamedTuple):
-    """What is kept for backward without recomputation; all (total, ...)."""
-
-    qkv: Tensor  # (total, 3 D)
-    attended: Tensor  # (total, D)
-    mid: Tensor  # (total, D), after the attention branch
-    hidden_input: Tensor  # (total, F), before GELU
 
 
 @dataclass(frozen=True)
@@ -92,27 +84,29 @@ def forward_chunk(x: Tensor, chunk: Chunk, layer: Layer, saved: Saved | None = N
     qkv = linear(normed1, w.qkv_weight, w.qkv_bias) if saved is None else saved.qkv
     attended, attention = chunk_attention.forward(
         qkv, chunk, layer.num_heads, layer.dropout_p, layer.seed, rows,
-        None if saved is None else saved.attended,
+        None if saved is None else (saved.attended, saved.lse),
     )  # fmt: skip
     branch_kept = layer.multiplier(x, rows, BRANCH_SITE)
-    if saved is not None:
+    if saved is not None and saved.mid.dim() == 2:
         mid = saved.mid
     elif branch_kept is None:
         mid = linear_add(attended, w.out_weight, w.out_bias, x)
     else:
         mid = torch.addcmul(x, linear(attended, w.out_weight, w.out_bias), branch_kept)
     normed2, *statistics2 = _norm(mid, w.norm2_weight, w.norm2_bias)
-    hidden_input = (
-        linear(normed2, w.ffn_in_weight, w.ffn_in_bias) if saved is None else saved.hidden_input
-    )
+    if saved is not None and saved.hidden_input.dim() == 2:
+        hidden_input = saved.hidden_input
+    else:
+        hidden_input = linear(normed2, w.ffn_in_weight, w.ffn_in_bias)
     hidden = gelu(hidden_input)
     hidden_kept = layer.multiplier(hidden, rows, HIDDEN_SITE)
     if hidden_kept is not None:
         hidden.mul_(hidden_kept)
+    lse = x.new_empty(0) if chunk.packed is None else attention[0].probabilities
     return Activations(
         rows, x, normed1, (statistics1[0], statistics1[1]), attention, branch_kept, normed2,
         (statistics2[0], statistics2[1]), hidden, hidden_kept,
-        Saved(qkv, attended, mid, hidden_input),
+        Saved(qkv, attended, lse, mid, hidden_input),
     )  # fmt: skip
 
 
@@ -220,8 +214,8 @@ def forward(
     real = _real_rows(x, offsets, output)
     saved = None
     if keep:
-        widths = (3 * x.shape[1], x.shape[1], x.shape[1], weights.ffn_in_weight.shape[0])
-        saved = Saved(*(x.new_empty(x.shape[0], width, dtype=compute) for width in widths))
+        hidden = weights.ffn_in_weight.shape[0]
+        saved = new_saved(x, hidden, num_heads, on_cpu=x.device.type == "cpu")
 
     def work(chunks: Sequence[Chunk]) -> None:
         for chunk in chunks:
@@ -229,7 +223,8 @@ def forward(
             chunk.put(output, last_product(made, layer))
             if saved is not None:
                 for whole, part in zip(saved, made.saved, strict=True):
-                    chunk.put(whole, part)
+                    if whole.dim() == 2:
+                        chunk.put(whole, part)
 
     share(_chunks(x, offsets, max_length), work)
     return _clear_unreal(output, offsets), saved
@@ -260,7 +255,9 @@ def backward(
             for weight, need in zip(layer.weights, needs[1:], strict=True)
         ]
         for chunk in chunks:
-            part = None if saved[0].dim() == 1 else Saved(*(chunk.take(whole) for whole in saved))
+            part = None
+            if saved[0].dim() == 2:
+                part = Saved(*(chunk.take(x) if x.dim() == 2 else x for x in saved))
             made = forward_chunk(chunk.take(real).to(compute), chunk, layer, part)
             grad = chunk.take(grad_output).to(compute)
             grad = backward_chunk(grad, made, chunk, layer, totals, needs[0])

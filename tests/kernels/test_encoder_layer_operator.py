@@ -140,4 +140,4 @@ def test_with_recomputation_the_input_alone_is_kept(problem):
         kept[recompute] = sum(t.nbytes for t in sizes if t.data_ptr() not in own)
     assert kept[True] == 9 * 4 * WIDTH
     assert kept[False] == 9 * 4 * (6 * WIDTH + HIDDEN)
-    assert implementation.Saved._fields == ("qkv", "attended", "mid", "hidden_input")
+    assert implementation.Saved._fields == ("qkv", "attended", "lse", "mid", "hidden_input")
