@@ -122,7 +122,7 @@ def keys_in_registers(
     keys = ()
     values = ()
     for chunk in tl.static_range(CHUNKS):
-        tokens = tl.minimum(chunk * CHUNK + tl.arange(0, CHUNK), length - 1)
+        tokens = tl.minimum(tl.arange(0, CHUNK) + chunk * CHUNK, length - 1)
         tile = tokens[:, None] * D + tl.arange(0, D)[None, :]
         x = tl.load(x_ptr + tile).to(tl.float32)
         x = normalised(x, norm[0], norm[1], DTYPE, ROUND_HALF_UP)
@@ -183,7 +183,7 @@ def keys_from_scratch(
     keys = ()
     values = ()
     for chunk in tl.static_range(CHUNKS):
-        tokens = tl.minimum(chunk * CHUNK + tl.arange(0, CHUNK), length - 1)
+        tokens = tl.minimum(tl.arange(0, CHUNK) + chunk * CHUNK, length - 1)
         tile = tokens[None, :, None] * D + places
         keys += (tl.trans(tl.load(scratch_ptr + tile), (0, 2, 1)),)
         values += (tl.load(scratch_ptr + LONGEST * D + tile),)
@@ -215,7 +215,7 @@ def attend(
     scores = ()
     for chunk in tl.static_range(CHUNKS):
         score = tl.dot(query, keys[chunk], input_precision="ieee")
-        inside = (chunk * CHUNK + block < length)[None, None, :]
+        inside = (block + chunk * CHUNK < length)[None, None, :]
         scores += (tl.where(inside, score, float("-inf")),)
     top = tl.max(scores[0], 2)
     for chunk in tl.static_range(1, CHUNKS):
@@ -269,7 +269,9 @@ def feed_forward(
         y = tl.dot(x, tl.trans(weight), bias, input_precision="ieee")
         y = y * (0.5 + 0.5 * tl.erf(y * 0.7071067811865476))
         if DROPOUT:
-            y = dropped_features(y, word, first + tokens, hidden, drop_below, keep_scale, HIDDEN_SITE)
+            y = dropped_features(
+                y, word, first + tokens, hidden, drop_below, keep_scale, HIDDEN_SITE
+            )
         weight = tl.load(ffn[2] + features[:, None] * HIDDEN + hidden[None, :])
         y = narrow(y, DTYPE, ROUND_HALF_UP)
         branch = tl.dot(y, tl.trans(weight), branch, input_precision="ieee")
