@@ -22,20 +22,21 @@ from aam_kernels._runtime.kernel_functions import (
 )
 from aam_kernels.attention.triton.short_rows import (
     fill_rows,
-    head_base,
+    head_rows,
     load_rows,
     load_tiles,
     program_place,
     span,
     store_rows,
+    tail_part,
     tile_start,
+    unknown_zero,
 )
 
 
 @triton.jit
 def _differentiate(
-    pointers,
-    strides,
+    tensors,
     place,
     numbers,
     TILES: tl.constexpr,
@@ -49,19 +50,16 @@ def _differentiate(
     ROUND_HALF_UP: tl.constexpr,
 ):
     """One sequence and head whose keys fill COUNT tiles."""
-    grad_output_ptr, query_ptr, key_ptr, value_ptr, output_ptr, lse_ptr = pointers[:6]
-    grad_query_ptr, grad_key_ptr, grad_value_ptr, seed_ptr = pointers[6:]
-    stride_grad_output, stride_query, stride_key, stride_value, stride_output = strides[:5]
-    stride_grad_query, stride_grad_key, stride_grad_value = strides[5:]
+    grad_output, query, key, value, output, grad_query, grad_key, grad_value = tensors[:8]
+    lse_ptr, seed_ptr = tensors[8:]
     first, length, key_first, key_length, head, heads = place
     scale_log2, grad_query_scale, grad_key_scale, drop_below, keep, keep_scale = numbers
-    dtype: tl.constexpr = key_ptr.dtype.element_ty
-    keys = load_tiles(key_ptr, key_length, stride_key, TILES, COUNT, HEAD_DIM, D)
-    values = load_tiles(value_ptr, key_length, stride_value, TILES, COUNT, HEAD_DIM, D)
+    dtype: tl.constexpr = query[0].dtype.element_ty
+    keys = load_tiles(head_rows(key, key_first, head), key_length, TILES, COUNT, HEAD_DIM, D)
+    values = load_tiles(head_rows(value, key_first, head), key_length, TILES, COUNT, HEAD_DIM, D)
     last_rows = tile_start(TILES, COUNT - 1) + tl.arange(0, TILES[COUNT - 1])
     bias = tl.where(last_rows < key_length, 0.0, float("-inf"))[:, None]
     bias = tl.full([TILES[COUNT - 1], BLOCK_M], 0.0, tl.float32) + bias
-    word = tl.full([], 0, tl.uint32)
     columns = ()
     grad_keys = ()
     grad_values = ()
@@ -70,28 +68,30 @@ def _differentiate(
         grad_values += (tl.full([TILES[tile], D], 0.0, tl.float32),)
     if DROPOUT:
         word = seed_word(seed_ptr)
+        zero = unknown_zero(keep_scale)
         for tile in tl.static_range(COUNT):
             rows = key_first + tile_start(TILES, tile) + tl.arange(0, TILES[tile])
             columns += (column_factors(rows),)
+    queries = head_rows(query, first, head)
+    outputs = head_rows(output, first, head)
+    grad_outputs = head_rows(grad_output, first, head)
+    grad_queries = head_rows(grad_query, first, head)
     block = tl.arange(0, BLOCK_M)
     for start in tl.range(0, length, BLOCK_M):
         left = length - start
         begin = tl.full([], 0, tl.int64) + start
-        q_block = query_ptr + begin * stride_query
-        do_block = grad_output_ptr + begin * stride_grad_output
-        o_block = output_ptr + begin * stride_output
-        dq_block = grad_query_ptr + begin * stride_grad_query
-        q = load_rows(q_block, block, left, stride_query, True, HEAD_DIM, D)
-        do = load_rows(do_block, block, left, stride_grad_output, True, HEAD_DIM, D)
-        o = load_rows(o_block, block, left, stride_output, True, HEAD_DIM, D)
-        lse = tl.load(lse_ptr + (begin + block) * heads, mask=block < left, other=float("inf"))
+        q = load_rows(queries, begin, block, left, True, HEAD_DIM, D)
+        do = load_rows(grad_outputs, begin, block, left, True, HEAD_DIM, D)
+        o = load_rows(outputs, begin, block, left, True, HEAD_DIM, D)
+        row_ptr = lse_ptr + (begin + first) * heads + head
+        lse = tl.load(row_ptr + block * heads, mask=block < left, other=float("inf"))
         lse = lse * 1.4426950408889634
         delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
         if NEGATIVE:
             q = -q
         if DROPOUT:
             delta = delta * keep
-            row = row_factors(word, first + start + block, head)[None, :]
+            row = _once(row_factors(word, first + start + block, head))[None, :]
         dq = tl.full([BLOCK_M, D], 0.0, tl.float32)
         new_grad_keys = ()
         new_grad_values = ()
@@ -104,11 +104,12 @@ def _differentiate(
             dp = tl.dot(values[tile], tl.trans(do), input_precision=PRECISION)
             kept = p
             if DROPOUT:
-                drop = dropped(row, columns[tile][:, None], drop_below)
-                kept = tl.where(drop, 0.0, p)
-                dp = tl.where(drop, 0.0, dp)
+                kept = tl.where(dropped(row, columns[tile][:, None], drop_below), zero, p)
+                ds = kept * dp - p * delta[None, :]
+            else:
+                ds = p * (dp - delta[None, :])
             kept = narrow(kept, dtype, ROUND_HALF_UP)
-            ds = narrow(p * (dp - delta[None, :]), dtype, ROUND_HALF_UP)
+            ds = narrow(ds, dtype, ROUND_HALF_UP)
             dv = tl.dot(kept, do, grad_values[tile], input_precision=PRECISION)
             dk = tl.dot(ds, q, grad_keys[tile], input_precision=PRECISION)
             dq = tl.dot(tl.trans(ds), keys[tile], dq, input_precision=PRECISION)
@@ -117,20 +118,27 @@ def _differentiate(
         grad_keys = new_grad_keys
         grad_values = new_grad_values
         dq = narrow(dq * grad_query_scale, dtype, ROUND_HALF_UP)
-        store_rows(dq_block, dq, block, left, stride_grad_query, True, HEAD_DIM, D)
+        store_rows(grad_queries, begin, dq, block, left, True, HEAD_DIM, D)
+    grad_key_rows = head_rows(grad_key, key_first, head)
+    grad_value_rows = head_rows(grad_value, key_first, head)
     for tile in tl.static_range(COUNT):
         rows = tile_start(TILES, tile) + tl.arange(0, TILES[tile])
         dk = narrow(grad_keys[tile] * grad_key_scale, dtype, ROUND_HALF_UP)
+        store_rows(grad_key_rows, 0, dk, rows, key_length, tile == COUNT - 1, HEAD_DIM, D)
         dv = grad_values[tile]
         if DROPOUT:
             dv = dv * keep_scale
         dv = narrow(dv, dtype, ROUND_HALF_UP)
-        store_rows(
-            grad_key_ptr, dk, rows, key_length, stride_grad_key, tile == COUNT - 1, HEAD_DIM, D
-        )
-        store_rows(
-            grad_value_ptr, dv, rows, key_length, stride_grad_value, tile == COUNT - 1, HEAD_DIM, D
-        )
+        store_rows(grad_value_rows, 0, dv, rows, key_length, tile == COUNT - 1, HEAD_DIM, D)
+
+
+@triton.jit
+def _once(x):
+    """``x`` (rows,), computed by one thread a row and handed round.
+
+    Without a reduction the compiler would compute it in every thread that needs it.
+    """
+    return tl.max(tl.broadcast_to(x.to(tl.int32)[:, None], [x.shape[0], 2]), 1).to(tl.uint32)
 
 
 @triton.jit(do_not_specialize=["count", "total", "total_key", "heads", "drop_below"])
@@ -190,89 +198,36 @@ def short_backward(
     """Gradients of one (sequence, head); the programs left over clear the tail."""
     TILES: tl.constexpr = (TILE_0, TILE_1, TILE_2)
     sequence, head = program_place(heads, GROUP)
-    grad_query_ptr = grad_query_ptr + head.to(tl.int64) * stride_grad_query_head
-    grad_key_ptr = grad_key_ptr + head.to(tl.int64) * stride_grad_key_head
-    grad_value_ptr = grad_value_ptr + head.to(tl.int64) * stride_grad_value_head
-    if sequence >= count:
-        part = (sequence - count) * BLOCK_M
-        step = (GROUP - count % GROUP) * BLOCK_M
-        first = tl.load(offsets_ptr + count)
-        key_first = first
+    grad_query = (grad_query_ptr, stride_grad_query, stride_grad_query_head)
+    grad_key = (grad_key_ptr, stride_grad_key, stride_grad_key_head)
+    grad_value = (grad_value_ptr, stride_grad_value, stride_grad_value_head)
+    blank = 0.0
+    if sequence < count:
+        first, length, slots = span(offsets_ptr, lengths_ptr, sequence)
+        key_first, key_length, key_slots = first, length, slots
         if key_offsets_ptr is not None:
-            key_first = tl.load(key_offsets_ptr + count)
-        first, key_first = first + part, key_first + part
-        fill_rows(grad_query_ptr, first, total, step, stride_grad_query, 0.0, HEAD_DIM, D, BLOCK_M)
-        fill_rows(
-            grad_key_ptr, key_first, total_key, step, stride_grad_key, 0.0, HEAD_DIM, D, BLOCK_M
+            key_first, key_length, key_slots = span(key_offsets_ptr, key_lengths_ptr, sequence)
+        tensors = (
+            (grad_output_ptr, stride_grad_output, stride_grad_output_head),
+            (query_ptr, stride_query, stride_query_head),
+            (key_ptr, stride_key, stride_key_head),
+            (value_ptr, stride_value, stride_value_head),
+            (output_ptr, stride_output, stride_output_head),
+            grad_query,
+            grad_key,
+            grad_value,
+            lse_ptr,
+            seed_ptr,
         )
-        fill_rows(
-            grad_value_ptr, key_first, total_key, step, stride_grad_value, 0.0, HEAD_DIM, D, BLOCK_M
-        )
-        return
-    first, length, slots = span(offsets_ptr, lengths_ptr, sequence)
-    key_first, key_length, key_slots = first, length, slots
-    if key_offsets_ptr is not None:
-        key_first, key_length, key_slots = span(key_offsets_ptr, key_lengths_ptr, sequence)
-    grad_output_ptr = head_base(
-        grad_output_ptr, first, head, stride_grad_output, stride_grad_output_head
-    )
-    query_ptr = head_base(query_ptr, first, head, stride_query, stride_query_head)
-    key_ptr = head_base(key_ptr, key_first, head, stride_key, stride_key_head)
-    value_ptr = head_base(value_ptr, key_first, head, stride_value, stride_value_head)
-    output_ptr = head_base(output_ptr, first, head, stride_output, stride_output_head)
-    lse_ptr = head_base(lse_ptr, first, head, heads, 1)
-    grad_query_ptr = grad_query_ptr + first.to(tl.int64) * stride_grad_query
-    grad_key_ptr = grad_key_ptr + key_first.to(tl.int64) * stride_grad_key
-    grad_value_ptr = grad_value_ptr + key_first.to(tl.int64) * stride_grad_value
-    pointers = (
-        grad_output_ptr,
-        query_ptr,
-        key_ptr,
-        value_ptr,
-        output_ptr,
-        lse_ptr,
-        grad_query_ptr,
-        grad_key_ptr,
-        grad_value_ptr,
-        seed_ptr,
-    )
-    strides = (
-        stride_grad_output,
-        stride_query,
-        stride_key,
-        stride_value,
-        stride_output,
-        stride_grad_query,
-        stride_grad_key,
-        stride_grad_value,
-    )
-    place = (first, length, key_first, key_length, head, heads)
-    numbers = (scale_log2, grad_query_scale, grad_key_scale, drop_below, keep, keep_scale)
-    if (key_length > 0) & (key_length <= TILE_0):
-        _differentiate(
-            pointers,
-            strides,
-            place,
-            numbers,
-            TILES,
-            1,
-            BLOCK_M,
-            HEAD_DIM,
-            D,
-            DROPOUT,
-            NEGATIVE,
-            PRECISION,
-            ROUND_HALF_UP,
-        )
-    elif (key_length > TILE_0) & (key_length <= TILE_0 + TILE_1):
-        if TILE_1 > 0:
+        place = (first, length, key_first, key_length, head, heads)
+        numbers = (scale_log2, grad_query_scale, grad_key_scale, drop_below, keep, keep_scale)
+        if (key_length > 0) & (key_length <= TILE_0):
             _differentiate(
-                pointers,
-                strides,
+                tensors,
                 place,
                 numbers,
                 TILES,
-                2,
+                1,
                 BLOCK_M,
                 HEAD_DIM,
                 D,
@@ -281,41 +236,50 @@ def short_backward(
                 PRECISION,
                 ROUND_HALF_UP,
             )
-    elif (key_length > TILE_0 + TILE_1) & (key_length <= TILE_0 + TILE_1 + TILE_2):
-        if TILE_2 > 0:  # noqa: SIM102  (a constant: no kernel without the tile)
-            _differentiate(
-                pointers,
-                strides,
-                place,
-                numbers,
-                TILES,
-                3,
-                BLOCK_M,
-                HEAD_DIM,
-                D,
-                DROPOUT,
-                NEGATIVE,
-                PRECISION,
-                ROUND_HALF_UP,
-            )
-    # A gap behind the sequence; no keys: 0; more keys than promised: NaN, never a wrong number.
-    empty, key_empty, blank = length, key_length, 0.0
-    if key_length == 0:
-        empty = 0
-    if key_length > tile_start(TILES, 3):
-        empty, key_empty, blank = 0, 0, float("nan")
-    fill_rows(grad_query_ptr, empty, slots, BLOCK_M, stride_grad_query, blank, HEAD_DIM, D, BLOCK_M)
-    fill_rows(
-        grad_key_ptr, key_empty, key_slots, BLOCK_M, stride_grad_key, blank, HEAD_DIM, D, BLOCK_M
-    )
-    fill_rows(
-        grad_value_ptr,
-        key_empty,
-        key_slots,
-        BLOCK_M,
-        stride_grad_value,
-        blank,
-        HEAD_DIM,
-        D,
-        BLOCK_M,
-    )
+        elif (key_length > TILE_0) & (key_length <= TILE_0 + TILE_1):
+            if TILE_1 > 0:
+                _differentiate(
+                    tensors,
+                    place,
+                    numbers,
+                    TILES,
+                    2,
+                    BLOCK_M,
+                    HEAD_DIM,
+                    D,
+                    DROPOUT,
+                    NEGATIVE,
+                    PRECISION,
+                    ROUND_HALF_UP,
+                )
+        elif (key_length > TILE_0 + TILE_1) & (key_length <= TILE_0 + TILE_1 + TILE_2):
+            if TILE_2 > 0:
+                _differentiate(
+                    tensors,
+                    place,
+                    numbers,
+                    TILES,
+                    3,
+                    BLOCK_M,
+                    HEAD_DIM,
+                    D,
+                    DROPOUT,
+                    NEGATIVE,
+                    PRECISION,
+                    ROUND_HALF_UP,
+                )
+        # The gap behind; all rows where there are no keys, or more than promised: then NaN.
+        empty, last, step = first + length, first + slots, BLOCK_M
+        key_empty, key_last = key_first + key_length, key_first + key_slots
+        if key_length == 0:
+            empty = first
+        if key_length > TILE_0 + TILE_1 + TILE_2:
+            empty, key_empty, blank = first, key_first, float("nan")
+    else:
+        empty, step = tail_part(offsets_ptr, count, sequence, BLOCK_M, GROUP)
+        last, key_empty, key_last = total, empty, total_key
+        if key_offsets_ptr is not None:
+            key_empty, _ = tail_part(key_offsets_ptr, count, sequence, BLOCK_M, GROUP)
+    fill_rows(grad_query, head, empty, last, step, blank, HEAD_DIM, D, BLOCK_M)
+    fill_rows(grad_key, head, key_empty, key_last, step, blank, HEAD_DIM, D, BLOCK_M)
+    fill_rows(grad_value, head, key_empty, key_last, step, blank, HEAD_DIM, D, BLOCK_M)

@@ -21,15 +21,16 @@ from aam_kernels._runtime.kernel_functions import (
 )
 from aam_kernels.attention.triton.short_rows import (
     fill_rows,
-    fill_values,
-    head_base,
+    head_rows,
     load_rows,
     load_tiles,
     narrowest,
     program_place,
     span,
     store_rows,
+    tail_part,
     tile_start,
+    unknown_zero,
 )
 
 
@@ -41,8 +42,7 @@ def _narrower(x, WIDTH: tl.constexpr):
 
 @triton.jit
 def _attend(
-    pointers,
-    strides,
+    tensors,
     place,
     numbers,
     TILES: tl.constexpr,
@@ -56,21 +56,22 @@ def _attend(
     ROUND_HALF_UP: tl.constexpr,
 ):
     """One sequence and head whose keys fill COUNT tiles."""
-    query_ptr, key_ptr, value_ptr, output_ptr, lse_ptr, seed_ptr = pointers
-    stride_query, stride_key, stride_value, stride_output = strides
+    query, key, value, output, lse_ptr, seed_ptr = tensors
     first, length, key_first, key_length, head, heads = place
     scale_log2, drop_below, keep_scale = numbers
     WIDTH: tl.constexpr = narrowest(TILES, COUNT)
-    dtype: tl.constexpr = key_ptr.dtype.element_ty
-    keys = load_tiles(key_ptr, key_length, stride_key, TILES, COUNT, HEAD_DIM, D)
-    values = load_tiles(value_ptr, key_length, stride_value, TILES, COUNT, HEAD_DIM, D)
+    dtype: tl.constexpr = query[0].dtype.element_ty
+    queries = head_rows(query, first, head)
+    outputs = head_rows(output, first, head)
+    keys = load_tiles(head_rows(key, key_first, head), key_length, TILES, COUNT, HEAD_DIM, D)
+    values = load_tiles(head_rows(value, key_first, head), key_length, TILES, COUNT, HEAD_DIM, D)
     last_rows = tile_start(TILES, COUNT - 1) + tl.arange(0, TILES[COUNT - 1])
     bias = tl.where(last_rows < key_length, 0.0, float("-inf"))[None, :]
     bias = tl.full([BLOCK_M, TILES[COUNT - 1]], 0.0, tl.float32) + bias
-    word = tl.full([], 0, tl.uint32)
     columns = ()
     if DROPOUT:
         word = seed_word(seed_ptr)
+        zero = unknown_zero(keep_scale)
         for tile in tl.static_range(COUNT):
             rows = key_first + tile_start(TILES, tile) + tl.arange(0, TILES[tile])
             columns += (column_factors(rows),)
@@ -78,9 +79,7 @@ def _attend(
     for start in tl.range(0, length, BLOCK_M):
         left = length - start
         begin = tl.full([], 0, tl.int64) + start
-        q = load_rows(
-            query_ptr + begin * stride_query, block, left, stride_query, True, HEAD_DIM, D
-        )
+        q = load_rows(queries, begin, block, left, True, HEAD_DIM, D)
         if NEGATIVE:
             q = -q
         scores = ()
@@ -102,15 +101,15 @@ def _attend(
             p = tl.exp2(scores[tile] * scale_log2 - top[:, None])
             weight += tl.sum(_narrower(p, WIDTH), 1)
             if DROPOUT:
-                p = tl.where(dropped(row, columns[tile][None, :], drop_below), 0.0, p)
+                p = tl.where(dropped(row, columns[tile][None, :], drop_below), zero, p)
             p = narrow(p, dtype, ROUND_HALF_UP)
             accumulator = tl.dot(p, values[tile], accumulator, input_precision=PRECISION)
         weight = tl.sum(weight, 1)
-        output = narrow(accumulator * (keep_scale / weight)[:, None], dtype, ROUND_HALF_UP)
-        output_block = output_ptr + begin * stride_output
-        store_rows(output_block, output, block, left, stride_output, True, HEAD_DIM, D)
+        o = narrow(accumulator * (keep_scale / weight)[:, None], dtype, ROUND_HALF_UP)
+        store_rows(outputs, begin, o, block, left, True, HEAD_DIM, D)
         lse = (top + tl.log2(weight)) * 0.6931471805599453
-        tl.store(lse_ptr + (begin + block) * heads, lse, mask=block < left)
+        row_ptr = lse_ptr + (begin + first) * heads + head
+        tl.store(row_ptr + block * heads, lse, mask=block < left)
 
 
 @triton.jit(do_not_specialize=["count", "total", "heads", "drop_below"])
@@ -154,51 +153,30 @@ def short_forward(
     """Output and logsumexp of one (sequence, head); the programs left over clear the tail."""
     TILES: tl.constexpr = (TILE_0, TILE_1, TILE_2)
     sequence, head = program_place(heads, GROUP)
-    if sequence >= count:
-        first = tl.load(offsets_ptr + count) + (sequence - count) * BLOCK_M
-        step = (GROUP - count % GROUP) * BLOCK_M
-        output_ptr = output_ptr + head.to(tl.int64) * stride_output_head
-        fill_rows(output_ptr, first, total, step, stride_output, 0.0, HEAD_DIM, D, BLOCK_M)
-        fill_values(lse_ptr + head, first, total, step, heads, float("-inf"), BLOCK_M)
-        return
-    first, length, slots = span(offsets_ptr, lengths_ptr, sequence)
-    key_first, key_length = first, length
-    if key_offsets_ptr is not None:
-        key_first, key_length, _ = span(key_offsets_ptr, key_lengths_ptr, sequence)
-    query_ptr = head_base(query_ptr, first, head, stride_query, stride_query_head)
-    key_ptr = head_base(key_ptr, key_first, head, stride_key, stride_key_head)
-    value_ptr = head_base(value_ptr, key_first, head, stride_value, stride_value_head)
-    output_ptr = head_base(output_ptr, first, head, stride_output, stride_output_head)
-    lse_ptr = head_base(lse_ptr, first, head, heads, 1)
-    pointers = (query_ptr, key_ptr, value_ptr, output_ptr, lse_ptr, seed_ptr)
-    strides = (stride_query, stride_key, stride_value, stride_output)
-    place = (first, length, key_first, key_length, head, heads)
-    numbers = (scale_log2, drop_below, keep_scale)
-    if (key_length > 0) & (key_length <= TILE_0):
-        _attend(
-            pointers,
-            strides,
-            place,
-            numbers,
-            TILES,
-            1,
-            BLOCK_M,
-            HEAD_DIM,
-            D,
-            DROPOUT,
-            NEGATIVE,
-            PRECISION,
-            ROUND_HALF_UP,
+    output = (output_ptr, stride_output, stride_output_head)
+    blank, blank_lse = 0.0, float("-inf")
+    if sequence < count:
+        first, length, slots = span(offsets_ptr, lengths_ptr, sequence)
+        key_first, key_length = first, length
+        if key_offsets_ptr is not None:
+            key_first, key_length, _ = span(key_offsets_ptr, key_lengths_ptr, sequence)
+        tensors = (
+            (query_ptr, stride_query, stride_query_head),
+            (key_ptr, stride_key, stride_key_head),
+            (value_ptr, stride_value, stride_value_head),
+            output,
+            lse_ptr,
+            seed_ptr,
         )
-    elif (key_length > TILE_0) & (key_length <= TILE_0 + TILE_1):
-        if TILE_1 > 0:
+        place = (first, length, key_first, key_length, head, heads)
+        numbers = (scale_log2, drop_below, keep_scale)
+        if (key_length > 0) & (key_length <= TILE_0):
             _attend(
-                pointers,
-                strides,
+                tensors,
                 place,
                 numbers,
                 TILES,
-                2,
+                1,
                 BLOCK_M,
                 HEAD_DIM,
                 D,
@@ -207,28 +185,46 @@ def short_forward(
                 PRECISION,
                 ROUND_HALF_UP,
             )
-    elif (key_length > TILE_0 + TILE_1) & (key_length <= TILE_0 + TILE_1 + TILE_2):
-        if TILE_2 > 0:  # noqa: SIM102  (a constant: no kernel without the tile)
-            _attend(
-                pointers,
-                strides,
-                place,
-                numbers,
-                TILES,
-                3,
-                BLOCK_M,
-                HEAD_DIM,
-                D,
-                DROPOUT,
-                NEGATIVE,
-                PRECISION,
-                ROUND_HALF_UP,
-            )
-    # A gap behind the sequence; no keys: 0; more keys than promised: NaN, never a wrong number.
-    empty, blank, blank_lse = length, 0.0, float("-inf")
-    if key_length == 0:
-        empty = 0
-    if key_length > tile_start(TILES, 3):
-        empty, blank, blank_lse = 0, float("nan"), float("nan")
-    fill_rows(output_ptr, empty, slots, BLOCK_M, stride_output, blank, HEAD_DIM, D, BLOCK_M)
-    fill_values(lse_ptr, empty, slots, BLOCK_M, heads, blank_lse, BLOCK_M)
+        elif (key_length > TILE_0) & (key_length <= TILE_0 + TILE_1):
+            if TILE_1 > 0:
+                _attend(
+                    tensors,
+                    place,
+                    numbers,
+                    TILES,
+                    2,
+                    BLOCK_M,
+                    HEAD_DIM,
+                    D,
+                    DROPOUT,
+                    NEGATIVE,
+                    PRECISION,
+                    ROUND_HALF_UP,
+                )
+        elif (key_length > TILE_0 + TILE_1) & (key_length <= TILE_0 + TILE_1 + TILE_2):
+            if TILE_2 > 0:
+                _attend(
+                    tensors,
+                    place,
+                    numbers,
+                    TILES,
+                    3,
+                    BLOCK_M,
+                    HEAD_DIM,
+                    D,
+                    DROPOUT,
+                    NEGATIVE,
+                    PRECISION,
+                    ROUND_HALF_UP,
+                )
+        # The gap behind; all rows where there are no keys, or more than promised: then NaN.
+        empty, last, step = first + length, first + slots, BLOCK_M
+        if key_length == 0:
+            empty = first
+        if key_length > TILE_0 + TILE_1 + TILE_2:
+            empty, blank, blank_lse = first, float("nan"), float("nan")
+    else:
+        empty, step = tail_part(offsets_ptr, count, sequence, BLOCK_M, GROUP)
+        last = total
+    fill_rows(output, head, empty, last, step, blank, HEAD_DIM, D, BLOCK_M)
+    fill_rows((lse_ptr, heads, 1), head, empty, last, step, blank_lse, 1, 1, BLOCK_M)

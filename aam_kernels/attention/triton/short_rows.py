@@ -1,8 +1,10 @@
 """Device functions of both short-row kernels: which sequence and head, tiles of keys, filling rows.
 
 A program serves one (sequence, head). The keys of a sequence are cut into up to three tiles of
-sizes that are powers of two, ``TILES``, e.g. (128, 32) for up to 160 keys. A sequence runs with
+sizes that are powers of two, ``TILES``, e.g. (128, 32, 0) for up to 160 keys. A sequence runs with
 the first ``COUNT`` tiles that hold its keys: all but the last are full and need no mask.
+
+A tensor of packed rows is a tuple (pointer, stride of a row, stride of a head).
 """
 
 import triton
@@ -14,7 +16,7 @@ SEQUENCE_GROUP = 24
 
 @triton.constexpr_function
 def tile_start(tiles, tile):
-    """The first key of a tile, and with ``tile`` = the number of tiles their capacity."""
+    """The first key of a tile."""
     return sum(tiles[:tile])
 
 
@@ -39,6 +41,13 @@ def program_place(heads, GROUP: tl.constexpr):
 
 
 @triton.jit
+def tail_part(offsets_ptr, count, sequence, BLOCK: tl.constexpr, GROUP: tl.constexpr):
+    """First row and step of the rows past the last sequence that a program left over clears."""
+    first = tl.load(offsets_ptr + count) + (sequence - count) * BLOCK
+    return first, (GROUP - count % GROUP) * BLOCK
+
+
+@triton.jit
 def span(offsets_ptr, lengths_ptr, sequence):
     """First packed row of a sequence, its real rows, and its rows including the gap behind."""
     first = tl.load(offsets_ptr + sequence)
@@ -50,18 +59,23 @@ def span(offsets_ptr, lengths_ptr, sequence):
 
 
 @triton.jit
-def head_base(pointer, first, head, stride_row, stride_head):
-    """Pointer to a packed row of a head; what grows with the batch is 64 bits wide."""
-    return pointer + first.to(tl.int64) * stride_row + head.to(tl.int64) * stride_head
+def head_rows(tensor, first, head):
+    """(pointer to a packed row of a head, stride); what grows with the batch is 64 bits wide."""
+    pointer, stride, stride_head = tensor
+    return pointer + first.to(tl.int64) * stride + head.to(tl.int64) * stride_head, stride
 
 
 @triton.jit
 def load_rows(
-    pointer, rows, limit, stride_row, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr
+    rows_of, start, rows, limit, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr
 ):
-    """(rows, D) of one head; rows from ``limit`` on (if MASKED) and columns past HEAD_DIM are 0."""
+    """(rows, D) from row ``start`` on; rows from ``limit`` on (if MASKED) and past HEAD_DIM are 0.
+
+    ``rows_of`` is (pointer, stride); ``start`` is 64 bits wide, ``rows`` are few.
+    """
+    pointer, stride = rows_of
     columns = tl.arange(0, D)
-    places = pointer + rows[:, None] * stride_row + columns[None, :]
+    places = pointer + start * stride + (rows[:, None] * stride + columns[None, :])
     if MASKED and HEAD_DIM != D:
         mask = (rows[:, None] < limit) & (columns[None, :] < HEAD_DIM)
         return tl.load(places, mask=mask, other=0.0)
@@ -74,19 +88,12 @@ def load_rows(
 
 @triton.jit
 def store_rows(
-    pointer,
-    x,
-    rows,
-    limit,
-    stride_row,
-    MASKED: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    D: tl.constexpr,
+    rows_of, start, x, rows, limit, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr
 ):
-    """Stores (rows, D) of one head: the counterpart of `load_rows`."""
+    """Stores (rows, D) where `load_rows` would load it."""
+    pointer, stride = rows_of
     columns = tl.arange(0, D)
-    places = pointer + rows[:, None] * stride_row + columns[None, :]
-    x = x.to(pointer.dtype.element_ty)
+    places = pointer + start * stride + (rows[:, None] * stride + columns[None, :])
     if MASKED and HEAD_DIM != D:
         tl.store(places, x, mask=(rows[:, None] < limit) & (columns[None, :] < HEAD_DIM))
     elif MASKED:
@@ -99,9 +106,8 @@ def store_rows(
 
 @triton.jit
 def load_tiles(
-    pointer,
+    rows_of,
     length,
-    stride_row,
     TILES: tl.constexpr,
     COUNT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -111,34 +117,37 @@ def load_tiles(
     tiles = ()
     for tile in tl.static_range(COUNT):
         rows = tile_start(TILES, tile) + tl.arange(0, TILES[tile])
-        x = load_rows(pointer, rows, length, stride_row, tile == COUNT - 1, HEAD_DIM, D)
-        tiles += (x,)
+        tiles += (load_rows(rows_of, 0, rows, length, tile == COUNT - 1, HEAD_DIM, D),)
     return tiles
 
 
 @triton.jit
 def fill_rows(
-    pointer,
+    tensor,
+    head,
     first,
     last,
     step,
-    stride_row,
     value,
     HEAD_DIM: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sets rows first..last of one head, BLOCK rows every ``step``."""
+    """Sets packed rows first..last of one head, BLOCK rows every ``step``."""
+    pointer, stride, stride_head = tensor
+    block = tl.arange(0, BLOCK)
     for start in range(first, last, step):
-        rows = start + tl.arange(0, BLOCK)
-        x = tl.full([BLOCK, D], 0.0, tl.float32) + value
-        store_rows(pointer, x, rows.to(tl.int64), last, stride_row, True, HEAD_DIM, D)
+        begin = tl.full([], 0, tl.int64) + start
+        x = (tl.full([BLOCK, D], 0.0, tl.float32) + value).to(pointer.dtype.element_ty)
+        rows_of = (pointer + head.to(tl.int64) * stride_head, stride)
+        store_rows(rows_of, begin, x, block, last - start, True, HEAD_DIM, D)
 
 
 @triton.jit
-def fill_values(pointer, first, last, step, stride, value, BLOCK: tl.constexpr):
-    """Sets one value a row for rows first..last, BLOCK rows every ``step``."""
-    for start in range(first, last, step):
-        rows = start + tl.arange(0, BLOCK)
-        x = tl.full([BLOCK], 0.0, tl.float32) + value
-        tl.store(pointer + rows.to(tl.int64) * stride, x, mask=rows < last)
+def unknown_zero(x):
+    """0 for a finite ``x``, which the compiler has to compute.
+
+    Choosing between a value and a *known* 0 is moved behind the narrowing to 16 bits, where two
+    values no longer share an instruction: it costs a third of dropout.
+    """
+    return x - x
