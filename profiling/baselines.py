@@ -12,6 +12,7 @@ They are compiled and counted, never shipped.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -186,18 +187,37 @@ def flash_backward_queries(
     put(grad_query_ptr + base, grad_query * scale, rows, stride_row, length, HEAD_DIM)
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """Rows that stay with a program, rows that stream past it, and its warps."""
+
+    staying: int
+    streaming: int
+    num_warps: int
+
+
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, *, flat: bool, **launch: object
+    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, blocks: Blocks, *, flat: bool
 ) -> tuple[Tensor, Tensor]:
     """Output (batch, length, head_dim) and base-2 logsumexp (batch, length)."""
     batch, length, head_dim = query.shape
     output = torch.empty_like(query)
     lse = query.new_empty(batch, length, dtype=torch.float32)
-    scale = head_dim**-0.5
-    flash_forward[_grid(length, launch["BLOCK_M"], batch, flat)](
-        query, key, value, output, lse, lengths, length, scale * math.log2(math.e),
-        query.stride(0), query.stride(1), HEAD_DIM=head_dim, PRECISION="ieee", FLAT=flat, **launch,
-    )  # fmt: skip
+    scale_log2 = head_dim**-0.5 * math.log2(math.e)
+    flash_forward[_grid(length, blocks, batch, flat)](
+        query,
+        key,
+        value,
+        output,
+        lse,
+        lengths,
+        length,
+        scale_log2,
+        *query.stride()[:2],
+        BLOCK_M=blocks.staying,
+        BLOCK_N=blocks.streaming,
+        **_constants(head_dim, blocks, flat),
+    )
     return output, lse
 
 
@@ -209,9 +229,9 @@ def backward(
     output: Tensor,
     lse: Tensor,
     lengths: Tensor,
+    blocks: Blocks,
     *,
     flat: bool,
-    **launch: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; rowsum(dO O) is a pass of its own, by torch."""
     batch, length, head_dim = query.shape
@@ -219,16 +239,37 @@ def backward(
     grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     scale = head_dim**-0.5
     inputs = (query, key, value, grad, lse, delta, lengths)
-    rest = (length, scale * math.log2(math.e), scale, query.stride(0), query.stride(1))
-    constants = {"HEAD_DIM": head_dim, "PRECISION": "ieee", "FLAT": flat, **launch}
-    over_keys = _grid(length, launch["BLOCK_N"], batch, flat)
-    flash_backward_keys[over_keys](*inputs, grads[1], grads[2], *rest, **constants)
-    over_queries = _grid(length, launch["BLOCK_M"], batch, flat)
-    flash_backward_queries[over_queries](*inputs, grads[0], *rest, **constants)
+    rest = (length, scale * math.log2(math.e), scale, *query.stride()[:2])
+    grid = _grid(length, blocks, batch, flat)
+    constants = _constants(head_dim, blocks, flat)
+    flash_backward_keys[grid](
+        *inputs,
+        *grads[1:],
+        *rest,
+        BLOCK_M=blocks.streaming,
+        BLOCK_N=blocks.staying,
+        **constants,
+    )
+    flash_backward_queries[grid](
+        *inputs,
+        grads[0],
+        *rest,
+        BLOCK_M=blocks.staying,
+        BLOCK_N=blocks.streaming,
+        **constants,
+    )
     return grads
 
 
-def _grid(length: int, block: object, batch: int, flat: bool) -> tuple[int, ...]:
-    assert isinstance(block, int)
-    blocks = triton.cdiv(length, block)
-    return (blocks * batch,) if flat else (blocks, batch)
+def _constants(head_dim: int, blocks: Blocks, flat: bool) -> dict[str, object]:
+    return {
+        "HEAD_DIM": head_dim,
+        "PRECISION": "ieee",
+        "FLAT": flat,
+        "num_warps": blocks.num_warps,
+    }
+
+
+def _grid(length: int, blocks: Blocks, batch: int, flat: bool) -> tuple[int, ...]:
+    count = triton.cdiv(length, blocks.staying)
+    return (count * batch,) if flat else (count, batch)

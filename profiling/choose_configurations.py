@@ -28,9 +28,10 @@ from aam_kernels._runtime.configurations import (
     Configuration,
     Tunable,
 )
+from aam_kernels.tune import DTYPES
 from profiling.ahead_of_time import Resources, resources
 from profiling.fake_driver import Launch
-from profiling.tunables import DTYPES, compiled_case, takes_dropout, tunables
+from profiling.tunables import compiled_case, takes_dropout, tunables
 from profiling.work import WORK, cost
 
 

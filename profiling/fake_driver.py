@@ -49,7 +49,8 @@ class Launch:
     Attributes:
         kernel: name of the kernel function.
         grid: programs on the three axes.
-        compiled: what Triton compiled; None when that failed.
+        function: the kernel function itself.
+        compiled: what Triton compiled; None when that failed or was not asked for.
         signature: parameter -> type, "constexpr" for what is a constant of the compiled code.
         constants: parameter -> value, for those.
         aligned: parameters whose value is known to be divisible by 16.
@@ -60,6 +61,7 @@ class Launch:
 
     kernel: str
     grid: tuple[int, int, int]
+    function: Any = field(default=None, repr=False)
     compiled: Any = field(default=None, repr=False)
     signature: dict[str, str] = field(default_factory=dict)
     constants: dict[str, Any] = field(default_factory=dict)
@@ -111,21 +113,20 @@ class FakeDriver:
 
     def _launcher(self, source: Any, metadata: Any) -> Any:
         names = source.fn.arg_names
-        constants = {names[path[0]]: value for path, value in source.constants.items()}
-        aligned = frozenset(names[path[0]] for path, value in source.attrs.items() if value)
-        described = {
-            "kernel": source.fn.__name__,
-            "signature": dict(source.signature),
-            "constants": constants,
-            "aligned": aligned,
-        }
+        described = _described(source.fn, source.signature, source.constants, source.attrs)
 
         def launch(x: int, y: int, z: int, *rest: Any) -> None:
             arguments = dict(zip(names, rest[-len(names) :], strict=True))
             # The launcher outlives this driver: Triton keeps it with the compiled kernel.
             target = active_driver.active
             target.launches.append(
-                Launch(grid=(x, y, z), arguments=arguments, options=_options(metadata), **described)
+                Launch(
+                    source.fn.__name__,
+                    (x, y, z),
+                    arguments=arguments,
+                    options=_options(metadata),
+                    **described,
+                )
             )
 
         return launch
@@ -161,6 +162,7 @@ def captured(
     survive: bool = False,
     only: Collection[str] | None = None,
     dropout: bool | None = None,
+    compiling: bool = True,
 ) -> Iterator[list[Launch]]:
     """The launches that are asked for inside, in order.
 
@@ -170,6 +172,7 @@ def captured(
             set; otherwise the exception leaves the context as it would on a device.
         only: names of the kernels to compile; launches of others are passed over. None: all.
         dropout: replaces the compile-time constant DROPOUT of kernels that have one.
+        compiling: False: only bind and specialise, which takes a millisecond.
     """
     launches: list[Launch] = []
     run = JITFunction.run
@@ -179,6 +182,9 @@ def captured(
             return None
         if dropout is not None:
             args, kwargs = _with_dropout(self, args, kwargs, dropout)
+        if not compiling:
+            launches.append(_specialised(self, args, kwargs, grid))
+            return None
         before = len(launches)
         try:
             compiled = run(self, *args, grid=grid, warmup=warmup, **kwargs)
@@ -195,6 +201,38 @@ def captured(
 
     with driving(architecture, launches), mock.patch.object(JITFunction, "run", recording):
         yield launches
+
+
+def _specialised(
+    kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any], grid: Any
+) -> Launch:
+    """The launch as far as it is known before compiling."""
+    _, _, _, backend, binder = kernel.device_caches[active_driver.active.get_current_device()]
+    options = {"debug": False, "instrumentation_mode": "", **kwargs}
+    arguments, specialisation, options = binder(*args, **options)
+    parsed, signature, constants, attributes = kernel._pack_args(
+        backend, options, arguments, specialisation, options
+    )
+    return Launch(
+        kernel.__name__,
+        _grid(grid),
+        arguments=arguments,
+        options=_options(parsed),
+        **_described(kernel, signature, constants, attributes),
+    )
+
+
+def _described(
+    kernel: JITFunction, signature: Any, constants: Any, attributes: Any
+) -> dict[str, Any]:
+    """Signature, constants and alignment by the names of parameters."""
+    names = kernel.arg_names
+    return {
+        "function": kernel,
+        "signature": dict(signature),
+        "constants": {names[path[0]]: value for path, value in constants.items()},
+        "aligned": frozenset(names[path[0]] for path, value in attributes.items() if value),
+    }
 
 
 def _with_dropout(

@@ -11,18 +11,8 @@ from importlib.util import find_spec
 import torch
 
 from aam_kernels._runtime.configurations import Configuration, Tunable, forced
+from aam_kernels.tune import MODULES
 from profiling.fake_driver import Launch, captured
-
-MODULES = (
-    "aam_kernels.attention.triton.short",
-    "aam_kernels.attention.triton.long",
-    "aam_kernels.pooling.triton",
-    "aam_kernels.encoder_layer.triton",
-)
-"""Modules with a tuple ``TUNABLES``."""
-
-DTYPES = {"half": torch.bfloat16, "float32": torch.float32}
-"""What stands for a dtype class of the tables."""
 
 
 @lru_cache(maxsize=1)
@@ -46,6 +36,7 @@ def compiled_case(
     chosen: Configuration,
     *,
     dropout: bool | None = None,
+    compiling: bool = True,
 ) -> Launch:
     """Launches a kernel's example with a configuration; an error is part of the result.
 
@@ -55,7 +46,13 @@ def compiled_case(
     with (
         others,
         forced(tunable.kernel, chosen),
-        captured(architecture, survive=True, only={tunable.kernel}, dropout=dropout) as launches,
+        captured(
+            architecture,
+            survive=True,
+            only={tunable.kernel},
+            dropout=dropout,
+            compiling=compiling,
+        ) as launches,
     ):
         tunable.example(dtype, width, length, torch.device("meta"))()
     if not launches:

@@ -69,6 +69,15 @@ def _long(launch: Launch, compiled: Code, length: int) -> Work:
     return Work(rows * launch.arguments["blocks"], trips)
 
 
+def _textbook(launch: Launch, compiled: Code, length: int) -> Work:
+    """One loop, over keys or queries, of which every program runs all blocks."""
+    over_queries = launch.kernel == "flash_backward_keys"
+    loops = _with_exponentials(compiled)
+    _expect(launch, compiled, len(loops) == 1)
+    turns = ceil(length / launch.constants["BLOCK_M" if over_queries else "BLOCK_N"])
+    return Work(launch.programs, _trips(compiled, {loops[0]: turns}))
+
+
 def _pool_forward(launch: Launch, compiled: Code, length: int) -> Work:
     loops = _with_exponentials(compiled)
     _expect(launch, compiled, len(loops) == 1)
@@ -104,6 +113,9 @@ def _expect(launch: Launch, compiled: Code, condition: bool) -> None:
 
 
 WORK: dict[str, Callable[[Launch, Code, int], Work]] = {
+    "flash_forward": _textbook,
+    "flash_backward_keys": _textbook,
+    "flash_backward_queries": _textbook,
     "short_forward": _short,
     "short_backward": _short,
     "long_forward": _long,
