@@ -133,12 +133,14 @@ def _differentiate(
 
 
 @triton.jit
-def _once(x):
-    """``x`` (rows,), computed by one thread a row and handed round.
+def _once(factors):
+    """Row factors, computed by one thread a row and handed round.
 
-    Without a reduction the compiler would compute it in every thread that needs it.
+    Without a reduction the compiler would hash in every thread that needs a row. What it forgets
+    on the way, that they have 24 bits and fit fast multipliers, is said again.
     """
-    return tl.max(tl.broadcast_to(x.to(tl.int32)[:, None], [x.shape[0], 2]), 1).to(tl.uint32)
+    pairs = tl.broadcast_to(factors.to(tl.int32)[:, None], [factors.shape[0], 2])
+    return tl.max(pairs, 1).to(tl.uint32) & 0xFFFFFF
 
 
 @triton.jit(do_not_specialize=["count", "total", "total_key", "heads", "drop_below"])
