@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
+import torch
 import triton
 from torch import Tensor
 
 from aam_kernels._runtime.configurations import (
+    AMD,
     Configuration,
+    Tunable,
     configuration,
     dot_precision,
     launch,
@@ -20,8 +25,16 @@ from aam_kernels.attention.triton.short_backward import short_backward
 from aam_kernels.attention.triton.short_forward import short_forward
 from aam_kernels.attention.triton.short_rows import SEQUENCE_GROUP
 
-MAX_LENGTH = 256
-"""The longest sequence that any table serves with these kernels."""
+TILES = {
+    32: (32,),
+    64: (64,),
+    112: (64, 32, 16),
+    128: (64, 64),
+    160: (64, 64, 32),
+    192: (64, 64, 64),
+    256: (128, 128),
+}
+"""Tiles of keys for sequences up to a length, unless a candidate has others."""
 
 _LEAST_SCALE = 1e-30  # scores are masked with -inf, and -inf * 0 is no number
 
@@ -125,7 +138,7 @@ def backward(
 
 
 def _configuration(kernel: str, query: Tensor, length: int) -> Configuration | None:
-    if length > MAX_LENGTH:
+    if length > max(TILES):
         return None
     return configuration(kernel, query.dtype, query.shape[2], length)
 
@@ -156,3 +169,64 @@ def _constants(query: Tensor, scale: float, dropout_p: float) -> dict[str, objec
         "ROUND_HALF_UP": round_half_up(query.dtype),
         "GROUP": SEQUENCE_GROUP,
     }
+
+
+def _candidates(
+    architecture: str, dtype: torch.dtype, width: int, length: int, *, grad: bool
+) -> list[Configuration]:
+    """Forward one warp holds all keys for 16 queries at a time; backward warps share the keys."""
+    found = []
+    for warps in (2, 4, 1) if grad else (1, 2):
+        for stages in (1, 2) if grad else (2, 1):
+            for tiles in _tilings(length):
+                meta = {f"TILE_{n}": tile for n, tile in enumerate((*tiles, 0, 0)[:3])}
+                options = {"num_warps": warps, "num_stages": stages}
+                if architecture in AMD:
+                    options["matrix_instr_nonkdim"] = 16
+                block = 16 if grad else 16 * warps
+                found.append(Configuration({"BLOCK_M": block, **meta}, options))
+    return found
+
+
+def _tilings(length: int) -> list[tuple[int, ...]]:
+    """Ways to cut ``length`` keys into tiles."""
+    found = [TILES[length]]
+    for tiles in ((128,), (128, 32), (128, 64), (128, 64, 64)):
+        if sum(tiles) == length:
+            found.insert(0, tiles)
+    return found
+
+
+def _example(
+    dtype: torch.dtype, width: int, length: int, device: torch.device, *, grad: bool
+) -> Callable[[], object]:
+    """About as many tokens as a batch has, in sequences of one length and four heads."""
+    count = max(1, (1 << 18) // length)
+    total, heads = count * length, 4
+    qkv = torch.randn(total, 3, heads, width, device=device).to(dtype)
+    query, key, value = qkv.unbind(1)
+    offsets = torch.arange(count + 1, dtype=torch.int32, device=device) * length
+    sequences = Sequences(offsets, max_length=length, max_key_length=length)
+    output = torch.empty(total, heads, width, dtype=dtype, device=device)
+    lse = torch.empty(total, heads, device=device)
+    seed = torch.zeros((), dtype=torch.int64, device=device)
+    rest = (sequences, width**-0.5, 0.1, seed, length, length)
+    if not grad:
+        return lambda: forward(query, key, value, output, lse, *rest)
+    if device.type != "meta":
+        forward(query, key, value, output, lse, *rest)
+    dq, dk, dv = torch.empty_like(qkv).unbind(1)
+    return lambda: backward(output, query, key, value, output, lse, (dq, dk, dv), *rest)
+
+
+TUNABLES = tuple(
+    Tunable(
+        kernel,
+        (16, 32, 64, 128),
+        tuple(TILES),
+        partial(_candidates, grad=grad),
+        partial(_example, grad=grad),
+        ("BLOCK_M", "TILE_0", "TILE_1", "TILE_2"),
+    )
+    for kernel, grad in (("short_forward", False), ("short_backward", True))
+)
