@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint format docs clean
+.PHONY: help setup demo test bench lint format docs kernel-report clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -42,6 +42,9 @@ format: setup  ## format and apply safe fixes
 
 docs: setup  ## build the documentation into site/
 	$(BIN)/python docs/build.py site
+
+kernel-report: setup  ## compile what has changed in the Triton kernels, and write profiling/kernel_report.json
+	$(BIN)/python -m profiling.kernel_report --write
 
 clean:  ## remove build products, keep .venv and runs/
 	rm -rf build dist site benchmarks/results .pytest_cache .ruff_cache .mypy_cache .hypothesis
