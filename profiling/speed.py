@@ -126,7 +126,7 @@ class Figures:
 def figures(case: Case, *, cycles: bool = False) -> Figures:
     """Compiles and counts a case."""
     launches = launched(case)
-    failed = [launch.error for launch in launches if launch.error]
+    failed = [launch.error for launch in launches if launch.error is not None]
     if failed or not launches:
         return Figures(case, error=failed[0] if failed else "nothing was launched")
     total = Cost()
@@ -143,7 +143,7 @@ def launched(case: Case) -> list[Launch]:
         try:
             (_ours if case.kernels == "aam_kernels" else _textbook)(case)
         except (AssertionError, RuntimeError) as problem:  # no configuration, so no launch
-            launches.append(Launch("none", (0, 0, 0), error=str(problem)))
+            launches.append(Launch("none", (0, 0, 0), error=repr(problem)))
     return launches
 
 
