@@ -58,15 +58,19 @@ def _short(launch: Launch, compiled: Code, length: int) -> Work:
 
 
 def _long(launch: Launch, compiled: Code, length: int) -> Work:
-    """Within a loop over blocks of rows (once): full blocks of the others, then the last one."""
+    """A loop over full blocks of the others, then one for the last block, which may be short."""
     block = "BLOCK_M" if launch.kernel == "long_backward_keys" else "BLOCK_N"
-    loops = [loop for loop in _with_exponentials(compiled) if loop.depth == 1]
-    outer = [loop for loop in _with_exponentials(compiled) if loop.depth == 0]
-    _expect(launch, compiled, len(loops) == 2 and len(outer) == 1)
+    loops = _with_exponentials(compiled)
+    _expect(launch, compiled, len(loops) == 2)
     full, rest = divmod(length, launch.constants[block])
-    trips = _trips(compiled, {outer[0]: 1, loops[0]: full, loops[1]: 1 if rest else 0})
+    trips = _trips(compiled, {loops[0]: full, loops[1]: 1 if rest else 0})
     rows = launch.arguments["count"] * launch.arguments["heads"]
     return Work(rows * launch.arguments["blocks"], trips)
+
+
+def _key_factors(launch: Launch, compiled: Code, length: int) -> Work:
+    """No loop: a factor of dropout's hash for every key row."""
+    return Work(launch.programs, _trips(compiled, {}))
 
 
 def _textbook(launch: Launch, compiled: Code, length: int) -> Work:
@@ -118,6 +122,7 @@ WORK: dict[str, Callable[[Launch, Code, int], Work]] = {
     "flash_backward_queries": _textbook,
     "short_forward": _short,
     "short_backward": _short,
+    "long_key_factors": _key_factors,
     "long_forward": _long,
     "long_backward_queries": _long,
     "long_backward_keys": _long,
