@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint format docs kernel-report clean
+.PHONY: help setup demo test bench gpu-check lint format docs kernel-report clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1|\2/' | column -t -s '|'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
 
 setup: $(STAMP)  ## create .venv and install the project with its development tools (quick when up to date)
 
@@ -29,6 +29,9 @@ test: setup  ## run all tests; each benchmark runs once and checks its numbers
 
 bench: setup  ## time everything against its baselines (10 minutes on 2 cores)
 	$(BIN)/python -m pytest benchmarks --benchmark $(ARGS)
+
+gpu-check:  ## check and time everything on this machine's GPU, with the torch of PYTHON=... (8 minutes)
+	@$(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 lint: setup  ## ruff, mypy and the floors of the house
 	$(BIN)/ruff check .
