@@ -8,6 +8,7 @@ front (`PaddingMask.order`) and the result moved back (`PaddingMask.inverse`).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class PaddingMask:
-    """Where the real tokens of a padded batch stand. Not a tensor: arithmetic on it fails loudly.
+    """Where the real tokens of a padded batch stand.
+
+    Not a tensor, so that a model that computes with its mask fails instead of going wrong.
 
     Attributes:
         batch: rows of the batch.
@@ -37,10 +40,19 @@ class PaddingMask:
     order: Tensor | None = None
     inverse: Tensor | None = None
 
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Whatever torch is asked to do with a mask of this kind."""
+        raise NotImplementedError(
+            "this model computes with its attention mask, outside transformers' attention "
+            f"interface ({getattr(func, '__name__', func)} of a PaddingMask); use "
+            'attn_implementation="eager" for it'
+        )
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PaddingMask:
         """The same on another device: layers of a model may live on several."""
         device = torch.device(device)  # refuses a dtype
-        moved = {
+        moved: dict[str, Any] = {
             name: x.to(device, non_blocking=non_blocking)
             for name, x in vars(self).items()
             if isinstance(x, Tensor)

@@ -73,7 +73,7 @@ def close(found, expected):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", MASKS)
-@pytest.mark.parametrize("name", ["bert", "esm"])
+@pytest.mark.parametrize("name", MODELS)
 def test_loss_logits_and_all_gradients_equal_eager_at_real_tokens(name, kind, dtype):
     eager, ours = pair(name, dtype)
     mask = mask_of(kind)
@@ -377,7 +377,15 @@ def test_mask_requests_beyond_padding_are_refused(options):
 def test_a_model_that_computes_with_the_mask_fails_loudly():
     options = {"mask_function": integration.bidirectional_mask_function}
     mask = integration.make_mask(1, 4, attention_mask=torch.tensor([[1, 1, 1, 0]]), **options)
-    for use in (lambda: torch.zeros(4, 4) + mask, lambda: mask[:, None], lambda: 1.0 - mask):
+    scores = torch.zeros(4, 4)
+    for use in (
+        lambda: scores + mask,
+        lambda: scores.add_(mask),
+        lambda: torch.where(mask, scores, 0.0),
+    ):
+        with pytest.raises(NotImplementedError, match="computes with its attention mask"):
+            use()
+    for use in (lambda: mask[:, None], lambda: 1.0 - mask):
         with pytest.raises(TypeError):
             use()
     with pytest.raises(TypeError):
