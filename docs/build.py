@@ -21,11 +21,14 @@ from pdoc.render_helpers import to_html
 ROOT = Path(__file__).parent.parent
 GUIDE = [
     "inspect", "pretrain", "finetune", "predict", "evaluate", "unifrac", "demo",
-    "files", "troubleshooting",
+    "files", "troubleshooting", "other-models", "verification",
 ]  # fmt: skip
 PAGES = {
     ROOT / "README.md": ("Start", "index.html"),
-    **{ROOT / f"docs/guide/{name}.md": (name.capitalize(), f"guide/{name}.html") for name in GUIDE},
+    **{
+        ROOT / f"docs/guide/{name}.md": (name.replace("-", " ").capitalize(), f"guide/{name}.html")
+        for name in GUIDE
+    },
     ROOT / "benchmarks/README.md": ("Numbers", "guide/benchmarks.html"),
     ROOT / "aam_kernels/README.md": ("Kernels", "guide/kernels.html"),
     ROOT / "CONTRIBUTING.md": ("Contributing", "contributing.html"),
