@@ -7,7 +7,7 @@ which several torch versions return NaN, are zeroed too. Backward runs the forwa
 which keeps its own logsumexp layout out of the operator's contract. With dropout the scores of
 the batch are made explicitly, padded to the longest sequence: no torch kernel takes the mask.
 
-``impl="auto"`` takes this path only after ``python -m aam_kernels.verify`` passed on the device.
+Like every GPU implementation it serves no call before it has passed a check on the device.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def _kernel_backward(
     output, lse, *random, longest, longest_key = _kernel(tensors, cumulative, sides, scale)
     return torch.ops.aten._efficient_attention_backward(
         grad, *tensors, None, output, *cumulative, longest, longest_key, lse,
-        0.0, *random, 0, False, scale=scale,
+        0.0, *random, 0, False, scale=scale, num_splits_key=1,
     )[:3]  # fmt: skip
 
 
