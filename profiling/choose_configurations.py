@@ -4,11 +4,11 @@
 [--width W] [--length L] [--exhaustive]``
 
 For every case the candidates of the kernel's `Tunable` are compiled in their order, with dropout
-and without, and those that spill, use scratch or do not fit are dropped. The first that is left
-counts, because candidates come likeliest first; with ``--exhaustive`` it is the one that issues
-least by the static model, then the one of which more warps fit. Compiled code is kept in
-Triton's cache on disk, so that a second run, or one that was interrupted, is quick. An entry that
-says the same as the one for longer rows is left out of the table.
+where the kernel has it, and those that spill, use scratch or do not fit are dropped. The first
+that is left counts, because candidates come likeliest first; with ``--exhaustive`` it is the one
+that issues least by the static model, then the one of which more warps fit. Compiled code is kept
+in Triton's cache on disk, so that a second run, or one that was interrupted, is quick. An entry
+that says the same as the one for longer rows is left out of the table.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from aam_kernels._runtime.configurations import (
 from aam_kernels.tune import DTYPES
 from profiling.ahead_of_time import Resources, resources
 from profiling.fake_driver import Launch
-from profiling.tunables import compiled_case, takes_dropout, tunables
+from profiling.tunables import compiled_case, tunables
 from profiling.work import WORK, cost
 
 
@@ -57,7 +57,7 @@ class Judged:
     Attributes:
         chosen: the candidate.
         issued: what the static model says, clocks or instructions; 0 where it does not know.
-        resources: of its larger variant, that with dropout where there is one.
+        resources: what it takes.
     """
 
     chosen: Configuration
@@ -71,23 +71,24 @@ class Judged:
 
 
 def judge(case: Case, chosen: Configuration) -> Judged | str:
-    """Compiles a candidate with dropout and without; a sentence if it may not be shipped."""
-    tunable = tunables()[case.kernel]
-    arguments = (tunable, case.architecture, DTYPES[case.dtype], case.width, case.length, chosen)
-    issued, found = 0.0, None
-    for dropout in (True, False):
-        launch = compiled_case(*arguments, dropout=dropout)
-        if launch.error is not None:
-            return launch.error
-        measured = resources(launch.compiled)
-        if broken := measured.broken_limits():
-            return ", ".join(broken)
-        found = found or measured
-        issued += issue(launch, case.length)
-        if not takes_dropout(launch):
-            break
-    assert found is not None
-    return Judged(chosen, issued, found)
+    """Compiles a candidate; a sentence if it may not be shipped.
+
+    With dropout where the kernel has it, which takes more registers; the report compiles both.
+    """
+    launch = compiled_case(
+        tunables()[case.kernel],
+        case.architecture,
+        DTYPES[case.dtype],
+        case.width,
+        case.length,
+        chosen,
+        dropout=True,
+    )
+    if launch.error is not None:
+        return launch.error
+    measured = resources(launch.compiled)
+    broken = measured.broken_limits()
+    return ", ".join(broken) or Judged(chosen, issue(launch, case.length), measured)
 
 
 def issue(launch: Launch, length: int) -> float:

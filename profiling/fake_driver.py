@@ -72,8 +72,14 @@ class Launch:
 
     @property
     def specialisation(self) -> str:
-        """The compiled kernel that served the launch: equal for launches that share one."""
-        return "" if self.compiled is None else f"{self.kernel} {self.compiled.hash}"
+        """What Triton compiles for: launches that agree in it share one compiled kernel."""
+        parts = (
+            sorted(self.signature.items()),
+            sorted((name, repr(value)) for name, value in self.constants.items()),
+            sorted(self.aligned),
+            sorted((name, repr(value)) for name, value in self.options.items()),
+        )
+        return f"{self.kernel} {parts}"
 
     @property
     def programs(self) -> int:

@@ -155,13 +155,14 @@ def main(arguments: list[str] | None = None) -> int:
     action.add_argument("--write", action="store_true", help="compile what has changed, and write")
     action.add_argument("--check", action="store_true", help="compare with the checked-in report")
     parser.add_argument("--all", action="store_true", help="with --write: compile everything")
+    parser.add_argument("--jobs", type=int, default=1, help="with --write: processes")
     parser.add_argument("--architecture", action="append", choices=ARCHITECTURES)
     parser.add_argument("--dtype", action="append", choices=tuple(DTYPES))
     parser.add_argument("--length", action="append", type=int)
     parser.add_argument("--head-dim", action="append", type=int)
     options = parser.parse_args(arguments)
     if options.write:
-        problems = shipped.update(everything=options.all, say=_say)
+        problems = shipped.update(everything=options.all, jobs=options.jobs, say=_say)
     elif options.check:
         problems = shipped.check(shipped.read())
     else:
