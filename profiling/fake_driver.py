@@ -53,7 +53,9 @@ class Launch:
         compiled: what Triton compiled; None when that failed or was not asked for.
         signature: parameter -> type, "constexpr" for what is a constant of the compiled code.
         constants: parameter -> value, for those.
-        aligned: parameters whose value is known to be divisible by 16.
+        attributes: parameter -> what the compiler may rely on: divisible by 16 ("tt.divisibility"),
+            on AMD also within 2 GiB ("tt.pointer_range"), which gives larger tensors a kernel of
+            their own.
         arguments: parameter -> value, as passed.
         options: compiler options in effect (num_warps, ...).
         error: what failed, when it did.
@@ -65,7 +67,7 @@ class Launch:
     compiled: Any = field(default=None, repr=False)
     signature: dict[str, str] = field(default_factory=dict)
     constants: dict[str, Any] = field(default_factory=dict)
-    aligned: frozenset[str] = frozenset()
+    attributes: dict[str, tuple[str, ...]] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict, repr=False)
     options: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
@@ -76,7 +78,7 @@ class Launch:
         parts = (
             sorted(self.signature.items()),
             sorted((name, repr(value)) for name, value in self.constants.items()),
-            sorted(self.aligned),
+            sorted(self.attributes.items()),
             sorted((name, repr(value)) for name, value in self.options.items()),
         )
         return f"{self.kernel} {parts}"
@@ -237,7 +239,11 @@ def _described(
         "function": kernel,
         "signature": dict(signature),
         "constants": {names[path[0]]: value for path, value in constants.items()},
-        "aligned": frozenset(names[path[0]] for path, value in attributes.items() if value),
+        "attributes": {
+            names[path[0]]: tuple(f"{name}={number}" for name, number in value)
+            for path, value in attributes.items()
+            if value
+        },
     }
 
 
