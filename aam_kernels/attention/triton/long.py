@@ -51,46 +51,50 @@ _FLOAT32_AMD = {
     },
 }
 _HALF_NVIDIA = {
-    "long_forward": [(128, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 1), (64, 64, 4, 1)],
-    "long_backward_queries": [
-        (64, 64, 4, 2),
-        (128, 64, 8, 2),
-        (128, 64, 8, 1),
-        (128, 32, 8, 1),
-        (64, 32, 4, 1),
-        (64, 16, 4, 1),
-    ],
-    "long_backward_keys": [
-        (128, 64, 8, 2),
-        (64, 64, 4, 1),
-        (128, 32, 8, 1),
-        (128, 16, 8, 1),
-        (64, 32, 4, 1),
-        (64, 16, 4, 1),
-        (64, 16, 8, 1),
-    ],
+    "long_forward": {
+        32: [(128, 64, 4, 2, 0), (128, 64, 8, 2, 0), (64, 64, 4, 1, 0)],
+        128: [(128, 64, 8, 2, 0), (128, 64, 8, 1, 0), (64, 64, 4, 1, 0)],
+    },
+    "long_backward_queries": {
+        64: [(64, 64, 4, 2, 0), (128, 64, 8, 2, 0), (64, 32, 4, 1, 0)],
+        128: [(64, 64, 4, 2, 0), (128, 32, 8, 1, 0), (64, 32, 4, 1, 0), (64, 16, 4, 1, 0)],
+    },
+    "long_backward_keys": {
+        32: [(128, 64, 8, 2, 0), (64, 64, 4, 1, 0)],
+        64: [(128, 64, 8, 1, 0), (128, 32, 8, 1, 0), (64, 32, 4, 1, 0)],
+        128: [(128, 32, 8, 1, 0), (128, 16, 8, 1, 0), (64, 16, 4, 1, 0), (64, 16, 8, 1, 0)],
+    },
 }
-_FLOAT32_NVIDIA = [
-    (64, 64, 8, 1),
-    (64, 32, 4, 1),
-    (64, 32, 8, 1),
-    (32, 32, 4, 1),
-    (32, 32, 8, 1),
-    (32, 16, 4, 1),
-    (32, 16, 8, 1),
-    (16, 16, 8, 1),
-]
+_FLOAT32_NVIDIA = {
+    "long_forward": {
+        32: [(64, 64, 8, 1, 0), (32, 32, 4, 1, 0)],
+        64: [(64, 32, 8, 1, 0), (32, 32, 8, 1, 0)],
+        128: [(32, 32, 8, 1, 0), (32, 16, 8, 1, 0), (16, 16, 8, 1, 0)],
+    },
+    "long_backward_queries": {
+        32: [(64, 64, 8, 1, 0), (32, 32, 4, 1, 0)],
+        64: [(32, 32, 8, 1, 0), (32, 16, 8, 1, 0)],
+        128: [(32, 16, 8, 1, 0), (16, 32, 8, 1, 0), (16, 16, 8, 1, 0), (16, 16, 4, 1, 0)],
+    },
+    "long_backward_keys": {
+        32: [(64, 64, 8, 1, 0), (32, 32, 4, 1, 0)],
+        64: [(64, 64, 8, 1, 0), (32, 32, 8, 1, 0)],
+        128: [(32, 32, 8, 1, 0), (32, 16, 8, 1, 0), (16, 16, 8, 1, 0)],
+    },
+}
+_LISTED = {
+    (True, "half"): _HALF_AMD,
+    (True, "float32"): _FLOAT32_AMD,
+    (False, "half"): _HALF_NVIDIA,
+    (False, "float32"): _FLOAT32_NVIDIA,
+}
 
 
 def _candidates(
     kernel: str, architecture: str, dtype: torch.dtype, width: int, length: int
 ) -> list[Configuration]:
-    half = dtype_class(dtype) == "half"
-    if architecture in AMD:
-        by_width = (_HALF_AMD if half else _FLOAT32_AMD)[kernel]
-        listed = by_width[min(wide for wide in by_width if wide >= width)]
-    else:
-        listed = [(*x, 0) for x in (_HALF_NVIDIA[kernel] if half else _FLOAT32_NVIDIA)]
+    by_width = _LISTED[architecture in AMD, dtype_class(dtype)][kernel]
+    listed = by_width[min(wide for wide in by_width if wide >= width)]
     return [_configuration(kernel, blocks) for blocks in listed]
 
 

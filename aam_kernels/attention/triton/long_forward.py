@@ -44,6 +44,7 @@ from aam_kernels.attention.triton.long_tiles import (
     load_factors,
     load_tile,
     place,
+    slot,
     span,
     store_tile,
 )
@@ -53,12 +54,14 @@ TAIL_PROGRAMS = 64
 """Programs that clear the rows past the last sequence: usually none, or a few."""
 
 
-@triton.jit(do_not_specialize=["total"])
-def long_key_factors(factors_ptr, total, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["blocks"])
+def long_key_factors(factors_ptr, offsets_ptr, lengths_ptr, blocks, BLOCK: tl.constexpr):
     """Dropout's factor of every key row: hashed where it is used, it would cost more than a key."""
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    factors = column_factors(row).to(tl.int32, bitcast=True)
-    tl.store(factors_ptr + row, factors, mask=row < total)
+    sequence = tl.program_id(0) // blocks
+    first, length = span(offsets_ptr, lengths_ptr, sequence)
+    row = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    factors = column_factors(first + row).to(tl.int32, bitcast=True)
+    tl.store(factors_ptr + slot(first, sequence) + row, factors, mask=row < length)
 
 
 @triton.jit
@@ -99,7 +102,7 @@ def attend(
     if DROPOUT:
         column_factor = load_factors(factors_ptr, remaining, BLOCK_N, MASKED)
         drop = dropped(row_factor[:, None], column_factor[None, :], drop_limit)
-        weights = tl.where(drop, 0.0, weights)
+        weights = tl.where(drop, 0.0 * scale_log2, weights)  # a constant 0 would be slower
     value = load_tile(value_ptr, stride_value, remaining, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
     accumulator = tl.dot(
         narrow(weights, value.dtype, ROUND_HALF_UP),
@@ -157,6 +160,7 @@ def long_forward(
         first_key, key_length = span(key_offsets_ptr, key_lengths_ptr, sequence)
         key_base = at(key_ptr, first_key, head, stride_key, stride_key_head)
         value_base = at(value_ptr, first_key, head, stride_value, stride_value_head)
+        factors_base = factors_ptr + slot(first_key, sequence)
         full = key_length // BLOCK_N * BLOCK_N
         if start < length:
             rows = length - start
@@ -179,9 +183,6 @@ def long_forward(
             for PART in tl.static_range(2):  # the full blocks of keys, then the last
                 begin, end = full * PART, key_length if PART else full
                 for start_key in tl.range(begin, end, BLOCK_N, num_stages=1 if PART else None):
-                    factors = factors_ptr
-                    if DROPOUT:
-                        factors += first_key + start_key
                     accumulator, running_max, running_sum = attend(
                         query,
                         accumulator,
@@ -194,7 +195,7 @@ def long_forward(
                         key_length - start_key,
                         scale_log2,
                         row_factor,
-                        factors,
+                        factors_base + start_key,
                         drop_limit,
                         HEAD_DIM,
                         BLOCK_D,
@@ -241,15 +242,36 @@ def long_forward(
     )
 
 
-def key_factors(key: Tensor, offsets: Tensor, dropout_p: float) -> Tensor:
-    """(total_key,) int32 dropout factors of the keys; without dropout any int32 tensor."""
+def configured(kernel: str, query: Tensor, length: int) -> Configuration:
+    """The configuration of a kernel, which serves every case.
+
+    Raises:
+        RuntimeError: the table in use has none.
+    """
+    chosen = configuration(kernel, query.dtype, query.shape[-1], length)
+    if chosen is None:
+        raise RuntimeError(f"no configuration of {kernel} for {query.dtype}, {query.shape[-1]}")
+    return chosen
+
+
+def key_factors(key: Tensor, sequences: Sequences, max_key_length: int, dropout_p: float) -> Tensor:
+    """Dropout factors of the keys, int32, at their `slot`; without dropout any int32 tensor."""
     if dropout_p == 0:
-        return offsets
-    total = key.shape[0]
-    factors = key.new_empty(total, dtype=torch.int32)
-    chosen = Configuration({"BLOCK": 1024}, {"num_warps": 4})
-    launch(long_key_factors, triton.cdiv(total, 1024), factors, total, configuration=chosen)
+        return sequences.offsets
+    offsets, lengths = sequences.key_side()
+    count = offsets.shape[0] - 1
+    factors = key.new_empty(slots_of(key.shape[0], count), dtype=torch.int32)
+    chosen = Configuration({"BLOCK": 256}, {"num_warps": 4})
+    blocks = blocks_of(max_key_length, 256)
+    launch(
+        long_key_factors, count * blocks, factors, offsets, lengths, blocks, configuration=chosen
+    )
     return factors
+
+
+def slots_of(total: int, count: int) -> int:
+    """Numbers in a workspace of ``total`` rows of ``count`` sequences, a multiple of 16."""
+    return (total // 16 + count + 1) * 16
 
 
 def block_of(head_dim: int) -> int:
@@ -299,9 +321,7 @@ def forward(
         output.zero_()
         lse.fill_(float("-inf"))
     key_offsets, key_lengths = sequences.key_side()
-    chosen = configuration("long_forward", query.dtype, head_dim, max_key_length)
-    if chosen is None:
-        raise RuntimeError(f"no configuration of long_forward for {query.dtype}, {head_dim}")
+    chosen = configured("long_forward", query, max_key_length)
     blocks = blocks_of(max_length, chosen.meta["BLOCK_M"])
     launch(
         long_forward,
@@ -311,7 +331,7 @@ def forward(
         value,
         output,
         lse,
-        key_factors(key, sequences.offsets, dropout_p),
+        key_factors(key, sequences, max_key_length, dropout_p),
         sequences.offsets,
         key_offsets,
         sequences.lengths,

@@ -22,6 +22,21 @@ def at(ptr, row, head, stride_row, stride_head):
 
 
 @triton.jit
+def slot(first, sequence):
+    """Where a sequence begins in a workspace of one number a row: at a multiple of 16, for loads.
+
+    Workspaces have room for 16 more numbers a sequence, so that no two overlap.
+    """
+    return (first.to(tl.int64) + 16 * sequence) // 16 * 16
+
+
+@triton.jit
+def slots_a_head(total, count):
+    """Numbers that a workspace has for one head, a multiple of 16; `slots_of` on the host."""
+    return tl.cast(total // 16 + count + 1, tl.int64) * 16
+
+
+@triton.jit
 def load_tile(
     ptr,
     stride_row,
@@ -97,22 +112,21 @@ def left_over(offsets_ptr, lengths_ptr, count, total, blocks, heads, BLOCK: tl.c
     The last block of a sequence fills rows that no block reaches, where a sequence is longer than
     promised, with NaN; the programs past the last sequence fill the rows of no sequence with 0.
     """
+    # Selected without branches: Triton 3.3 fails on loop bounds that a branch gives.
     block, head, sequence = place(blocks, heads)
-    if sequence < count:
-        first, length = span(offsets_ptr, lengths_ptr, sequence)
-        begin = first + (block + 1) * BLOCK
-        end = tl.where(block == blocks - 1, first + length, 0)
-        programs = 1 + 0 * block
-        last_head = head + 1
-        value = 0.0 * begin + float("nan")
-    else:
-        others = count * heads * blocks
-        begin = tl.load(offsets_ptr + count) + (tl.program_id(0) - others) * BLOCK
-        end = total + 0 * begin
-        programs = tl.num_programs(0) - others
-        head = 0 * head
-        last_head = heads + 0 * head
-        value = 0.0 * begin
+    inside = sequence < count
+    here = tl.minimum(sequence, count)
+    first = tl.load(offsets_ptr + here)
+    length = tl.load(offsets_ptr + tl.minimum(here + 1, count)) - first
+    if lengths_ptr is not None:
+        length = tl.load(lengths_ptr + here, mask=inside, other=0)
+    others = count * heads * blocks
+    begin = first + tl.where(inside, block + 1, tl.program_id(0) - others) * BLOCK
+    end = tl.where(inside, tl.where(block == blocks - 1, first + length, 0), total)
+    programs = tl.where(inside, 1, tl.num_programs(0) - others)
+    last_head = tl.where(inside, head + 1, heads)
+    head = tl.where(inside, head, 0)
+    value = tl.where(inside, float("nan"), 0.0)
     return begin, end, programs * BLOCK, head, last_head, value
 
 
