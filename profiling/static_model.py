@@ -155,7 +155,7 @@ class Code:
             runs_without = all(head in without for head in run)
             if leads_to_idle and runs_without and ends & self._reachable(run[-1], {block}):
                 unreached.add(block)
-        return unreached | (everywhere - self._reachable(0, unreached))
+        return set(range(len(self.blocks))) - self._reachable(0, unreached)
 
     def _reachable(self, start: int, without: set[int]) -> set[int]:
         seen, waiting = set(), [start]
