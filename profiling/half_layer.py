@@ -8,10 +8,10 @@ prints what comes of it. Per sequence x (length, D), with D = heads head_dim::
 
 One program takes a sequence; heads are the batch dimension of every product, so that a warp has a
 head of its own and nothing but the norm, the projection and the weights crosses warps. Keys are
-chunks of CHUNK. Two forms:
+chunks of CHUNK. Two forms (a third is `profiling.half_layer_in_turn`):
 
 * resident: keys and values never leave the registers. What the matrix unit returns for them
-  has the layout in which it takes them back. For 512 registers of 64 lanes (AMD).
+  has the layout in which it takes them back. For AMD's 512 registers of 64 lanes.
 * through a scratch of 2 LONGEST D elements a program, which stays in L2; keys and values come
   back into shared memory. Programs are as many as fit on the device and take sequences in turn.
 
@@ -217,25 +217,44 @@ def attend(
         score = tl.dot(query, keys[chunk], input_precision="ieee")
         inside = (block + chunk * CHUNK < length)[None, None, :]
         scores += (tl.where(inside, score, float("-inf")),)
-    top = tl.max(scores[0], 2)
+    highest = scores[0]
     for chunk in tl.static_range(1, CHUNKS):
-        top = tl.maximum(top, tl.max(scores[chunk], 2))
-    top = top * scale_log2
+        highest = tl.maximum(highest, scores[chunk])
+    top = tl.max(highest, 2) * scale_log2
     accumulator = tl.zeros([HEADS, ROWS, values[0].shape[2]], tl.float32)
-    total = tl.zeros([HEADS, ROWS], tl.float32)
+    total = tl.zeros([HEADS, ROWS, CHUNK], tl.float32)
     if DROPOUT:
         heads = tl.arange(0, HEADS)[:, None]
         rows = row_factors(word, (first + tokens)[None, :], heads)[:, :, None]
     for chunk in tl.static_range(CHUNKS):
         p = tl.exp2(scores[chunk] * scale_log2 - top[:, :, None])
-        total += tl.sum(p, 2)
+        total += p
         if DROPOUT:
             columns = column_factors(first + chunk * CHUNK + block)[None, None, :]
             p = tl.where(dropped(rows, columns, drop_below), 0.0, p)
         accumulator = tl.dot(
             narrow(p, DTYPE, ROUND_HALF_UP), values[chunk], accumulator, input_precision="ieee"
         )
+    total = tl.sum(total, 2)
     return narrow(accumulator * (keep_scale / total)[:, :, None], DTYPE, ROUND_HALF_UP)
+
+
+@triton.jit
+def gelu(x):
+    """max(x, 0) - |x| Q(|x|), with Q, 1 minus the normal distribution, off by 7.5e-8 at most.
+
+    Q is 7.1.26 of Abramowitz & Stegun (1964); the compiler's own erf takes twice the instructions.
+    The reciprocal is a squared rsqrt: one instruction where a division takes ten.
+    """
+    size = tl.abs(x)
+    t = tl.rsqrt(size * (0.3275911 * 0.7071067811865476) + 1.0)
+    t = t * t
+    q = t * 0.5307027145 - 0.726576014
+    q = q * t + 0.7107068705
+    q = q * t - 0.142248368
+    q = (q * t + 0.127414796) * t
+    q = q * tl.exp2(x * x * -0.7213475204444817)
+    return tl.maximum(x, 0.0) - size * q
 
 
 @triton.jit
@@ -263,18 +282,18 @@ def feed_forward(
     branch = tl.broadcast_to(bias[None, :], [ROWS, D])
     for start in range(0, HIDDEN, BLOCK_HIDDEN):
         hidden = start + tl.arange(0, BLOCK_HIDDEN)
-        weight = tl.load(ffn[0] + hidden[:, None] * D + features[None, :])
-        bias = tl.load(ffn[1] + hidden).to(tl.float32)
-        bias = tl.broadcast_to(bias[None, :], [ROWS, BLOCK_HIDDEN])
-        y = tl.dot(x, tl.trans(weight), bias, input_precision="ieee")
-        y = y * (0.5 + 0.5 * tl.erf(y * 0.7071067811865476))
+        weight_in = tl.load(ffn[0] + hidden[:, None] * D + features[None, :])
+        y = tl.load(ffn[1] + hidden).to(tl.float32)[None, :]
+        y = tl.broadcast_to(y, [ROWS, BLOCK_HIDDEN])
+        y = tl.dot(x, tl.trans(weight_in), y, input_precision="ieee")
+        y = gelu(y)
         if DROPOUT:
             y = dropped_features(
                 y, word, first + tokens, hidden, drop_below, keep_scale, HIDDEN_SITE
             )
-        weight = tl.load(ffn[2] + features[:, None] * HIDDEN + hidden[None, :])
+        weight_out = tl.load(ffn[2] + features[:, None] * HIDDEN + hidden[None, :])
         y = narrow(y, DTYPE, ROUND_HALF_UP)
-        branch = tl.dot(y, tl.trans(weight), branch, input_precision="ieee")
+        branch = tl.dot(y, tl.trans(weight_out), branch, input_precision="ieee")
     if DROPOUT:
         branch = dropped_features(
             branch, word, first + tokens, features, drop_below, keep_scale, OUTPUT_SITE
@@ -326,6 +345,78 @@ def finish_rows(
         tl.store(out_ptr + tile, narrow(y, DTYPE, ROUND_HALF_UP))
 
 
+@triton.jit
+def one_sequence(
+    x_ptr,
+    out_ptr,
+    scratch_ptr,
+    first,
+    length,
+    norm1,
+    qkv,
+    out_projection,
+    norm2,
+    ffn,
+    word,
+    scale_log2,
+    drop_below,
+    keep_scale,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    PIN: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    ROUND_HALF_UP: tl.constexpr,
+    LONGEST: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+):
+    """The attention half of one sequence of at least one token (HIDDEN = 0), or the whole layer."""
+    D: tl.constexpr = HEADS * HEAD_DIM
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    places = head_places(HEADS, HEAD_DIM)
+    x_ptr += first.to(tl.int64) * D
+    out_ptr += first.to(tl.int64) * D
+    if RESIDENT:
+        keys, values = keys_in_registers(
+            x_ptr, out_ptr, length, norm1, qkv, HEADS, HEAD_DIM, CHUNKS, CHUNK, ROUND_HALF_UP, PIN
+        )
+        query_weight = head_weight(qkv[0], 0, HEADS, HEAD_DIM)
+        query_bias = tl.load(qkv[1] + places).to(tl.float32)
+        tl.debug_barrier()
+    else:
+        project_rows(
+            x_ptr, out_ptr, scratch_ptr, length, norm1, qkv, D, LONGEST, BLOCK_ROWS, ROUND_HALF_UP
+        )
+        tl.debug_barrier()
+        keys, values = keys_from_scratch(
+            scratch_ptr, length, HEADS, HEAD_DIM, LONGEST, CHUNKS, CHUNK
+        )
+    for start in range(0, length, BLOCK_M):
+        tokens = tl.minimum(start + tl.arange(0, BLOCK_M), length - 1)
+        tile = tokens[None, :, None] * D + places
+        if RESIDENT:
+            normed = tl.load(out_ptr + tokens[:, None] * D + tl.arange(0, D)[None, :])
+            query = project_heads(normed, query_weight, query_bias, DTYPE, ROUND_HALF_UP)
+        else:
+            query = tl.load(out_ptr + tile)
+        attended = attend(
+            query, keys, values, first, tokens, length, scale_log2,
+            word, drop_below, keep_scale, CHUNKS, DROPOUT, ROUND_HALF_UP,
+        )  # fmt: skip
+        tl.store(out_ptr + tile, attended)
+    tl.debug_barrier()
+    finish_rows(
+        x_ptr, out_ptr, first, length, out_projection[0], out_projection[1], norm2, ffn,
+        word, drop_below, keep_scale,
+        D, HIDDEN, BLOCK_HIDDEN, BLOCK_ROWS, DROPOUT, ROUND_HALF_UP,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["count", "drop_below"])
 def half_layer(
     x_ptr,
@@ -364,58 +455,36 @@ def half_layer(
     BLOCK_HIDDEN: tl.constexpr,
 ):
     """The attention half of whole sequences (HIDDEN = 0), or the whole layer."""
-    D: tl.constexpr = HEADS * HEAD_DIM
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     norm1 = (norm1_weight_ptr, norm1_bias_ptr)
     norm2 = (norm2_weight_ptr, norm2_bias_ptr)
     qkv = (qkv_weight_ptr, qkv_bias_ptr)
+    out_projection = (out_weight_ptr, out_bias_ptr)
     ffn = (ffn_in_weight_ptr, ffn_in_bias_ptr, ffn_out_weight_ptr, ffn_out_bias_ptr)
-    places = head_places(HEADS, HEAD_DIM)
     word = tl.full([], 0, tl.uint32)
     if DROPOUT:
         word = seed_word(seed_ptr)
-    if not RESIDENT:
-        scratch_ptr += tl.program_id(0).to(tl.int64) * (2 * LONGEST * D)
-    for sequence in range(tl.program_id(0), count, tl.num_programs(0)):
-        first = tl.load(offsets_ptr + sequence)
-        length = tl.load(offsets_ptr + sequence + 1) - first
+    if RESIDENT:
+        first = tl.load(offsets_ptr + tl.program_id(0))
+        length = tl.load(offsets_ptr + tl.program_id(0) + 1) - first
         if length > 0:
-            x = x_ptr + first.to(tl.int64) * D
-            out = out_ptr + first.to(tl.int64) * D
-            if RESIDENT:
-                keys, values = keys_in_registers(
-                    x, out, length, norm1, qkv, HEADS, HEAD_DIM, CHUNKS, CHUNK, ROUND_HALF_UP, PIN
-                )
-                query_weight = head_weight(qkv_weight_ptr, 0, HEADS, HEAD_DIM)
-                query_bias = tl.load(qkv_bias_ptr + places).to(tl.float32)
-                tl.debug_barrier()
-            else:
-                project_rows(
-                    x, out, scratch_ptr, length, norm1, qkv, D, LONGEST, BLOCK_ROWS, ROUND_HALF_UP
-                )
-                tl.debug_barrier()
-                keys, values = keys_from_scratch(
-                    scratch_ptr, length, HEADS, HEAD_DIM, LONGEST, CHUNKS, CHUNK
-                )
-            for start in range(0, length, BLOCK_M):
-                tokens = tl.minimum(start + tl.arange(0, BLOCK_M), length - 1)
-                tile = tokens[None, :, None] * D + places
-                if RESIDENT:
-                    normed = tl.load(out + tokens[:, None] * D + tl.arange(0, D)[None, :])
-                    query = project_heads(normed, query_weight, query_bias, DTYPE, ROUND_HALF_UP)
-                else:
-                    query = tl.load(out + tile)
-                attended = attend(
-                    query, keys, values, first, tokens, length, scale_log2,
-                    word, drop_below, keep_scale, CHUNKS, DROPOUT, ROUND_HALF_UP,
-                )  # fmt: skip
-                tl.store(out + tile, attended)
-            tl.debug_barrier()
-            finish_rows(
-                x, out, first, length, out_weight_ptr, out_bias_ptr, norm2, ffn,
-                word, drop_below, keep_scale,
-                D, HIDDEN, BLOCK_HIDDEN, BLOCK_ROWS, DROPOUT, ROUND_HALF_UP,
+            one_sequence(
+                x_ptr, out_ptr, None, first, length, norm1, qkv, out_projection, norm2, ffn,
+                word, scale_log2, drop_below, keep_scale,
+                HEADS, HEAD_DIM, HIDDEN, RESIDENT, PIN, DROPOUT, ROUND_HALF_UP,
+                LONGEST, CHUNKS, CHUNK, BLOCK_M, BLOCK_ROWS, BLOCK_HIDDEN,
             )  # fmt: skip
+    else:
+        scratch_ptr += tl.program_id(0).to(tl.int64) * (2 * LONGEST * HEADS * HEAD_DIM)
+        for sequence in range(tl.program_id(0), count, tl.num_programs(0)):
+            first = tl.load(offsets_ptr + sequence)
+            length = tl.load(offsets_ptr + sequence + 1) - first
+            if length > 0:
+                one_sequence(
+                    x_ptr, out_ptr, scratch_ptr, first, length, norm1, qkv, out_projection,
+                    norm2, ffn, word, scale_log2, drop_below, keep_scale,
+                    HEADS, HEAD_DIM, HIDDEN, RESIDENT, PIN, DROPOUT, ROUND_HALF_UP,
+                    LONGEST, CHUNKS, CHUNK, BLOCK_M, BLOCK_ROWS, BLOCK_HIDDEN,
+                )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["count", "drop_below"])
