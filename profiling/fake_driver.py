@@ -19,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from triton.backends.amd.compiler import HIPBackend
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver as active_driver
 from triton.runtime.jit import JITFunction
@@ -170,6 +171,7 @@ def captured(
     survive: bool = False,
     only: Collection[str] | None = None,
     dropout: bool | None = None,
+    large: bool = False,
     compiling: bool = True,
 ) -> Iterator[list[Launch]]:
     """The launches that are asked for inside, in order.
@@ -180,6 +182,7 @@ def captured(
             set; otherwise the exception leaves the context as it would on a device.
         only: names of the kernels to compile; launches of others are passed over. None: all.
         dropout: replaces the compile-time constant DROPOUT of kernels that have one.
+        large: on AMD, compile as for tensors over 2 GiB, which are addressed in another way.
         compiling: False: only bind and specialise, which takes a millisecond.
     """
     launches: list[Launch] = []
@@ -207,7 +210,12 @@ def captured(
             launches[place] = replace(launches[place], compiled=compiled)
         return compiled
 
-    with driving(architecture, launches), mock.patch.object(JITFunction, "run", recording):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(driving(architecture, launches))
+        stack.enter_context(mock.patch.object(JITFunction, "run", recording))
+        if large:
+            never = staticmethod(lambda tensor: False)
+            stack.enter_context(mock.patch.object(HIPBackend, "is_within_2gb", never))
         yield launches
 
 

@@ -23,7 +23,7 @@ import triton
 from triton.language import constexpr
 from triton.runtime.jit import JITCallable
 
-from aam_kernels._runtime.configurations import ARCHITECTURES, Configuration, load_table
+from aam_kernels._runtime.configurations import AMD, ARCHITECTURES, Configuration, load_table
 from aam_kernels.tune import DTYPES
 from profiling.ahead_of_time import Resources, resources
 from profiling.fake_driver import Launch
@@ -42,19 +42,20 @@ class Shipped:
         kernel: its name.
         architecture: which table.
         entry: the table's entry.
-        dropout: the variant with dropout.
+        variant: "", "dropout", or "dropout, 2 GiB": on AMD, where larger tensors are addressed
+            in another way.
     """
 
     kernel: str
     architecture: str
     entry: dict[str, Any]
-    dropout: bool
+    variant: str = ""
 
     @property
     def key(self) -> str:
         """Its name in the report."""
         served = "{dtype} width {width} to {length}".format(**self.entry)
-        return f"{self.kernel} {self.architecture} {served}{' dropout' * self.dropout}"
+        return f"{self.kernel} {self.architecture} {served} {self.variant}".rstrip()
 
     def launch(self, *, compiling: bool = True) -> Launch:
         """Its launch on the example of its kernel, compiled or as far as that is not needed."""
@@ -66,7 +67,8 @@ class Shipped:
             entry["width"],
             entry["length"],
             Configuration(entry["meta"], entry["options"]),
-            dropout=self.dropout,
+            dropout="dropout" in self.variant,
+            large="2 GiB" in self.variant,
             compiling=compiling,
         )
 
@@ -78,8 +80,8 @@ def shipped(kernel: str | None = None, architecture: str | None = None) -> Itera
             if kernel not in (None, name) or name not in tunables():
                 continue
             for entry in entries:
-                for dropout in _variants(name, table):
-                    yield Shipped(name, table, entry, dropout)
+                for variant in _variants(name, table):
+                    yield Shipped(name, table, entry, variant)
 
 
 def unknown_kernels() -> list[str]:
@@ -88,18 +90,20 @@ def unknown_kernels() -> list[str]:
     return sorted(names - set(tunables()))
 
 
-def _variants(kernel: str, architecture: str) -> tuple[bool, ...]:
-    """With dropout everywhere, as that takes more registers; both ways on the main targets."""
+def _variants(kernel: str, architecture: str) -> tuple[str, ...]:
+    """With dropout everywhere, as that takes more registers; all there are on the main targets."""
     if not _takes_dropout(kernel):
-        return (False,)
-    return (False, True) if architecture in MAIN_TARGETS else (True,)
+        return ("",)
+    if architecture not in MAIN_TARGETS:
+        return ("dropout",)
+    return ("", "dropout", "dropout, 2 GiB") if architecture in AMD else ("", "dropout")
 
 
 @lru_cache(maxsize=64)
 def _takes_dropout(kernel: str) -> bool:
     for table in ARCHITECTURES:
         for entry in load_table(table).get(kernel, ()):
-            return takes_dropout(Shipped(kernel, table, entry, False).launch(compiling=False))
+            return takes_dropout(Shipped(kernel, table, entry).launch(compiling=False))
     return False
 
 

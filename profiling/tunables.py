@@ -36,6 +36,7 @@ def compiled_case(
     chosen: Configuration,
     *,
     dropout: bool | None = None,
+    large: bool = False,
     compiling: bool = True,
 ) -> Launch:
     """Launches a kernel's example with a configuration; an error is part of the result.
@@ -51,6 +52,7 @@ def compiled_case(
             survive=True,
             only={tunable.kernel},
             dropout=dropout,
+            large=large,
             compiling=compiling,
         ) as launches,
     ):

@@ -119,7 +119,9 @@ def _sample():
         for target in (ARCHITECTURES[number % 3], ARCHITECTURES[3 + number % 3]):
             variants = [v for v in shipped.shipped(kernel, target) if v.entry["dtype"] == "half"]
             if variants:
-                size = [(v.entry["width"], v.entry["length"], not v.dropout) for v in variants]
+                size = [
+                    (v.entry["width"], v.entry["length"], v.variant != "dropout") for v in variants
+                ]
                 chosen.append(variants[size.index(min(size))])
     return chosen
 

@@ -95,7 +95,7 @@ def test_the_fingerprint_follows_source_and_configuration(tables, monkeypatch):
     text = shipped.source(launch.function)
     assert "add_scores" in text and "LOG2E: 1.44" in text and '"""' not in text
     warps = shipped.Shipped(
-        "pool_forward", "gfx942", {**variant.entry, "options": {"num_warps": 8}}, False
+        "pool_forward", "gfx942", {**variant.entry, "options": {"num_warps": 8}}
     )
     assert shipped.fingerprint(warps.launch(compiling=False)) != before
     monkeypatch.setattr(shipped, "source", lambda function: text.replace("tl.exp2", "tl.exp"))
@@ -218,3 +218,13 @@ def test_dropout_can_be_asked_of_any_launch():
             tunable.example(torch.bfloat16, 32, 160, torch.device("meta"))()
         assert launches[0].constants["DROPOUT"] is wanted
         assert ("seed_ptr" in launches[0].constants) is not wanted  # None is a constant
+
+
+def test_tensors_over_two_gibibytes_are_compiled_another_way():
+    tunable = tunables()["short_forward"]
+    attributes = []
+    for large in (False, True):
+        with captured("gfx942", compiling=False, large=large) as launches:
+            tunable.example(torch.bfloat16, 32, 160, torch.device("meta"))()
+        attributes.append(launches[0].attributes["query_ptr"])
+    assert attributes == [("tt.divisibility=16", "tt.pointer_range=32"), ("tt.divisibility=16",)]
