@@ -3,8 +3,31 @@
 The hash is the one that `aam_kernels._runtime.dropout` defines; the names are the same there.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import triton
 import triton.language as tl
+
+
+def constexpr_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a function of compile-time constants callable in kernels, for every Triton from 3.3.
+
+    (`triton.constexpr_function` came with 3.5.)
+    """
+    if hasattr(triton, "constexpr_function"):
+        return triton.constexpr_function(function)
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, tl.constexpr):
+            return plain(x.value)
+        return tuple(plain(part) for part in x) if isinstance(x, (tuple, list, tl.tuple)) else x
+
+    def call(*args: Any, _builder: Any = None, _semantic: Any = None) -> Any:
+        return tl.constexpr(function(*(plain(x) for x in args)))
+
+    call.__triton_builtin__ = True  # type: ignore[attr-defined]
+    return call
 
 
 @triton.jit

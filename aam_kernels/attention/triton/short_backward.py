@@ -23,12 +23,13 @@ from aam_kernels._runtime.kernel_functions import (
 from aam_kernels.attention.triton.short_rows import (
     fill_rows,
     head_rows,
+    left_over,
     load_rows,
     load_tiles,
     program_place,
     span,
     store_rows,
-    tail_part,
+    tile_size,
     tile_start,
     unknown_zero,
 )
@@ -57,20 +58,20 @@ def _differentiate(
     dtype: tl.constexpr = query[0].dtype.element_ty
     keys = load_tiles(head_rows(key, key_first, head), key_length, TILES, COUNT, HEAD_DIM, D)
     values = load_tiles(head_rows(value, key_first, head), key_length, TILES, COUNT, HEAD_DIM, D)
-    last_rows = tile_start(TILES, COUNT - 1) + tl.arange(0, TILES[COUNT - 1])
+    last_rows = tile_start(TILES, COUNT - 1) + tl.arange(0, tile_size(TILES, COUNT - 1))
     bias = tl.where(last_rows < key_length, 0.0, float("-inf"))[:, None]
-    bias = tl.full([TILES[COUNT - 1], BLOCK_M], 0.0, tl.float32) + bias
+    bias = tl.full([tile_size(TILES, COUNT - 1), BLOCK_M], 0.0, tl.float32) + bias
     columns = ()
     grad_keys = ()
     grad_values = ()
     for tile in tl.static_range(COUNT):
-        grad_keys += (tl.full([TILES[tile], D], 0.0, tl.float32),)
-        grad_values += (tl.full([TILES[tile], D], 0.0, tl.float32),)
+        grad_keys += (tl.full([tile_size(TILES, tile), D], 0.0, tl.float32),)
+        grad_values += (tl.full([tile_size(TILES, tile), D], 0.0, tl.float32),)
     if DROPOUT:
         word = seed_word(seed_ptr)
         zero = unknown_zero(keep_scale)
         for tile in tl.static_range(COUNT):
-            rows = key_first + tile_start(TILES, tile) + tl.arange(0, TILES[tile])
+            rows = key_first + tile_start(TILES, tile) + tl.arange(0, tile_size(TILES, tile))
             columns += (column_factors(rows),)
     queries = head_rows(query, first, head)
     outputs = head_rows(output, first, head)
@@ -122,7 +123,7 @@ def _differentiate(
     grad_key_rows = head_rows(grad_key, key_first, head)
     grad_value_rows = head_rows(grad_value, key_first, head)
     for tile in tl.static_range(COUNT):
-        rows = tile_start(TILES, tile) + tl.arange(0, TILES[tile])
+        rows = tile_start(TILES, tile) + tl.arange(0, tile_size(TILES, tile))
         dk = narrow(grad_keys[tile] * grad_key_scale, dtype, ROUND_HALF_UP)
         store_rows(grad_key_rows, 0, dk, rows, key_length, tile == COUNT - 1, HEAD_DIM, D)
         dv = grad_values[tile]
@@ -203,33 +204,47 @@ def short_backward(
     grad_query = (grad_query_ptr, stride_grad_query, stride_grad_query_head)
     grad_key = (grad_key_ptr, stride_grad_key, stride_grad_key_head)
     grad_value = (grad_value_ptr, stride_grad_value, stride_grad_value_head)
-    blank = 0.0
-    if sequence < count:
-        first, length, slots = span(offsets_ptr, lengths_ptr, sequence)
-        key_first, key_length, key_slots = first, length, slots
-        if key_offsets_ptr is not None:
-            key_first, key_length, key_slots = span(key_offsets_ptr, key_lengths_ptr, sequence)
-        tensors = (
-            (grad_output_ptr, stride_grad_output, stride_grad_output_head),
-            (query_ptr, stride_query, stride_query_head),
-            (key_ptr, stride_key, stride_key_head),
-            (value_ptr, stride_value, stride_value_head),
-            (output_ptr, stride_output, stride_output_head),
-            grad_query,
-            grad_key,
-            grad_value,
-            lse_ptr,
-            seed_ptr,
+    first, length, slots = span(offsets_ptr, lengths_ptr, sequence, count)
+    key_first, key_length, key_slots = first, length, slots
+    if key_offsets_ptr is not None:
+        key_first, key_length, key_slots = span(key_offsets_ptr, key_lengths_ptr, sequence, count)
+    tensors = (
+        (grad_output_ptr, stride_grad_output, stride_grad_output_head),
+        (query_ptr, stride_query, stride_query_head),
+        (key_ptr, stride_key, stride_key_head),
+        (value_ptr, stride_value, stride_value_head),
+        (output_ptr, stride_output, stride_output_head),
+        grad_query,
+        grad_key,
+        grad_value,
+        lse_ptr,
+        seed_ptr,
+    )
+    place = (first, length, key_first, key_length, head, heads)
+    numbers = (scale_log2, grad_query_scale, grad_key_scale, drop_below, keep, keep_scale)
+    if (key_length > 0) & (key_length <= TILE_0):
+        _differentiate(
+            tensors,
+            place,
+            numbers,
+            TILES,
+            1,
+            BLOCK_M,
+            HEAD_DIM,
+            D,
+            DROPOUT,
+            NEGATIVE,
+            PRECISION,
+            ROUND_HALF_UP,
         )
-        place = (first, length, key_first, key_length, head, heads)
-        numbers = (scale_log2, grad_query_scale, grad_key_scale, drop_below, keep, keep_scale)
-        if (key_length > 0) & (key_length <= TILE_0):
+    elif (key_length > TILE_0) & (key_length <= TILE_0 + TILE_1):
+        if TILE_1 > 0:
             _differentiate(
                 tensors,
                 place,
                 numbers,
                 TILES,
-                1,
+                2,
                 BLOCK_M,
                 HEAD_DIM,
                 D,
@@ -238,50 +253,38 @@ def short_backward(
                 PRECISION,
                 ROUND_HALF_UP,
             )
-        elif (key_length > TILE_0) & (key_length <= TILE_0 + TILE_1):
-            if TILE_1 > 0:
-                _differentiate(
-                    tensors,
-                    place,
-                    numbers,
-                    TILES,
-                    2,
-                    BLOCK_M,
-                    HEAD_DIM,
-                    D,
-                    DROPOUT,
-                    NEGATIVE,
-                    PRECISION,
-                    ROUND_HALF_UP,
-                )
-        elif (key_length > TILE_0 + TILE_1) & (key_length <= TILE_0 + TILE_1 + TILE_2):
-            if TILE_2 > 0:
-                _differentiate(
-                    tensors,
-                    place,
-                    numbers,
-                    TILES,
-                    3,
-                    BLOCK_M,
-                    HEAD_DIM,
-                    D,
-                    DROPOUT,
-                    NEGATIVE,
-                    PRECISION,
-                    ROUND_HALF_UP,
-                )
-        # The gap behind; all rows where there are no keys, or more than promised: then NaN.
-        empty, last, step = first + length, first + slots, BLOCK_M
-        key_empty, key_last = key_first + key_length, key_first + key_slots
-        if key_length == 0:
-            empty = first
-        if key_length > TILE_0 + TILE_1 + TILE_2:
-            empty, key_empty, blank = first, key_first, float("nan")
-    else:
-        empty, step = tail_part(offsets_ptr, count, sequence, BLOCK_M, GROUP)
-        last, key_empty, key_last = total, empty, total_key
-        if key_offsets_ptr is not None:
-            key_empty, _ = tail_part(key_offsets_ptr, count, sequence, BLOCK_M, GROUP)
+    elif (key_length > TILE_0 + TILE_1) & (  # noqa: SIM102
+        key_length <= TILE_0 + TILE_1 + TILE_2
+    ):
+        if TILE_2 > 0:
+            _differentiate(
+                tensors,
+                place,
+                numbers,
+                TILES,
+                3,
+                BLOCK_M,
+                HEAD_DIM,
+                D,
+                DROPOUT,
+                NEGATIVE,
+                PRECISION,
+                ROUND_HALF_UP,
+            )
+    # The gap behind; all rows where there are no keys, or more than promised: then NaN. Where they
+    # lie is read again: kept meanwhile it would take registers that the keys need.
+    first, length, slots = span(offsets_ptr, lengths_ptr, sequence, count)
+    key_first, key_length, key_slots = first, length, slots
+    if key_offsets_ptr is not None:
+        key_first, key_length, key_slots = span(key_offsets_ptr, key_lengths_ptr, sequence, count)
+    too_long = key_length > TILE_0 + TILE_1 + TILE_2
+    used = tl.where((key_length == 0) | too_long, 0, length)
+    blank = tl.where(too_long, float("nan"), 0.0)
+    empty, last, step = left_over(first, used, slots, total, sequence, count, BLOCK_M, GROUP)
     fill_rows(grad_query, head, empty, last, step, blank, HEAD_DIM, D, BLOCK_M)
-    fill_rows(grad_key, head, key_empty, key_last, step, blank, HEAD_DIM, D, BLOCK_M)
-    fill_rows(grad_value, head, key_empty, key_last, step, blank, HEAD_DIM, D, BLOCK_M)
+    used = tl.where(too_long, 0, key_length)
+    empty, last, step = left_over(
+        key_first, used, key_slots, total_key, sequence, count, BLOCK_M, GROUP
+    )
+    fill_rows(grad_key, head, empty, last, step, blank, HEAD_DIM, D, BLOCK_M)
+    fill_rows(grad_value, head, empty, last, step, blank, HEAD_DIM, D, BLOCK_M)

@@ -22,13 +22,14 @@ from aam_kernels._runtime.kernel_functions import (
 from aam_kernels.attention.triton.short_rows import (
     fill_rows,
     head_rows,
+    left_over,
     load_rows,
     load_tiles,
     narrowest,
     program_place,
     span,
     store_rows,
-    tail_part,
+    tile_size,
     tile_start,
     unknown_zero,
 )
@@ -65,15 +66,15 @@ def _attend(
     outputs = head_rows(output, first, head)
     keys = load_tiles(head_rows(key, key_first, head), key_length, TILES, COUNT, HEAD_DIM, D)
     values = load_tiles(head_rows(value, key_first, head), key_length, TILES, COUNT, HEAD_DIM, D)
-    last_rows = tile_start(TILES, COUNT - 1) + tl.arange(0, TILES[COUNT - 1])
+    last_rows = tile_start(TILES, COUNT - 1) + tl.arange(0, tile_size(TILES, COUNT - 1))
     bias = tl.where(last_rows < key_length, 0.0, float("-inf"))[None, :]
-    bias = tl.full([BLOCK_M, TILES[COUNT - 1]], 0.0, tl.float32) + bias
+    bias = tl.full([BLOCK_M, tile_size(TILES, COUNT - 1)], 0.0, tl.float32) + bias
     columns = ()
     if DROPOUT:
         word = seed_word(seed_ptr)
         zero = unknown_zero(keep_scale)
         for tile in tl.static_range(COUNT):
-            rows = key_first + tile_start(TILES, tile) + tl.arange(0, TILES[tile])
+            rows = key_first + tile_start(TILES, tile) + tl.arange(0, tile_size(TILES, tile))
             columns += (column_factors(rows),)
     block = tl.arange(0, BLOCK_M)
     for start in tl.range(0, length, BLOCK_M):
@@ -154,29 +155,43 @@ def short_forward(
     TILES: tl.constexpr = (TILE_0, TILE_1, TILE_2)
     sequence, head = program_place(heads, GROUP)
     output = (output_ptr, stride_output, stride_output_head)
-    blank, blank_lse = 0.0, float("-inf")
-    if sequence < count:
-        first, length, slots = span(offsets_ptr, lengths_ptr, sequence)
-        key_first, key_length = first, length
-        if key_offsets_ptr is not None:
-            key_first, key_length, _ = span(key_offsets_ptr, key_lengths_ptr, sequence)
-        tensors = (
-            (query_ptr, stride_query, stride_query_head),
-            (key_ptr, stride_key, stride_key_head),
-            (value_ptr, stride_value, stride_value_head),
-            output,
-            lse_ptr,
-            seed_ptr,
+    first, length, slots = span(offsets_ptr, lengths_ptr, sequence, count)
+    key_first, key_length = first, length
+    if key_offsets_ptr is not None:
+        key_first, key_length, _ = span(key_offsets_ptr, key_lengths_ptr, sequence, count)
+    tensors = (
+        (query_ptr, stride_query, stride_query_head),
+        (key_ptr, stride_key, stride_key_head),
+        (value_ptr, stride_value, stride_value_head),
+        output,
+        lse_ptr,
+        seed_ptr,
+    )
+    place = (first, length, key_first, key_length, head, heads)
+    numbers = (scale_log2, drop_below, keep_scale)
+    if (key_length > 0) & (key_length <= TILE_0):
+        _attend(
+            tensors,
+            place,
+            numbers,
+            TILES,
+            1,
+            BLOCK_M,
+            HEAD_DIM,
+            D,
+            DROPOUT,
+            NEGATIVE,
+            PRECISION,
+            ROUND_HALF_UP,
         )
-        place = (first, length, key_first, key_length, head, heads)
-        numbers = (scale_log2, drop_below, keep_scale)
-        if (key_length > 0) & (key_length <= TILE_0):
+    elif (key_length > TILE_0) & (key_length <= TILE_0 + TILE_1):
+        if TILE_1 > 0:
             _attend(
                 tensors,
                 place,
                 numbers,
                 TILES,
-                1,
+                2,
                 BLOCK_M,
                 HEAD_DIM,
                 D,
@@ -185,46 +200,34 @@ def short_forward(
                 PRECISION,
                 ROUND_HALF_UP,
             )
-        elif (key_length > TILE_0) & (key_length <= TILE_0 + TILE_1):
-            if TILE_1 > 0:
-                _attend(
-                    tensors,
-                    place,
-                    numbers,
-                    TILES,
-                    2,
-                    BLOCK_M,
-                    HEAD_DIM,
-                    D,
-                    DROPOUT,
-                    NEGATIVE,
-                    PRECISION,
-                    ROUND_HALF_UP,
-                )
-        elif (key_length > TILE_0 + TILE_1) & (key_length <= TILE_0 + TILE_1 + TILE_2):
-            if TILE_2 > 0:
-                _attend(
-                    tensors,
-                    place,
-                    numbers,
-                    TILES,
-                    3,
-                    BLOCK_M,
-                    HEAD_DIM,
-                    D,
-                    DROPOUT,
-                    NEGATIVE,
-                    PRECISION,
-                    ROUND_HALF_UP,
-                )
-        # The gap behind; all rows where there are no keys, or more than promised: then NaN.
-        empty, last, step = first + length, first + slots, BLOCK_M
-        if key_length == 0:
-            empty = first
-        if key_length > TILE_0 + TILE_1 + TILE_2:
-            empty, blank, blank_lse = first, float("nan"), float("nan")
-    else:
-        empty, step = tail_part(offsets_ptr, count, sequence, BLOCK_M, GROUP)
-        last = total
+    elif (key_length > TILE_0 + TILE_1) & (  # noqa: SIM102
+        key_length <= TILE_0 + TILE_1 + TILE_2
+    ):
+        if TILE_2 > 0:
+            _attend(
+                tensors,
+                place,
+                numbers,
+                TILES,
+                3,
+                BLOCK_M,
+                HEAD_DIM,
+                D,
+                DROPOUT,
+                NEGATIVE,
+                PRECISION,
+                ROUND_HALF_UP,
+            )
+    # The gap behind; all rows where there are no keys, or more than promised: then NaN. Where they
+    # lie is read again: kept meanwhile it would take registers that the keys need.
+    first, length, slots = span(offsets_ptr, lengths_ptr, sequence, count)
+    key_length = length
+    if key_offsets_ptr is not None:
+        _, key_length, _ = span(key_offsets_ptr, key_lengths_ptr, sequence, count)
+    too_long = key_length > TILE_0 + TILE_1 + TILE_2
+    used = tl.where((key_length == 0) | too_long, 0, length)
+    empty, last, step = left_over(first, used, slots, total, sequence, count, BLOCK_M, GROUP)
+    blank = tl.where(too_long, float("nan"), 0.0)
     fill_rows(output, head, empty, last, step, blank, HEAD_DIM, D, BLOCK_M)
-    fill_rows((lse_ptr, heads, 1), head, empty, last, step, blank_lse, 1, 1, BLOCK_M)
+    blank = tl.where(too_long, float("nan"), float("-inf"))
+    fill_rows((lse_ptr, heads, 1), head, empty, last, step, blank, 1, 1, BLOCK_M)

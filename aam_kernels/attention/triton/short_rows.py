@@ -10,17 +10,25 @@ A tensor of packed rows is a tuple (pointer, stride of a row, stride of a head).
 import triton
 import triton.language as tl
 
+from aam_kernels._runtime.kernel_functions import constexpr_function
+
 SEQUENCE_GROUP = 24
 """Sequences that are interleaved, see `program_place`."""
 
 
-@triton.constexpr_function
+@constexpr_function
 def tile_start(tiles, tile):
     """The first key of a tile."""
     return sum(tiles[:tile])
 
 
-@triton.constexpr_function
+@constexpr_function
+def tile_size(tiles, tile):
+    """The number of keys of a tile."""
+    return tiles[tile]
+
+
+@constexpr_function
 def narrowest(tiles, count):
     """The smallest of the first ``count`` tiles."""
     return min(tiles[:count])
@@ -41,21 +49,31 @@ def program_place(heads, GROUP: tl.constexpr):
 
 
 @triton.jit
-def tail_part(offsets_ptr, count, sequence, BLOCK: tl.constexpr, GROUP: tl.constexpr):
-    """First row and step of the rows past the last sequence that a program left over clears."""
-    first = tl.load(offsets_ptr + count) + (sequence - count) * BLOCK
-    return first, (GROUP - count % GROUP) * BLOCK
+def span(offsets_ptr, lengths_ptr, sequence, count):
+    """First packed row of a sequence, its real rows, and its rows including the gap behind.
+
+    Past the last sequence: where that ends, and no rows.
+    """
+    place = tl.minimum(sequence, count)
+    first = tl.load(offsets_ptr + place)
+    slots = tl.load(offsets_ptr + tl.minimum(place + 1, count)) - first
+    length = slots
+    if lengths_ptr is not None:
+        length = tl.load(lengths_ptr + place, mask=place < count, other=0)
+    return first, length, slots
 
 
 @triton.jit
-def span(offsets_ptr, lengths_ptr, sequence):
-    """First packed row of a sequence, its real rows, and its rows including the gap behind."""
-    first = tl.load(offsets_ptr + sequence)
-    slots = tl.load(offsets_ptr + sequence + 1) - first
-    length = slots
-    if lengths_ptr is not None:
-        length = tl.load(lengths_ptr + sequence)
-    return first, length, slots
+def left_over(first, used, slots, total, sequence, count, BLOCK: tl.constexpr, GROUP: tl.constexpr):
+    """First, last and step of the rows that a program has to fill.
+
+    Those of its sequence from ``used`` on; for a program past the last sequence a share of the
+    rows that follow. Selected without branches: Triton 3.3 fails on bounds that a branch gives.
+    """
+    inside = sequence < count
+    begin = first + tl.where(inside, used, (sequence - count) * BLOCK)
+    end = tl.where(inside, first + slots, total)
+    return begin, end, tl.where(inside, BLOCK, (GROUP - count % GROUP) * BLOCK)
 
 
 @triton.jit
@@ -116,7 +134,7 @@ def load_tiles(
     """The first COUNT tiles of a sequence's keys or values: a tuple of (tile, D)."""
     tiles = ()
     for tile in tl.static_range(COUNT):
-        rows = tile_start(TILES, tile) + tl.arange(0, TILES[tile])
+        rows = tile_start(TILES, tile) + tl.arange(0, tile_size(TILES, tile))
         tiles += (load_rows(rows_of, 0, rows, length, tile == COUNT - 1, HEAD_DIM, D),)
     return tiles
 
