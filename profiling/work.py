@@ -73,12 +73,6 @@ def _key_factors(launch: Launch, compiled: Code, length: int) -> Work:
     return Work(launch.programs, _trips(compiled, {}))
 
 
-def _straight(launch: Launch, compiled: Code, length: int) -> Work:
-    """No loops: every program once."""
-    _expect(launch, compiled, not compiled.loops)
-    return Work(launch.programs, ())
-
-
 def _textbook(launch: Launch, compiled: Code, length: int) -> Work:
     """One loop, over keys or queries, of which every program runs all blocks."""
     over_queries = launch.kernel == "flash_backward_keys"
@@ -132,7 +126,6 @@ WORK: dict[str, Callable[[Launch, Code, int], Work]] = {
     "long_forward": _long,
     "long_backward_queries": _long,
     "long_backward_keys": _long,
-    "long_key_factors": _straight,
     "pool_forward": _pool_forward,
     "pool_backward": _pool_backward,
 }
