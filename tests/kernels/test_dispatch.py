@@ -118,6 +118,45 @@ def test_what_diverges_is_refused_when_asked_for(broken, checks):
     assert len(checks) == 1
 
 
+def test_a_failure_leads_to_math_and_not_to_the_next(broken, monkeypatch):
+    twin = dispatch.Implementation(
+        "aam_kernels.attention.sdpa", None, dispatch.FLOATS, dispatch.FLOATS
+    )
+    monkeypatch.setitem(dispatch._REGISTRY["attention"], "triton", twin)
+    right = dispatch.Implementation(
+        "aam_kernels.attention.reference", None, dispatch.FLOATS, dispatch.FLOATS
+    )
+    monkeypatch.setitem(dispatch._REGISTRY["attention"], "sdpa", right)
+    with pytest.warns(UserWarning, match="impl='triton' fails"):
+        assert dispatch.choose("attention", "auto", CPU, torch.float32, CASE) == "math"
+
+
+def test_reading_what_belongs_to_no_sequence_is_found(monkeypatch):
+    original = sdpa.forward
+
+    def forward(query, *rest):
+        output, lse = original(query, *rest)
+        return output + 0 * query[-1:], lse
+
+    monkeypatch.setattr(sdpa, "forward", forward)
+    with pytest.raises(RuntimeError, match="output: largest error inf"):
+        dispatch.choose("attention", "sdpa", CPU, torch.float32, CASE)
+
+
+def test_other_bits_on_repeat_are_found(monkeypatch):
+    original = sdpa.forward
+    calls = []
+
+    def forward(*arguments):
+        calls.append(1)
+        output, lse = original(*arguments)
+        return output * (1 + 1e-7 * len(calls)), lse
+
+    monkeypatch.setattr(sdpa, "forward", forward)
+    with pytest.raises(RuntimeError, match=r"repeated: output.* not bitwise equal"):
+        dispatch.choose("attention", "sdpa", CPU, torch.float32, CASE)
+
+
 def test_math_is_never_checked(broken, checks):
     call("math")
     call("auto", dtype=torch.float64)
@@ -232,7 +271,8 @@ def test_a_complete_run_covers_every_case(checks):
     assert not checks
 
 
-def test_threads_wait_for_one_check(checks):
+def test_threads_wait_for_one_check(checks, monkeypatch):
+    monkeypatch.setattr(record, "write", lambda *_: False)  # the disk does not help
     results = []
 
     def work():
