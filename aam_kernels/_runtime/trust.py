@@ -25,8 +25,8 @@ from aam_kernels._runtime.device import device_key, environment
 TRUSTED_DEVICES = ("cpu",)
 """Device types on which everything is used without a check."""
 
-EDGES = (16, 32, 64, 128, 160, 192, 256, 1024)
-"""Bounds of the length classes; the last one stands for anything longer."""
+EDGES = (16, 32, 64, 112, 128, 160, 192, 256, 1024)
+"""Bounds of the length classes, all that tables have among them; the last stands for any longer."""
 
 
 class Case(NamedTuple):

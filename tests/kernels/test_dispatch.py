@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from aam_kernels import _quick_check, attention_pool, ragged_attention
-from aam_kernels._runtime import device, dispatch, record, trust
+from aam_kernels._runtime import configurations, device, dispatch, record, trust
 from aam_kernels._runtime.trust import case_of
 from aam_kernels.attention import sdpa
+from aam_kernels.encoder_layer import sdpa as layer
 from aam_kernels.pooling import sdpa as pooling_sdpa
 from tests.kernels.contract import CPU, offsets_of
 
@@ -386,3 +387,32 @@ def test_matmul_precision_is_part_of_the_case(checks):
 )
 def test_length_classes(longest, edge):
     assert case_of((8,), longest).longest == edge
+
+
+def test_length_classes_are_those_of_the_tables():
+    # Else a call could be served by a table entry that its class's check does not reach.
+    for path in configurations.TABLES.glob("*.json"):
+        for kernel, rows in json.loads(path.read_text()).items():
+            lengths = {row["length"] for row in rows} - {0}
+            short = {length for length in lengths if length <= trust.EDGES[-2]}
+            assert short <= set(trust.EDGES), (path.name, kernel)
+            assert len(lengths - short) <= 1, (path.name, kernel)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_layer_is_checked_with_and_without_what_it_keeps(checks, monkeypatch, dtype):
+    case = case_of((16, 2), 16, 0.1)
+    assert trust.failure("encoder_layer", "sdpa", CPU, dtype, case) == ""
+    trust.forget()
+    record.record_path().unlink()
+    original = layer.backward
+
+    def backward(*arguments):
+        grads = original(*arguments)
+        if arguments[8][0].numel():  # qkv was kept
+            grads[3] = grads[3] * 2
+        return grads
+
+    monkeypatch.setattr(layer, "backward", backward)
+    found = trust.failure("encoder_layer", "sdpa", CPU, dtype, case)
+    assert "with activations kept: grad qkv_weight: largest error" in found
