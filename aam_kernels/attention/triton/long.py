@@ -14,9 +14,9 @@ import torch
 from aam_kernels._runtime.configurations import AMD, Configuration, Tunable, dtype_class
 from aam_kernels._runtime.grouping import Sequences
 from aam_kernels.attention.triton.long_backward import backward
-from aam_kernels.attention.triton.long_forward import forward
+from aam_kernels.attention.triton.long_forward import configured, forward
 
-__all__ = ["TUNABLES", "backward", "forward"]
+__all__ = ["TUNABLES", "backward", "configured", "forward"]
 
 ANY_LENGTH = 1 << 30
 Blocks = tuple[int, int, int, int, int]

@@ -29,12 +29,12 @@ from aam_kernels.attention.triton.long_backward_keys import long_backward_keys
 from aam_kernels.attention.triton.long_backward_queries import long_backward_queries
 from aam_kernels.attention.triton.long_forward import (
     LOG2_E,
-    TAIL_PROGRAMS,
     block_of,
     blocks_of,
     configured,
     key_factors,
     slots_of,
+    tail_programs,
 )
 
 
@@ -58,8 +58,8 @@ def backward(
     count = sequences.offsets.shape[0] - 1
     grad_query, grad_key, grad_value = grads
     key_offsets, key_lengths = sequences.key_side()
-    tail = TAIL_PROGRAMS if sequences.lengths is None else 0
-    tail_key = TAIL_PROGRAMS if key_lengths is None else 0
+    tail = tail_programs(total, sequences.lengths)
+    tail_key = tail_programs(key.shape[0], key_lengths)
     if not tail:
         grad_query.zero_()
     if not tail_key:

@@ -50,8 +50,6 @@ from aam_kernels.attention.triton.long_tiles import (
 )
 
 LOG2_E = 1.4426950408889634
-TAIL_PROGRAMS = 64
-"""Programs that clear the rows past the last sequence: usually none, or a few."""
 
 
 @triton.jit(do_not_specialize=["blocks"])
@@ -269,6 +267,11 @@ def key_factors(key: Tensor, sequences: Sequences, max_key_length: int, dropout_
     return factors
 
 
+def tail_programs(total: int, lengths: Tensor | None) -> int:
+    """Programs that clear what follows the last sequence, at most all rows; 0 if there are gaps."""
+    return 0 if lengths is not None else min(triton.cdiv(total, 1024), 128)
+
+
 def slots_of(total: int, count: int) -> int:
     """Numbers in a workspace of ``total`` rows of ``count`` sequences, a multiple of 16."""
     return (total // 16 + count + 1) * 16
@@ -316,7 +319,7 @@ def forward(
     count = sequences.offsets.shape[0] - 1
     if scale < 0:  # the maximum is taken before scaling
         query, scale = -query, -scale
-    tail = TAIL_PROGRAMS if sequences.lengths is None else 0
+    tail = tail_programs(total, sequences.lengths)
     if not tail:
         output.zero_()
         lse.fill_(float("-inf"))
