@@ -93,7 +93,8 @@ def test_the_fingerprint_follows_source_and_configuration(tables, monkeypatch):
     compiled = variant.launch()
     assert shipped.fingerprint(compiled) == before  # known without compiling
     text = shipped.source(launch.function)
-    assert "add_scores" in text and "LOG2E: 1.44" in text and '"""' not in text
+    assert "def add_scores(" in text and "def sequence_rows(" in text
+    assert "LOG2E: 1.44" in text and '"""' not in text
     warps = shipped.Shipped(
         "pool_forward", "gfx942", {**variant.entry, "options": {"num_warps": 8}}
     )
@@ -113,6 +114,9 @@ def test_a_known_figure(target, known):
     assert found.cost.issue == pytest.approx(known, rel=0.03)
     assert found.bytes_ratio > 1
     issue, matrix, memory = found.roofline()
+    thousands = 8192 * 4 * 151**2 / 1000
+    clocks = {"gfx942": 228 * 4 * 2.1e9, "sm_90": 132 * 4 * 1.83e9}[target]
+    assert issue == pytest.approx(found.cost.issue * thousands / clocks * 1e6)
     assert matrix < issue
     assert memory == pytest.approx({"gfx942": 243, "sm_90": 384}[target], rel=0.01)
 
@@ -136,8 +140,8 @@ def test_a_row_of_the_table():
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_the_baseline_is_attention(flat):
-    lengths = torch.tensor([33, 7, 0], dtype=torch.int32)
-    query, key, value, grad = (torch.randn(3, 40, 32) for _ in range(4))
+    lengths = torch.tensor([33, 7, 0, 40], dtype=torch.int32)
+    query, key, value, grad = (torch.randn(4, 40, 32) for _ in range(4))
     mask = torch.arange(40) < lengths[:, None]
     blocks = baselines.Blocks(16, 32, 4)
     with interpreting():
