@@ -25,16 +25,9 @@ from aam_kernels.attention.triton.short_backward import short_backward
 from aam_kernels.attention.triton.short_forward import short_forward
 from aam_kernels.attention.triton.short_rows import SEQUENCE_GROUP
 
-TILES = {
-    32: (32,),
-    64: (64,),
-    112: (64, 32, 16),
-    128: (64, 64),
-    160: (64, 64, 32),
-    192: (64, 64, 64),
-    256: (128, 128),
-}
-"""Tiles of keys for sequences up to a length, unless a candidate has others."""
+LENGTHS = (64, 112, 160, 256)
+"""Lengths that the tables may have entries for; the tiles of 101 keys fit 112, of 151 keys 160."""
+WIDTHS = (32, 64, 128)
 
 _LEAST_SCALE = 1e-30  # scores are masked with -inf, and -inf * 0 is no number
 
@@ -138,7 +131,7 @@ def backward(
 
 
 def _configuration(kernel: str, query: Tensor, length: int) -> Configuration | None:
-    if length > max(TILES):
+    if length > LENGTHS[-1]:
         return None
     return configuration(kernel, query.dtype, query.shape[2], length)
 
@@ -171,30 +164,62 @@ def _constants(query: Tensor, scale: float, dropout_p: float) -> dict[str, objec
     }
 
 
-def _candidates(
-    architecture: str, dtype: torch.dtype, width: int, length: int, *, grad: bool
+def _forward_candidates(
+    architecture: str, dtype: torch.dtype, width: int, length: int
 ) -> list[Configuration]:
-    """Forward one warp holds all keys for 16 queries at a time; backward warps share the keys."""
-    found = []
-    for warps in (2, 4, 1) if grad else (1, 2):
-        for stages in (1, 2) if grad else (2, 1):
-            for tiles in _tilings(length):
-                meta = {f"TILE_{n}": tile for n, tile in enumerate((*tiles, 0, 0)[:3])}
-                options = {"num_warps": warps, "num_stages": stages}
-                if architecture in AMD:
-                    options["matrix_instr_nonkdim"] = 16
-                block = 16 if grad else 16 * warps
-                found.append(Configuration({"BLOCK_M": block, **meta}, options))
-    return found
+    """AMD: a warp holds all keys and values. NVIDIA: they lie in shared memory, the scores do not.
+
+    On NVIDIA IEEE float32 has no matrix instructions, and such tiles do not fit registers.
+    """
+    size = length * width
+    if architecture in AMD:
+        if size * dtype.itemsize > (40960 if dtype == torch.float32 else 32768):
+            return []
+        warps = 1
+    else:
+        if dtype == torch.float32 or size > 20480:
+            return []
+        warps = 1 if size <= 7168 else 2 if size <= 10240 else 4
+    found = _configurations(architecture, length, warps, (2, 1), wide=size <= 160 * 32)
+    return found + _configurations(architecture, length, 2 * warps, (2,), wide=True)
 
 
-def _tilings(length: int) -> list[tuple[int, ...]]:
-    """Ways to cut ``length`` keys into tiles."""
-    found = [TILES[length]]
-    for tiles in ((128,), (128, 32), (128, 64), (128, 64, 64)):
-        if sum(tiles) == length:
-            found.insert(0, tiles)
-    return found
+def _backward_candidates(
+    architecture: str, dtype: torch.dtype, width: int, length: int
+) -> list[Configuration]:
+    """As many warps as it takes to hold the gradients of keys and values in registers."""
+    size = length * width
+    if architecture in AMD:
+        if size * dtype.itemsize > 40960:
+            return []
+        warps = 2 if size <= 160 * 32 else 4
+        return _configurations(architecture, length, warps, (1, 2), wide=warps == 4)
+    if dtype == torch.float32 or size > 16384:
+        return []
+    warps = 2 if size <= 4096 else 4 if size <= 7168 else 8
+    return _configurations(architecture, length, warps, (2, 1), wide=True)
+
+
+def _configurations(
+    architecture: str, length: int, warps: int, stages: tuple[int, ...], *, wide: bool
+) -> list[Configuration]:
+    """Blocks of 16 queries, and each way to cut ``length`` keys into tiles, a wide one first."""
+    tilings = {
+        64: ((64,),),
+        112: ((64, 32, 16), (64, 64)),
+        160: ((128, 32), (64, 64, 32)) if wide else ((64, 64, 32), (128, 32)),
+        256: ((128, 128), (128, 64, 64)),
+    }[length]
+    # Left alone, NVIDIA's assembler aims at three programs more than there is room for, and spills.
+    options = {"matrix_instr_nonkdim": 16} if architecture in AMD else {"maxnreg": 255}
+    return [
+        Configuration(
+            {"BLOCK_M": 16, **{f"TILE_{n}": tile for n, tile in enumerate((*tiles, 0, 0)[:3])}},
+            {"num_warps": warps, "num_stages": stage, **options},
+        )
+        for tiles in tilings
+        for stage in stages
+    ]
 
 
 def _example(
@@ -219,14 +244,22 @@ def _example(
     return lambda: backward(output, query, key, value, output, lse, (dq, dk, dv), *rest)
 
 
-TUNABLES = tuple(
+_CONSTANTS = ("BLOCK_M", "TILE_0", "TILE_1", "TILE_2")
+TUNABLES = (
     Tunable(
-        kernel,
-        (16, 32, 64, 128),
-        tuple(TILES),
-        partial(_candidates, grad=grad),
-        partial(_example, grad=grad),
-        ("BLOCK_M", "TILE_0", "TILE_1", "TILE_2"),
-    )
-    for kernel, grad in (("short_forward", False), ("short_backward", True))
+        "short_forward",
+        WIDTHS,
+        LENGTHS,
+        _forward_candidates,
+        partial(_example, grad=False),
+        _CONSTANTS,
+    ),
+    Tunable(
+        "short_backward",
+        WIDTHS,
+        LENGTHS,
+        _backward_candidates,
+        partial(_example, grad=True),
+        _CONSTANTS,
+    ),
 )
