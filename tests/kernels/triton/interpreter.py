@@ -29,6 +29,7 @@ import dataclasses
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from types import FunctionType
 from typing import Any
 from unittest import mock
@@ -70,6 +71,7 @@ def interpreting(architecture: str = "gfx942") -> Iterator[None]:
             upstream,
             interpreter_builder=_BUILDER,
             interpreter_semantic=TritonSemantic(_BUILDER),
+            _get_np_dtype=lru_cache(upstream._get_np_dtype),  # builds a table on every call
         )
         stack.enter_context(patch)
         rewritten: dict[int, Callable[..., Any]] = {}
