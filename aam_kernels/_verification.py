@@ -12,11 +12,9 @@ same bits when every row that belongs to no sequence is NaN; and zeros on those 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,131 +28,13 @@ from aam_kernels._problems import PROBLEMS, Problem, problems_of
 from aam_kernels._runtime import record, trust
 from aam_kernels._runtime.device import device_key, environment
 from aam_kernels._runtime.dispatch import available_impls
-from aam_kernels._timing import median_seconds, shown
-from aam_kernels._torch_backends import BackendCheck, check_backends
-from aam_kernels._torch_backends import table as backend_table
+from aam_kernels._report import TIMED_WIDTH, Check, Timing, VerificationReport, grouped
+from aam_kernels._timing import median_seconds
+from aam_kernels._torch_backends import check_backends
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CRASH = "does not run"
 _SMALL = 1 << 24  # elements of scores or matrices up to which the truth is computed on the CPU
-
-
-@dataclass(frozen=True)
-class Check:
-    """One implementation on one problem in one dtype.
-
-    Attributes:
-        operation: name of the operation.
-        impl: name of the implementation.
-        dtype: "float32", "bfloat16", "float16".
-        problem: what was computed.
-        worst: the tensor whose error is the largest share of what is allowed.
-        error: its largest error, as a share of its largest true value.
-        ratio: that error over the error of `math` (0 when both are within the floor).
-        failures: what broke the contract, empty when nothing did.
-        seconds: time taken.
-    """
-
-    operation: str
-    impl: str
-    dtype: str
-    problem: str
-    worst: str
-    error: float
-    ratio: float
-    failures: tuple[str, ...]
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one implementation on rows like those of a model.
-
-    Attributes:
-        operation: name of the operation.
-        impl: name of the implementation.
-        dtype: "float32", "bfloat16", "float16".
-        rows: how many sequences.
-        length: rows of each.
-        forward: median seconds.
-        backward: median seconds of the gradients of every input, without the forward pass.
-    """
-
-    operation: str
-    impl: str
-    dtype: str
-    rows: int
-    length: int
-    forward: float
-    backward: float
-
-
-@dataclass
-class VerificationReport:
-    """All that was measured on one device; `backends` is for information."""
-
-    device: str
-    environment: str = ""
-    checks: list[Check] = field(default_factory=list)
-    timings: list[Timing] = field(default_factory=list)
-    backends: list[BackendCheck] = field(default_factory=list)
-
-    @property
-    def passed(self) -> bool:
-        """Whether every check of our own implementations passed."""
-        return not self.failures
-
-    @property
-    def failures(self) -> list[Check]:
-        """The checks that failed."""
-        return [check for check in self.checks if check.failures]
-
-    def to_json(self) -> str:
-        """Device, verdict, every check, every time, every backend of torch."""
-        content = {
-            "device": self.device,
-            "environment": self.environment,
-            "passed": self.passed,
-            "checks": [asdict(check) for check in self.checks],
-            "timings": [asdict(timing) for timing in self.timings],
-            "torch_backends": [asdict(check) for check in self.backends],
-        }
-        return json.dumps(content, indent=1)
-
-    def table(self) -> str:
-        """One line for every operation, implementation and dtype, every failure, torch's own."""
-        head = ("operation", "impl", "dtype", "problems", "worst error", "to math", "forward",
-                "backward", "verdict")  # fmt: skip
-        rows = [head]
-        clocks = {(x.operation, x.impl, x.dtype): x for x in self.timings}
-        for place, checks in _grouped(self.checks).items():
-            worst = max(checks, key=lambda check: check.error)
-            failed = sum(bool(check.failures) for check in checks)
-            timing = clocks.get(place)
-            rows.append(
-                (
-                    *place,
-                    str(len(checks)),
-                    f"{worst.error:.1e}",
-                    f"{max(check.ratio for check in checks):.2f}x",
-                    shown(timing.forward) if timing else "",
-                    shown(timing.backward) if timing else "",
-                    f"{failed} FAILED" if failed else "passed",
-                )
-            )
-        widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-        lines = [self.device]
-        for row in rows:
-            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-            lines.append("  ".join(cells).rstrip())
-        sizes = {x.operation: f"{x.operation} {x.rows} x {x.length}" for x in self.timings}
-        if sizes:
-            lines.append(f"times: {', '.join(sizes.values())} tokens, width {_TIMED_WIDTH}")
-        for check in self.failures:
-            where = f"{check.operation}/{check.impl} {check.dtype}, {check.problem}"
-            lines.extend(f"FAILED {where}: {failure}" for failure in check.failures)
-        if self.backends:
-            lines += ["", *backend_table(self.backends)]
-        return "\n".join(lines)
 
 
 def verify(
@@ -196,18 +76,39 @@ def verify(
     _check_names(operations, impls, available)
     report = VerificationReport(device_key(device), environment(device))
     with trust.suspended():
-        for operation in operations or tuple(available):
-            names = impls or available[operation]
-            for dtype in dtypes:
-                for problem in problems_of(operation, quick=quick):
-                    report.checks.extend(check_problem(problem, names, dtype, device))
-                if times:
+        _check_all(report, operations or tuple(available), impls, available, dtypes, device, quick)
+        if times and not report.lost:
+            for operation in operations or tuple(available):
+                for dtype in dtypes:
+                    names = impls or available[operation]
                     report.timings.extend(_times(operation, names, dtype, device))
     if save:
         _remember(report, dtypes)
-    if backends and (operations is None or "attention" in operations):
+    if backends and not report.lost and (operations is None or "attention" in operations):
         report.backends = check_backends(device, dtypes, times=times)
     return report
+
+
+def _check_all(
+    report: VerificationReport,
+    operations: tuple[str, ...],
+    impls: tuple[str, ...] | None,
+    available: dict[str, tuple[str, ...]],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+    quick: bool,
+) -> None:
+    """Every problem, until one leaves the device unusable."""
+    for operation in operations:
+        for dtype in dtypes:
+            for problem in problems_of(operation, quick=quick):
+                for check in check_problem(problem, impls or available[operation], dtype, device):
+                    report.checks.append(check)
+                    crashed = any(CRASH in failure for failure in check.failures)
+                    if crashed and not trust.usable(device):
+                        name = f"{check.operation}/{check.impl} {check.dtype}, {check.problem},"
+                        report.lost = name
+                        return
 
 
 def check_problem(
@@ -231,7 +132,7 @@ def check_problem(
             failures = [*found.failures, *_repeat(problem, impl, inputs, result)]
         except Exception as crash:
             told = " ".join(str(crash).split())[:500]
-            failures.append(f"does not run: {type(crash).__name__}: {told}")
+            failures.append(f"{CRASH}: {type(crash).__name__}: {told}")
         yield Check(
             problem.operation,
             impl,
@@ -268,16 +169,13 @@ def _repeat(
     return failures
 
 
-_TIMED_WIDTH = 128
-
-
 def _times(
     operation: str, impls: tuple[str, ...], dtype: torch.dtype, device: torch.device
 ) -> Iterator[Timing]:
     """Times implementations on many rows of ASVs; what does not run has failed its checks."""
     count = 2048 if device.type == "cuda" else 16
     length = 151
-    problem = Problem(operation, "timing", (length,) * count, 4, _TIMED_WIDTH // 4)
+    problem = Problem(operation, "timing", (length,) * count, 4, TIMED_WIDTH // 4)
     inputs = problem.inputs(dtype, device)
     leaves = {name: x.requires_grad_() for name, x in inputs.items() if name != "grad"}
     for impl in impls:
@@ -303,8 +201,10 @@ def _remember(report: VerificationReport, dtypes: tuple[torch.dtype, ...]) -> No
     """Writes what passed and what failed into the record, in place of earlier small checks."""
     names = {str(dtype).removeprefix("torch."): dtype for dtype in dtypes}
     entries = {}
-    for (operation, impl, dtype), checks in _grouped(report.checks).items():
+    for (operation, impl, dtype), checks in grouped(report.checks).items():
         failed = [check for check in checks if check.failures]
+        if report.lost and not failed:
+            continue  # not all of it was checked
         told = "; ".join(f"{check.problem}: {check.failures[0]}" for check in failed[:3])
         name = trust.entry(operation, impl, names[dtype])
         entries[name] = (
@@ -342,13 +242,6 @@ def _available(device: torch.device) -> dict[str, tuple[str, ...]]:
     if find_spec("aam_kernels.encoder_layer.ops") is not None:
         import aam_kernels.encoder_layer.ops  # noqa: F401
     return {name: impls for name, impls in available_impls(device).items() if name in PROBLEMS}
-
-
-def _grouped(checks: list[Check]) -> dict[tuple[str, str, str], list[Check]]:
-    groups: dict[tuple[str, str, str], list[Check]] = {}
-    for check in checks:
-        groups.setdefault((check.operation, check.impl, check.dtype), []).append(check)
-    return groups
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -63,7 +63,10 @@ def case_of(
 
 
 class Unsettled(Exception):
-    """The check could not be carried out now, and may be another time: memory ran out."""
+    """The check could not be carried out: a failure for this process, and not for the record.
+
+    Memory may have run out, or a compiler be missing: another process may find it otherwise.
+    """
 
 
 Checker = Callable[[str, str, torch.device, torch.dtype, Case], list[str]]
@@ -103,12 +106,15 @@ def failure(operation: str, impl: str, device: torch.device, dtype: torch.dtype,
     Raises:
         RuntimeError: a check is due while a CUDA graph is being captured.
     """
-    if impl == "math" or device.type in TRUSTED_DEVICES or _suspended:
+    if impl == "math" or device.type in TRUSTED_DEVICES:
         return ""
-    if getattr(_thread, "checking", False) or os.environ.get("AAM_KERNELS_VERIFY") == "0":
-        return ""
-    place = (operation, impl, device, dtype_name(dtype), case)
+    precision = torch.get_float32_matmul_precision() if dtype == torch.float32 else ""
+    place = (operation, impl, device, dtype, precision, case)
     known = _settled.get(place)
+    if known == "" or _suspended or getattr(_thread, "checking", False):
+        return ""
+    if os.environ.get("AAM_KERNELS_VERIFY") == "0":
+        return ""
     if known is None:
         with _lock:
             known = _settled.get(place)
@@ -167,7 +173,9 @@ def _check(
     """Runs the installed check in a thread of its own; a crash in it is a failure."""
     if _checker is None:
         return ["no check is installed: import aam_kernels"]
-    checker, found, problems = _checker, [""], []
+    checker = _checker
+    found: list[str] = []
+    problems: list[Exception] = []
 
     def work() -> None:
         _thread.checking = True
@@ -184,8 +192,20 @@ def _check(
         told = f"{type(problems[0]).__name__}: {' '.join(str(problems[0]).split())[:500]}"
         if isinstance(problems[0], (torch.OutOfMemoryError, MemoryError)):
             raise Unsettled(f"the check ran out of memory ({told})")
-        return [f"it does not run: {told}"]
+        if usable(device):
+            raise Unsettled(f"it does not run: {told}")
+        return [f"it does not run, and the device is lost until the process ends: {told}"]
     return found
+
+
+def usable(device: torch.device) -> bool:
+    """Whether the device still works: an illegal access makes everything after it fail."""
+    try:
+        with _quiet(device):
+            torch.ones(1, device=device).item()
+    except RuntimeError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

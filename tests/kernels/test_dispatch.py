@@ -174,20 +174,29 @@ def test_checks_can_be_switched_off(broken, checks, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("module", "error"),
-    [
-        (pooling_sdpa, RuntimeError("PassManager::run failed\n on gfx942")),
-        (pooling_sdpa, AssertionError()),
-    ],
+    "error", [RuntimeError("PassManager::run failed\n on gfx942"), AssertionError()], ids=repr
 )
-def test_a_crash_counts_as_a_failure(monkeypatch, module, error):
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_crash_counts_as_a_failure(monkeypatch, checks, error, lost):
     def crash(*_):
         raise error
 
-    monkeypatch.setattr(module, "forward", crash)
-    expected = f"it does not run: {type(error).__name__}: {' '.join(str(error).split())}"
-    with pytest.warns(UserWarning, match=expected):
+    told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    expected = f"the device is lost .*: {told}" if lost else f"it does not run: {told}"
+    with monkeypatch.context() as patch:
+        patch.setattr(pooling_sdpa, "forward", crash)
+        patch.setattr(trust, "usable", lambda _: not lost)
+        with pytest.warns(UserWarning, match=expected):
+            assert dispatch.choose("pooling", "auto", CPU, torch.float32, CASE) == "math"
         assert dispatch.choose("pooling", "auto", CPU, torch.float32, CASE) == "math"
+    assert len(checks) == 1
+    new_process()
+    if lost:  # the next process must not lose its device too
+        with pytest.raises(RuntimeError, match=expected):
+            dispatch.choose("pooling", "sdpa", CPU, torch.float32, CASE)
+    else:  # a compiler may have been missing: it is tried again
+        assert dispatch.choose("pooling", "sdpa", CPU, torch.float32, CASE) == "sdpa"
+    assert len(checks) == (1 if lost else 2)
 
 
 def test_running_out_of_memory_is_not_remembered(monkeypatch, checks):

@@ -132,6 +132,19 @@ def test_a_crash_is_a_failure_and_the_others_go_on(small, monkeypatch, capsys):
     assert re.search(r"attention +math +float32 +2 .* passed", output)
 
 
+def test_nothing_is_checked_on_a_lost_device(small, monkeypatch, capsys):
+    def crash(*_):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(sdpa, "forward", crash)
+    monkeypatch.setattr(trust, "usable", lambda _: False)
+    assert main(["--device", "cpu"]) == 1
+    output = capsys.readouterr().out
+    assert "attention/sdpa float32, small, left the device unusable" in output
+    assert output.count("FAILED attention") == 1
+    assert list(recorded()) == ["attention/sdpa"]
+
+
 def test_a_complete_run_replaces_small_checks(small, monkeypatch):
     where, case = environment(CPU), trust.case_of((16,), 20)
     small_check = trust.entry("attention", "sdpa", torch.float32, case)
@@ -193,7 +206,7 @@ def test_large_logits_and_unknown_lengths():
 
 def test_times_are_taken_of_every_implementation(monkeypatch):
     monkeypatch.setattr(_verification, "problems_of", lambda *_, **__: SMALL[:1])
-    monkeypatch.setattr(_verification, "_TIMED_WIDTH", 8)
+    monkeypatch.setattr(_verification, "TIMED_WIDTH", 8)
     report = verify("cpu", operations=("attention",), dtypes=(torch.float32,), times=True)
     assert [timing.impl for timing in report.timings] == ["sdpa", "math"]
     assert all(timing.forward > 0 and timing.backward > 0 for timing in report.timings)
