@@ -29,7 +29,6 @@ import dataclasses
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from types import FunctionType
 from typing import Any
 from unittest import mock
@@ -71,7 +70,7 @@ def interpreting(architecture: str = "gfx942") -> Iterator[None]:
             upstream,
             interpreter_builder=_BUILDER,
             interpreter_semantic=TritonSemantic(_BUILDER),
-            _get_np_dtype=lru_cache(upstream._get_np_dtype),  # builds a table on every call
+            _get_np_dtype=_numpy_dtype,
         )
         stack.enter_context(patch)
         rewritten: dict[int, Callable[..., Any]] = {}
@@ -310,6 +309,18 @@ class _Memory:
 
 
 # Operations -----------------------------------------------------------------------------------
+
+_find_numpy_dtype = upstream._get_np_dtype
+_NUMPY_DTYPES: dict[str, np.dtype] = {}
+
+
+def _numpy_dtype(x: Any) -> np.dtype:
+    """Triton's own function builds a table on each of its many calls."""
+    element = x.element_ty if isinstance(x, tl.block_type) else x
+    found = _NUMPY_DTYPES.get(element.name)
+    if found is None:
+        found = _NUMPY_DTYPES[element.name] = _find_numpy_dtype(element)
+    return found
 
 
 def _to_float32(bits: np.ndarray) -> np.ndarray:
