@@ -25,10 +25,10 @@ from aam_kernels import _quick_check  # noqa: F401  (installs the check that dis
 from aam_kernels._accuracy import compare, error
 from aam_kernels._composed import widened
 from aam_kernels._problems import PROBLEMS, Problem, problems_of
+from aam_kernels._report import TIMED_WIDTH, Check, Timing, VerificationReport, grouped
 from aam_kernels._runtime import record, trust
 from aam_kernels._runtime.device import device_key, environment
 from aam_kernels._runtime.dispatch import available_impls
-from aam_kernels._report import TIMED_WIDTH, Check, Timing, VerificationReport, grouped
 from aam_kernels._timing import median_seconds
 from aam_kernels._torch_backends import check_backends
 
