@@ -54,6 +54,10 @@ PASS = ROWS * LENGTH * DIM * 2
 ATTENTION_WEIGHTS, FEED_FORWARD_WEIGHTS = 4 * DIM * DIM * 2, 2 * DIM * HIDDEN * 2
 
 
+WANTED = 1.4
+"""Ratio to the parts from which a fused kernel is worth having."""
+
+
 @dataclass(frozen=True)
 class Machine:
     """Peaks behind the roofline: issue and matrix clocks, bytes; all a second."""
@@ -237,8 +241,14 @@ class Counted:
 def count(
     name: str, done: Launch, programs: int, trips: list[float], memory: float, cache: float
 ) -> Counted:
-    """Costs of a launch whose loops go round ``trips`` times in each of ``programs``."""
-    total = code(done.compiled).cost(trips) * (programs * done.compiled.metadata.num_warps)
+    """Costs of a launch; its loops with products go round ``trips`` times in each program."""
+    given, compiled = iter(trips), code(done.compiled)
+    turns = [next(given, 1.0) if x.cost.matrix_instructions else 1.0 for x in compiled.loops]
+    if next(given, None) is not None or len(trips) != sum(
+        x.cost.matrix_instructions > 0 for x in compiled.loops
+    ):
+        raise ValueError(f"{name}: other loops than expected: {list(map(str, compiled.loops))}")
+    total = compiled.cost(turns) * (programs * done.compiled.metadata.num_warps)
     meta = " ".join(f"{key}={value}" for key, value in sorted(done.options.items()) if value)
     sizes = ("RESIDENT", "CHUNK", "BLOCK_M", "BLOCK_ROWS", "BLOCK_N", "BLOCK_HIDDEN", "TILE_0")
     blocks = " ".join(f"{key}={done.constants[key]}" for key in sizes if key in done.constants)
@@ -303,14 +313,15 @@ def parts(architecture: str, dropout_p: float) -> list[Counted]:
             value.numel() * (2 if value.numel() >= x.numel() else value.element_size())
             for value in tensors
         )
+        loops = [x for x in code(done.compiled).loops if x.cost.matrix_instructions]
         if done.kernel in WORK:
             described = work(done, LENGTH)
-            programs, trips = described.programs, list(described.trips)
+            programs = described.programs
+            known = dict(zip(code(done.compiled).loops, described.trips, strict=True))
+            trips = [known[loop] for loop in loops]
         else:
-            blocks = math.ceil(done.constants["K"] / done.constants["BLOCK_K"])
-            loops = code(done.compiled).loops
             programs = done.programs
-            trips = [float(blocks) if loop.cost.matrix_instructions else 0.0 for loop in loops]
+            trips = [done.constants["K"] / done.constants["BLOCK_K"]] * len(loops)
         weight = 0.0
         if "K" in done.constants:
             weight = 2 * done.constants["K"] * min(done.constants["N"], done.constants["BLOCK_N"])
@@ -387,6 +398,20 @@ def added(launches: list[Counted], machine: Machine) -> float:
     return sum(x.microseconds(machine)[0] + x.microseconds(machine)[2] for x in launches)
 
 
+def verdict(one: list[Counted], many: list[Counted], machine: Machine) -> str:
+    """Ratios, and whether they and the resources allow to ship."""
+    ratio = bound(many, machine) / bound(one, machine)
+    with_cache = bound(many, machine, cache=True) / bound(one, machine, cache=True)
+    problems = [problem for x in one for problem in x.resources.broken_limits()]
+    if min(ratio, with_cache) < WANTED:
+        problems.append(f"less than {WANTED}")
+    return (
+        f"{bound(many, machine):6.0f} /{bound(one, machine):5.0f} us = {ratio:.2f}"
+        f" {with_cache:6.2f} {added(many, machine) / added(one, machine):6.2f}   "
+        + (f"not viable: {', '.join(problems)}" if problems else "viable")
+    )
+
+
 def report(architecture: str, dropout_p: float, everything: bool) -> None:
     """Prints the table of one architecture."""
     machine = MACHINES.get(architecture)
@@ -410,20 +435,14 @@ def report(architecture: str, dropout_p: float, everything: bool) -> None:
         print(line(x, machine, options=x not in separate), flush=True)
     if machine is None:
         return
-    print("ratios of parts to fused: roofline / with L2 as a roof / issue and memory added")
+    print("parts / fused: roofline, with L2 as a roof, issue and memory added")
     for name, one, many in (
         ("attention half", [fused], separate[:3]),
         ("feed-forward half", [ffn], separate[3:]),
         ("two halves", [fused, ffn], separate),
         ("whole layer", [layer], separate),
     ):
-        print(
-            f"  {name:18}"
-            f" {bound(many, machine):6.0f} / {bound(one, machine):5.0f} us"
-            f" = {bound(many, machine) / bound(one, machine):.2f}"
-            f"   {bound(many, machine, cache=True) / bound(one, machine, cache=True):.2f}"
-            f"   {added(many, machine) / added(one, machine):.2f}"
-        )
+        print(f"  {name:18} {verdict(one, many, machine)}")
     unfused, epilogues = (1e6 * n * PASS / machine.memory for n in (38, 26))
     print(f"  memory alone of 38 tensor passes {unfused:.0f} us, of 26 {epilogues:.0f} us, "
           f"of 4 {1e6 * 4 * PASS / machine.memory:.0f} us")  # fmt: skip

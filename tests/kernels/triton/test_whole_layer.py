@@ -19,7 +19,7 @@ SHAPES = (
 
 def problem():
     torch.manual_seed(1)
-    x = (3 * torch.randn(sum(LENGTHS) + 3, DIM) + 0.5).bfloat16()
+    x = (0.1 * torch.randn(sum(LENGTHS) + 3, DIM) + 0.02).bfloat16()  # branches outweigh it
     x[-3:] = float("nan")  # rows of no sequence
     weights = [(torch.randn(shape) / shape[-1] ** 0.5).bfloat16() for shape in SHAPES]
     offsets = torch.tensor([0, *LENGTHS]).cumsum(0).int()
@@ -41,7 +41,7 @@ FORMS = {
 
 def assert_close(found, true):
     error = (found[: len(true)].double() - true).abs().max() / true.abs().max()
-    assert error < 0.01, error  # a rounding of bfloat16 is 0.004 of a value
+    assert error < 0.01, error  # found: 0.003 to 0.006; a key too many gives 0.019
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["attention", "whole"])
