@@ -1,6 +1,6 @@
 """The layer by Triton kernels (``impl="triton"``): every product with what stands around it.
 
-Forward, five launches (the names are those of `aam_kernels.encoder_layer.reference`)::
+Forward (the names are those of `aam_kernels.encoder_layer.reference`)::
 
     qkv      = LN1(x) Wqkv' + bqkv                        layer_product
     attended = attention(qkv), float32                    aam_kernels.attention.triton
@@ -8,12 +8,16 @@ Forward, five launches (the names are those of `aam_kernels.encoder_layer.refere
     hidden   = drop2(gelu(LN2(mid) Win' + bin))           layer_product
     output   = mid + drop3(hidden Wffn' + bffn)           layer_product
 
+five launches; three where the tables offer `layer_feed_forward`, which is all after attention at
+once (half types, widths up to 128).
+
 Backward keeps qkv, attended and the logsumexp, or makes them again from x with the same launches
 and so to the same bits; mid and hidden are always made again.
 
 Products take operands in the dtype of the weights and add in float32. Sums of a row, residuals
-inside a kernel and what attention gives are float32: its gradient needs rowsum(dO O) more exactly
-than a half type holds O. Rows past the last sequence are never read, and 0 in every result.
+inside a kernel and the attended values for backward are float32: attention's gradient needs
+rowsum(dO O) more exactly than a half type holds O. Rows past the last sequence are never read,
+and 0 in the output and the gradient of x.
 """
 
 from __future__ import annotations
@@ -46,8 +50,8 @@ def forward(
 ) -> tuple[Tensor, Saved | None]:
     """The layer, (total, D) -> (total, D), and with ``keep`` what backward does not make again."""
     layer = _Layer(x, offsets, weights, num_heads, dropout_p, seed, max_length)
-    qkv, attended, lse = layer.attend()
-    output = layer.feed_forward(layer.mid(attended))
+    qkv, attended, lse = layer.attend(torch.float32 if keep else x.dtype)
+    output = layer.feed_forward(attended)
     if not keep:
         return output, None
     return output, nothing_saved(x)._replace(qkv=qkv, attended=attended, lse=lse)
@@ -67,7 +71,7 @@ def backward(
 ) -> list[Tensor | None]:
     """Gradients of ``x`` and the twelve weights, each only where ``needs`` says so."""
     layer = _Layer(x, offsets, weights, num_heads, dropout_p, seed, max_length)
-    qkv, attended, lse = saved[:3] if saved[0].dim() == 2 else layer.attend()
+    qkv, attended, lse = saved[:3] if saved[0].dim() == 2 else layer.attend(torch.float32)
     found = layer.backward(grad_output.contiguous(), qkv, attended, lse, needs)
     return [grad if need else None for grad, need in zip(found, needs, strict=True)]
 
@@ -93,11 +97,14 @@ class _Layer:
         scale = self.heads[1] ** -0.5
         self.how = Sequences(offsets, max_length=max_length), scale, dropout_p, seed
 
-    def attend(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value (total, 3 D), attended (total, D) and lse (total, heads)."""
+    def attend(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value (total, 3 D), attended (total, D) and lse (total, heads).
+
+        ``dtype`` is that of attended: what follows it in the forward pass rounds it anyway.
+        """
         w = self.weights
         qkv = self.launcher.product(self.x, w.qkv_weight, w.qkv_bias, norm=self.norm1)
-        attended = torch.empty_like(self.x, dtype=torch.float32)
+        attended = torch.empty_like(self.x, dtype=dtype)
         parts = qkv.unflatten(1, (3, *self.heads)).unbind(1)
         lse = attention.forward_into(attended.unflatten(1, self.heads), *parts, *self.how)
         return qkv, attended, lse
@@ -109,9 +116,11 @@ class _Layer:
             attended, w.out_weight, w.out_bias, residual=self.x, output_site=BRANCH_SITE
         )
 
-    def feed_forward(self, mid: Tensor) -> Tensor:
+    def feed_forward(self, attended: Tensor) -> Tensor:
         """The layer's output, (total, D)."""
-        w, product = self.weights, self.launcher.product
+        if self.launcher.feeds_forward(self.x):
+            return self.launcher.feed_forward(attended, self.x, self.weights)
+        w, product, mid = self.weights, self.launcher.product, self.mid(attended)
         hidden = product(
             mid, w.ffn_in_weight, w.ffn_in_bias, norm=self.norm2, gelu=True,
             output_site=HIDDEN_SITE,

@@ -43,6 +43,7 @@ def layer_norm_backward(
     total,
     programs,
     D: tl.constexpr,
+    ROUND_HALF_UP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -69,11 +70,11 @@ def layer_norm_backward(
         level = tl.sum(grad, 1) / D
         grad = (grad - level[:, None] - normed * along[:, None]) * rstd[:, None]
         grad += load_tile(residual_ptr, first, block, rows_left, columns, D)
-        store_tile(grad_x_ptr, grad, first, block, total - start, columns, D)
+        store_tile(grad_x_ptr, grad, first, block, total - start, columns, D, ROUND_HALF_UP)
         if normed_ptr is not None:
             bias = load_features(norm_bias_ptr, columns, D)
             normed = normed * weight[None, :] + bias[None, :]
-            store_tile(normed_ptr, normed, first, block, rows_left, columns, D)
+            store_tile(normed_ptr, normed, first, block, rows_left, columns, D, ROUND_HALF_UP)
     partials_ptr += tl.program_id(0) * (2 * D)
     tl.store(partials_ptr + columns, tl.sum(grad_weight, 0), mask=columns < D)
     tl.store(partials_ptr + D + columns, tl.sum(grad_bias, 0), mask=columns < D)

@@ -16,12 +16,19 @@ from aam_kernels._runtime.configurations import (
     round_half_up,
 )
 from aam_kernels._runtime.dropout import drop_below
+from aam_kernels.encoder_layer.triton.feed_forward import layer_feed_forward
 from aam_kernels.encoder_layer.triton.gradients import (
     layer_add_partials,
     layer_norm_backward,
     layer_weight_gradient,
 )
 from aam_kernels.encoder_layer.triton.product import layer_hidden_backward, layer_product
+from aam_kernels.encoder_layer.weights import (
+    BRANCH_SITE,
+    HIDDEN_SITE,
+    OUTPUT_SITE,
+    EncoderLayerWeights,
+)
 
 WIDTHS, LENGTHS = (128,), (0,)
 """Of the tables: wider matrices are taken in blocks, and the rows of a batch do not matter."""
@@ -82,6 +89,27 @@ class Launcher:
         )  # fmt: skip
         return output
 
+    def feed_forward(self, attended: Tensor, x: Tensor, weights: EncoderLayerWeights) -> Tensor:
+        """The layer's output (total, D) from what attention gave; see `layer_feed_forward`."""
+        (total, dim), hidden = x.shape, weights.ffn_in_weight.shape[0]
+        output = x.new_empty(total, dim)
+        chosen = configuration("layer_feed_forward", x.dtype, dim, LENGTHS[0])
+        assert chosen is not None
+        launch(
+            layer_feed_forward, triton.cdiv(total, chosen.meta["BLOCK_M"]),
+            attended, x, *weights[4:], output, *self._place(), total, *self._dropout(),
+            D=dim, F=hidden, BRANCH_SITE=self._site(BRANCH_SITE),
+            HIDDEN_SITE=self._site(HIDDEN_SITE), OUTPUT_SITE=self._site(OUTPUT_SITE),
+            BLOCK_D=max(16, triton.next_power_of_2(dim)), configuration=chosen,
+            **_arithmetic(x.dtype),
+        )  # fmt: skip
+        return output
+
+    @staticmethod
+    def feeds_forward(x: Tensor) -> bool:
+        """Whether the tables offer `feed_forward` for the width and dtype of ``x``."""
+        return configuration("layer_feed_forward", x.dtype, x.shape[1], LENGTHS[0]) is not None
+
     def hidden_backward(
         self,
         grad_output: Tensor,
@@ -102,7 +130,7 @@ class Launcher:
         launch(
             layer_hidden_backward, programs,
             grad_output, mid, norm.weight, norm.bias, ffn_in_weight, ffn_in_bias, ffn_out_weight,
-            hidden, grad_hidden_input, *self._place(), mid.shape[0], *self._dropout(),
+            hidden, grad_hidden_input, *self._place(), *self._dropout(),
             N=hidden.shape[1], K=mid.shape[1], HIDDEN_SITE=self._site(sites[0]),
             OUTPUT_SITE=self._site(sites[1]), configuration=chosen, **_arithmetic(mid.dtype),
         )  # fmt: skip
@@ -122,7 +150,8 @@ class Launcher:
             layer_norm_backward, programs,
             grad, x, residual, norm.weight, norm.bias, grad_x, normed, partials, self.offsets,
             self.offsets.shape[0] - 1, total, programs,
-            D=dim, BLOCK_D=triton.next_power_of_2(dim), configuration=chosen,
+            D=dim, BLOCK_D=triton.next_power_of_2(dim), ROUND_HALF_UP=round_half_up(x.dtype),
+            configuration=chosen,
         )  # fmt: skip
         grads = _add_partials(partials, norm.weight, norm.bias)
         return grad_x, grads, normed

@@ -79,7 +79,7 @@ def layer_product(
     rows_left = tl.load(offsets_ptr + count) - first
     if rows_left <= 0:
         zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        store_tile(output_ptr, zeros, first, block, rows_total, columns, N)
+        store_tile(output_ptr, zeros, first, block, rows_total, columns, N, ROUND_HALF_UP)
         return
     accumulator = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if norm_weight_ptr is not None and K <= BLOCK_K:
@@ -106,7 +106,10 @@ def layer_product(
             if INPUT_SITE:
                 x = drop_features(x, seed_ptr, first, block, inner, drop_below, INPUT_SITE)
             weight = load_weight(weight_ptr, columns, inner, stride_output, stride_input, N, K)
-            x = narrow(x, dtype, ROUND_HALF_UP)
+            if input_ptr.dtype.element_ty == tl.float32:
+                x = x.to(dtype)  # as attention rounds where it stores a half type
+            else:
+                x = narrow(x, dtype, ROUND_HALF_UP)
             accumulator = tl.dot(x, weight, accumulator, input_precision=PRECISION)
     if bias_ptr is not None:
         accumulator += load_features(bias_ptr, columns, N)[None, :]
@@ -121,10 +124,10 @@ def layer_product(
     if residual_ptr is not None:
         accumulator += load_tile(residual_ptr, first, block, rows_left, columns, N)
     accumulator = tl.where((block < rows_left)[:, None], accumulator, 0.0)
-    store_tile(output_ptr, accumulator, first, block, rows_total, columns, N)
+    store_tile(output_ptr, accumulator, first, block, rows_total, columns, N, ROUND_HALF_UP)
 
 
-@triton.jit(do_not_specialize=["count", "total", "drop_below"])
+@triton.jit(do_not_specialize=["count", "drop_below"])
 def layer_hidden_backward(
     grad_output_ptr,
     mid_ptr,
@@ -138,7 +141,6 @@ def layer_hidden_backward(
     offsets_ptr,
     seed_ptr,
     count,
-    total,
     drop_below,
     keep_scale,
     N: tl.constexpr,
@@ -154,14 +156,14 @@ def layer_hidden_backward(
     """The feed-forward part's hidden features once more, and the gradient before their GELU.
 
     With u = norm(mid) Win^T + b: hidden = drop2(gelu(u)), and the gradient of u is
-    drop2(drop3(grad_output) Wout) gelu'(u); N hidden features, K model features.
+    drop2(drop3(grad_output) Wout) gelu'(u); N hidden features, K model features. Nothing is
+    written past the last sequence: what comes next does not read there.
     """
     dtype: tl.constexpr = ffn_in_weight_ptr.dtype.element_ty
     COLUMN_BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     first = (tl.program_id(0) // COLUMN_BLOCKS).to(tl.int64) * BLOCK_M
     columns = tl.program_id(0) % COLUMN_BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
     block = tl.arange(0, BLOCK_M)
-    rows_total = total - first
     rows_left = tl.load(offsets_ptr + count) - first
     hidden_input = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     grad_hidden = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -185,7 +187,7 @@ def layer_hidden_backward(
         hidden_input += load_features(ffn_in_bias_ptr, columns, N)[None, :]
     cdf = normal_cdf(hidden_input, dtype == tl.float32)
     grad_hidden = grad_hidden * gelu_derivative(hidden_input, cdf)
-    hidden = tl.where((block < rows_left)[:, None], hidden_input * cdf, 0.0)
+    hidden = hidden_input * cdf
     if HIDDEN_SITE:
         hidden = drop_features(
             hidden * keep_scale, seed_ptr, first, block, columns, drop_below, HIDDEN_SITE
@@ -194,5 +196,7 @@ def layer_hidden_backward(
             grad_hidden * (keep_scale * keep_scale),
             seed_ptr, first, block, columns, drop_below, HIDDEN_SITE,
         )  # fmt: skip
-    store_tile(hidden_ptr, hidden, first, block, rows_total, columns, N)
-    store_tile(grad_hidden_input_ptr, grad_hidden, first, block, rows_total, columns, N)
+    store_tile(hidden_ptr, hidden, first, block, rows_left, columns, N, ROUND_HALF_UP)
+    store_tile(
+        grad_hidden_input_ptr, grad_hidden, first, block, rows_left, columns, N, ROUND_HALF_UP
+    )

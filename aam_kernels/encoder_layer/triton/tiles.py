@@ -10,6 +10,7 @@ import triton.language as tl
 from aam_kernels._runtime.kernel_functions import (
     column_factors,
     dropped,
+    narrow,
     row_factors,
     seed_word,
 )
@@ -28,11 +29,20 @@ def load_tile(pointer, first, block, rows_left, columns, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def store_tile(pointer, x, first, block, rows_left, columns, WIDTH: tl.constexpr):
-    """Stores (rows, columns) into a dense (total, WIDTH) tensor."""
+def store_tile(
+    pointer,
+    x,
+    first,
+    block,
+    rows_left,
+    columns,
+    WIDTH: tl.constexpr,
+    ROUND_HALF_UP: tl.constexpr,
+):
+    """Stores float32 (rows, columns) into a dense (total, WIDTH) tensor."""
     mask = (block < rows_left)[:, None] & (columns < WIDTH)[None, :]
     places = pointer + first * WIDTH + block[:, None] * WIDTH + columns[None, :]
-    tl.store(places, x.to(pointer.dtype.element_ty), mask=mask)
+    tl.store(places, narrow(x, pointer.dtype.element_ty, ROUND_HALF_UP), mask=mask)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import torch
 
 from aam_kernels._runtime.configurations import AMD, Configuration, Tunable
 from aam_kernels.encoder_layer.triton.launches import LENGTHS, NORM_WIDTHS, WIDTHS, Launcher, Norm
-from aam_kernels.encoder_layer.weights import HIDDEN_SITE, OUTPUT_SITE
+from aam_kernels.encoder_layer.weights import HIDDEN_SITE, OUTPUT_SITE, EncoderLayerWeights
 
 _TOKENS = 1 << 17
 
@@ -34,6 +34,23 @@ def _product(architecture: str, dtype: torch.dtype, width: int, length: int) -> 
     if architecture in AMD:
         return _blocks(names, [(128, 128, 64, 4, 2), (64, 128, 128, 4, 1), (128, 64, 128, 4, 1)])
     return _blocks(names, [(128, 128, 128, 8, 1), (64, 128, 128, 8, 1), (128, 128, 64, 8, 2)])
+
+
+def _feed_forward(
+    architecture: str, dtype: torch.dtype, width: int, length: int
+) -> list[Configuration]:
+    """None for float32: the products of the parts fit no register file beside each other."""
+    names = ("BLOCK_M", "BLOCK_F")
+    if dtype == torch.float32:
+        return []
+    if architecture in AMD:
+        # Products of 16 rows: a wave keeps its rows to itself from the norm to the output.
+        options = {"num_warps": 4, "num_stages": 1, "matrix_instr_nonkdim": 16}
+        shapes = ((64, 32), (64, 64))
+    else:
+        options = {"num_warps": 8, "num_stages": 1}
+        shapes = ((128, 64), (64, 64), (128, 32))
+    return [Configuration(dict(zip(names, sizes, strict=True)), options) for sizes in shapes]
 
 
 def _hidden(architecture: str, dtype: torch.dtype, width: int, length: int) -> list[Configuration]:
@@ -81,6 +98,11 @@ class _Example:
         self.norm = Norm(some(width), some(width))
         self.ffn_in, self.ffn_in_bias = some(4 * width, width), some(4 * width)
         self.ffn_out = some(width, 4 * width)
+        attention = some(3 * width, width), some(3 * width), some(width, width), some(width)
+        norm = self.norm.weight, self.norm.bias
+        self.weights = EncoderLayerWeights(
+            *norm, *attention, *norm, self.ffn_in, self.ffn_in_bias, self.ffn_out, some(width)
+        )
         offsets = torch.tensor([0, _TOKENS], dtype=torch.int32, device=device)
         seed = torch.zeros((), dtype=torch.int64, device=device)
         self.launcher = Launcher(offsets, 0.1, seed)
@@ -90,6 +112,9 @@ class _Example:
             self.x, self.ffn_in, self.ffn_in_bias, norm=self.norm, gelu=True,
             output_site=HIDDEN_SITE,
         )  # fmt: skip
+
+    def feed_forward(self) -> object:
+        return self.launcher.feed_forward(self.x, self.x, self.weights)
 
     def hidden_backward(self) -> object:
         return self.launcher.hidden_backward(
@@ -126,6 +151,7 @@ TUNABLES = tuple(
     )
     for kernel, candidates, method in (
         ("layer_product", _product, _Example.product),
+        ("layer_feed_forward", _feed_forward, _Example.feed_forward),
         ("layer_hidden_backward", _hidden, _Example.hidden_backward),
         ("layer_norm_backward", _norm, _Example.norm_backward),
         ("layer_weight_gradient", _weight, _Example.weight_gradient),

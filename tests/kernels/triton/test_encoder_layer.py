@@ -24,6 +24,7 @@ LENGTHS = (0, 5, 33, 0, 17, 0)
 PRODUCT = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 16}
 SMALL = {  # several blocks in every direction, and several shares of every sum
     "layer_product": PRODUCT,
+    "layer_feed_forward": {"BLOCK_M": 32, "BLOCK_F": 32},
     "layer_hidden_backward": PRODUCT,
     "layer_weight_gradient": {"BLOCK_ROWS": 16, "BLOCK_N": 64, "BLOCK_K": 32},
     "layer_norm_backward": {"BLOCK_ROWS": 16},
@@ -39,10 +40,12 @@ def _interpreted():
 
 
 @contextlib.contextmanager
-def small_blocks():
+def small_blocks(*, fused=True):
     with contextlib.ExitStack() as stack:
         for kernel, meta in SMALL.items():
             stack.enter_context(forced(kernel, Configuration(meta, {})))
+        if not fused:
+            stack.enter_context(forced("layer_feed_forward", None))
         yield
 
 
@@ -50,6 +53,12 @@ def small_blocks():
 def test_contract(dtype):
     with small_blocks():
         (check,) = check_problem(WHOLE, ("triton",), dtype, CPU)
+    assert check.failures == ()
+
+
+def test_contract_with_separate_products():
+    with small_blocks(fused=False):
+        (check,) = check_problem(WHOLE, ("triton",), torch.bfloat16, CPU)
     assert check.failures == ()
 
 
@@ -91,11 +100,12 @@ def run(x, weights, grad, lengths=LENGTHS, **options):
     return [out.detach(), *torch.autograd.grad(out, [x, *weights], grad)]
 
 
-def test_recomputing_and_keeping_give_the_same_bits():
+@pytest.mark.parametrize("fused", [True, False])
+def test_recomputing_and_keeping_give_the_same_bits(fused):
     x, weights = make(dtype=torch.bfloat16)
     grad = torch.randn_like(x)
     options = {"dropout_p": 0.2, "seed": 3}
-    with small_blocks():
+    with small_blocks(fused=fused):
         kept = run(x, weights, grad, recompute=False, **options)
         again = run(x, weights, grad, recompute=True, **options)
     for one, other in zip(kept, again, strict=True):
