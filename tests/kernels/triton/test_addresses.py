@@ -40,7 +40,8 @@ def test_attention_far_from_the_first_row(kernels):
         x[real] = far[real].float()
     with (
         interpreter.interpreting(),
-        mock.patch.object(interpreter._Memory, "write"),  # its record is as large as the storage
+        # Writes are checked as reads are: the record of writers is as large as the storage.
+        mock.patch.object(interpreter._Memory, "write", interpreter._Memory.read),
         mock.patch.dict(
             configurations._FORCED,
             {} if kernels == "short" else {"short_forward": None, "short_backward": None},
