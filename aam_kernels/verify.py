@@ -1,7 +1,8 @@
-"""``python -m aam_kernels.verify [--device D] [--operation O] [--impl I] [--json FILE]``.
+"""``python -m aam_kernels.verify [--quick] [--device D] [--operation O] [--impl I] [--json FILE]``.
 
-Prints a table of every operation, implementation and dtype measured against float64 on this
-machine; exits with 1 when anything failed, with 2 when asked for what does not exist. From Python:
+Prints a table of every operation, implementation and dtype: errors against float64 on this machine,
+times, what failed; then torch's own attention backends with padding masks. Exits with 1 when one of
+our implementations failed, with 2 when asked for what does not exist. From Python:
 ``aam_kernels.verify(...)``.
 """
 

@@ -219,6 +219,6 @@ def _quiet(device: torch.device) -> Iterator[None]:
     try:
         with torch.cuda.device(device):
             yield
-            torch.cuda.synchronize()
+            torch.cuda.current_stream(device).synchronize()
     finally:
         torch.cuda.set_sync_debug_mode(mode)
