@@ -6,6 +6,7 @@ import torch
 from aam_kernels import available_impls
 from aam_kernels._problems import PROBLEMS, Problem, problems_of
 from aam_kernels._runtime import dispatch, trust
+from aam_kernels._runtime.configurations import table_of
 from aam_kernels._verification import check_problem, main
 
 IMPLS = ("triton", "sdpa", "math")
@@ -32,9 +33,12 @@ def test_accuracy_poison_and_determinism(operation, dtype, impl, device):
 
 @pytest.mark.parametrize("operation", sorted(PROBLEMS))
 def test_triton_serves_a_supported_device(operation, device):
-    capability = torch.cuda.get_device_capability(device)
-    if torch.version.hip is None and capability < (8, 0):
-        pytest.skip(f"no table for compute capability {capability}")
+    properties = torch.cuda.get_device_properties(device)
+    name = f"sm_{properties.major}{properties.minor}"
+    if torch.version.hip:
+        name = properties.gcnArchName.split(":")[0]
+    if table_of(name) is None:
+        pytest.skip(f"there is no table for {name}")
     assert "triton" in available_impls(device)[operation]
 
 
