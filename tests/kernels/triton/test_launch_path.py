@@ -11,14 +11,17 @@ import json
 import pytest
 import torch
 
+from aam_kernels._problems import _layer_shapes
 from aam_kernels._runtime import configurations
 from aam_kernels._runtime.grouping import Sequences
+from aam_kernels.encoder_layer.weights import EncoderLayerWeights
 from profiling.fake_driver import captured
 from profiling.tunables import tunables
 
 TARGETS = ("gfx942", "sm_90")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 attention = importlib.import_module("aam_kernels.attention.triton")
+layer = importlib.import_module("aam_kernels.encoder_layer.triton")
 pooling = importlib.import_module("aam_kernels.pooling.triton")
 
 
@@ -204,3 +207,28 @@ def test_a_kernel_that_cannot_be_compiled_is_a_record():
         pytest.raises(Exception, match="power of 2"),
     ):
         pool(4, 100, 400, torch.bfloat16)
+
+
+def run_layer(count, max_length, total, dtype, *, dim=128, heads=4, dropout=0.1):
+    """Forward and backward of the encoder layer, recomputing."""
+    shapes = _layer_shapes(dim)
+    weights = EncoderLayerWeights(*(meta(*shapes[name], dtype=dtype) for name in shapes))
+    x, offsets = meta(total, dim, dtype=dtype), meta(count + 1, dtype=torch.int32)
+    rest = (offsets, weights, heads, dropout, meta(dtype=torch.int64), max_length)
+    layer.forward(x, *rest, False)
+    saved = [meta(0)] * 3
+    layer.backward(x, x, *rest, saved, [True] * (1 + len(weights)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("batches", [BATCHES[:-1], LARGE_BATCHES], ids=["short", "large"])
+def test_the_layer_is_specialised_as_often_as_it_launches_once(dtype, batches):
+    # One batch launches a kernel for several products; no other batch adds a specialisation.
+    once = {}
+    for number, (count, length, total) in enumerate(batches):
+        with captured("gfx942", compiling=False) as launches:
+            run_layer(count, length, total, dtype)
+        assert all(launch.grid[1:] == (1, 1) and launch.programs > 0 for launch in launches)
+        found = by_kernel(launches)
+        once = once or found
+        assert found == once, (number, count, length, total)
