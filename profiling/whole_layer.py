@@ -25,6 +25,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 import triton
@@ -169,9 +170,12 @@ def attention_candidates(architecture: str, everything: bool) -> list[Configurat
     if not everything:
         found = found[: len(resident) if amd else len(in_turn)]
     extra = {"matrix_instr_nonkdim": 16, "waves_per_eu": 2} if amd else {}
-    return [
+    chosen = [
         Configuration(meta, {"num_warps": warps, "num_stages": 1, **extra}) for meta, warps in found
     ]
+    if amd:  # without a bound on registers: one wave a SIMD, where two would spill
+        chosen.append(Configuration(chosen[0].meta, {**chosen[0].options, "waves_per_eu": 0}))
+    return chosen
 
 
 def feed_forward_candidates(architecture: str) -> list[Configuration]:
@@ -300,11 +304,13 @@ PARTS = ("norm + qkv", "attention", "projection + residual", "norm + ffn in", "f
 
 
 def parts(architecture: str, dropout_p: float) -> list[Counted]:
-    """The five launches of ``impl="triton"``; attended values counted as bfloat16."""
+    """``impl="triton"`` with a launch for every product; attended values counted as bfloat16."""
     from aam_kernels.encoder_layer.triton import forward
+    from aam_kernels.encoder_layer.triton.launches import Launcher
 
     x, offsets, weights, seed = example(dropout_p)
-    with _any_configuration(architecture), captured(architecture) as launches:
+    unfused = mock.patch.object(Launcher, "feeds_forward", lambda *_: False)
+    with unfused, _any_configuration(architecture), captured(architecture) as launches:
         forward(x, offsets, weights, HEADS, dropout_p, seed, LENGTH, False)
     found = []
     for name, done in zip(PARTS, launches, strict=True):
