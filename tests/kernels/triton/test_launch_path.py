@@ -15,6 +15,7 @@ from aam_kernels._problems import _layer_shapes
 from aam_kernels._runtime import configurations
 from aam_kernels._runtime.grouping import Sequences
 from aam_kernels.encoder_layer.weights import EncoderLayerWeights
+from profiling import shipped
 from profiling.fake_driver import captured
 from profiling.tunables import tunables
 
@@ -232,3 +233,24 @@ def test_the_layer_is_specialised_as_often_as_it_launches_once(dtype, batches):
         found = by_kernel(launches)
         once = once or found
         assert found == once, (number, count, length, total)
+
+
+UNTABLED = {"long_key_factors"}
+"""Kernels with one fixed configuration: a hash a key row, nothing to choose."""
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_kernel_that_is_launched_is_in_the_report(target, dtype):
+    with captured(target, compiling=False) as launches:
+        for length in (16, 64, 101, 151, 256, 257, 1024, 4096):
+            for backward in (False, True):
+                attend(8, length, 8 * length, dtype, dropout=0.1, backward=backward)
+                pool(8, length, 8 * length, dtype, backward=backward)
+        for dim in (32, 128, 192, 512):
+            run_layer(8, 151, 8 * 151, dtype, dim=dim)
+    found = {launch.kernel for launch in launches}
+    assert found - UNTABLED <= set(tunables())
+    lines = {tuple(line.split()[:3]) for line in shipped.read()}
+    kind = configurations.dtype_class(dtype)
+    assert {(name, target, kind) for name in found - UNTABLED} <= lines
