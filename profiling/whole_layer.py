@@ -25,7 +25,6 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from unittest import mock
 
 import torch
 import triton
@@ -39,6 +38,9 @@ from aam_kernels._runtime.configurations import (
     round_half_up,
 )
 from aam_kernels._runtime.dropout import drop_below
+from aam_kernels._runtime.grouping import Sequences
+from aam_kernels.attention import triton as attention
+from aam_kernels.encoder_layer.triton.launches import Launcher, Norm
 from aam_kernels.encoder_layer.weights import EncoderLayerWeights
 from profiling.ahead_of_time import Resources, resources, vendor
 from profiling.fake_driver import Launch, captured, driving
@@ -304,14 +306,22 @@ PARTS = ("norm + qkv", "attention", "projection + residual", "norm + ffn in", "f
 
 
 def parts(architecture: str, dropout_p: float) -> list[Counted]:
-    """``impl="triton"`` with a launch for every product; attended values counted as bfloat16."""
-    from aam_kernels.encoder_layer.triton import forward
-    from aam_kernels.encoder_layer.triton.launches import Launcher
-
-    x, offsets, weights, seed = example(dropout_p)
-    unfused = mock.patch.object(Launcher, "feeds_forward", lambda *_: False)
-    with unfused, _any_configuration(architecture), captured(architecture) as launches:
-        forward(x, offsets, weights, HEADS, dropout_p, seed, LENGTH, False)
+    """The same by single launches: every product with what stands around it, and attention."""
+    x, offsets, w, seed = example(dropout_p)
+    launcher = Launcher(offsets, dropout_p, seed)
+    sequences = Sequences(offsets, max_length=LENGTH)
+    with _any_configuration(architecture), captured(architecture) as launches:
+        qkv = launcher.product(x, w.qkv_weight, w.qkv_bias, norm=Norm(*w[:2]))
+        heads = qkv.unflatten(1, (3, HEADS, DIM // HEADS)).unbind(1)
+        attended = torch.empty_like(x)
+        attention.forward_into(
+            attended.unflatten(1, (HEADS, -1)), *heads, sequences, 0.125, dropout_p, seed
+        )
+        mid = launcher.product(attended, w.out_weight, w.out_bias, residual=x, output_site=1)
+        hidden = launcher.product(
+            mid, w.ffn_in_weight, w.ffn_in_bias, norm=Norm(*w[6:8]), gelu=True, output_site=2
+        )
+        launcher.product(hidden, w.ffn_out_weight, w.ffn_out_bias, residual=mid, output_site=3)
     found = []
     for name, done in zip(PARTS, launches, strict=True):
         tensors = [value for value in done.arguments.values() if isinstance(value, Tensor)]
