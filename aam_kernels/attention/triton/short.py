@@ -203,7 +203,7 @@ def _backward_candidates(
 def _configurations(
     architecture: str, length: int, warps: int, stages: tuple[int, ...], *, wide: bool
 ) -> list[Configuration]:
-    """Blocks of 16 queries, and each way to cut ``length`` keys into tiles, a wide one first."""
+    """Blocks of 16 queries, and each way to cut ``length`` keys into tiles."""
     tilings = {
         64: ((64,),),
         112: ((64, 32, 16), (64, 64)),
@@ -217,8 +217,8 @@ def _configurations(
             {"BLOCK_M": 16, **{f"TILE_{n}": tile for n, tile in enumerate((*tiles, 0, 0)[:3])}},
             {"num_warps": warps, "num_stages": stage, **options},
         )
-        for tiles in tilings
         for stage in stages
+        for tiles in tilings
     ]
 
 
