@@ -7,7 +7,7 @@ D = rowsum(dO O) (1 - p)::
     dV = (W M)^T dO / (1 - p)               dK = scale / (1 - p) dS^T q
 
 `long_backward_queries` streams keys past a block of queries for dQ; it also writes what the other
-kernel needs of each query, `terms` (2 to 4, heads, slots): -log2(e) lse, D, dropout's factor of
+kernel needs of each query, `terms` (2 to 4, heads, total): -log2(e) lse, D, dropout's factor of
 the row (as bits), and for float32 log2(rowsum(W)), which is 0 but for the rounding of lse.
 `long_backward_keys` then streams queries past a block of keys for dK and dV. Blocks, masks and the
 rows past the last sequence are treated as in `long_forward`.
@@ -33,7 +33,6 @@ from aam_kernels.attention.triton.long_forward import (
     blocks_of,
     configured,
     key_factors,
-    slots_of,
     tail_programs,
 )
 
@@ -67,7 +66,7 @@ def backward(
         grad_value.zero_()
     dropout = dropout_p > 0
     planes = 4 if query.dtype == torch.float32 else 3 if dropout else 2
-    terms = lse.new_empty(planes, heads, slots_of(total, count))
+    terms = lse.new_empty(planes, heads, total)
     where = (sequences.offsets, key_offsets, sequences.lengths, key_lengths)
     inputs = (grad_output, query, key, value)
     strides = [stride for x in inputs for stride in x.stride()[:2]]

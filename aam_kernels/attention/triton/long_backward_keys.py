@@ -12,8 +12,6 @@ from aam_kernels.attention.triton.long_tiles import (
     load_terms,
     load_tile,
     place,
-    slot,
-    slots_a_head,
     span,
     store_tile,
 )
@@ -46,17 +44,17 @@ def grad_of_keys(
 ):
     """Adds what one block of queries gives to the gradients (BLOCK_N, BLOCK_D) of the keys.
 
-    A key past the row's end gets anything, and is not stored; a query past it has a weight of 0,
-    because its offset is read as -inf.
+    A key past the row's end gets anything, and is not stored; a query past it is read as zeros, as
+    is its gradient, and adds nothing.
     """
     query = load_tile(query_ptr, stride_query, remaining, BLOCK_M, HEAD_DIM, BLOCK_D, MASKED)
     grad = load_tile(grad_ptr, stride_grad, remaining, BLOCK_M, HEAD_DIM, BLOCK_D, MASKED)
-    offset = load_terms(terms_ptr, remaining, float("-inf"), BLOCK_M, MASKED)
-    delta = load_terms(terms_ptr + plane, remaining, 0.0, BLOCK_M, MASKED)
+    offset = load_terms(terms_ptr, remaining, BLOCK_M, MASKED)
+    delta = load_terms(terms_ptr + plane, remaining, BLOCK_M, MASKED)
     scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
     exponents = tl.fma(scores, scale_log2, offset[None, :])
     if EXACT:
-        exponents -= load_terms(terms_ptr + 3 * plane, remaining, 0.0, BLOCK_M, MASKED)[None, :]
+        exponents -= load_terms(terms_ptr + 3 * plane, remaining, BLOCK_M, MASKED)[None, :]
     weights = tl.exp2(exponents)
     grad_weights = tl.dot(value, tl.trans(grad), input_precision=PRECISION)
     if DROPOUT:
@@ -125,9 +123,8 @@ def long_backward_keys(
         first_key, key_length = span(key_offsets_ptr, key_lengths_ptr, sequence)
         query_base = at(query_ptr, first, head, stride_query, stride_query_head)
         grad_base = at(grad_ptr, first, head, stride_grad, stride_grad_head)
-        slots = slots_a_head(total, count)
-        terms_base = terms_ptr + head * slots + slot(first, sequence)
-        plane = heads * slots
+        terms_base = terms_ptr + head.to(tl.int64) * total + first
+        plane = tl.cast(heads, tl.int64) * total
         full = length // BLOCK_M * BLOCK_M
         if start < key_length:
             rows = key_length - start

@@ -12,7 +12,6 @@ from aam_kernels.attention.triton.long_tiles import (
     load_tile,
     place,
     slot,
-    slots_a_head,
     span,
     store_tile,
 )
@@ -120,7 +119,8 @@ def long_backward_queries(
         key_base = at(key_ptr, first_key, head, stride_key, stride_key_head)
         value_base = at(value_ptr, first_key, head, stride_value, stride_value_head)
         factors_base = factors_ptr + slot(first_key, sequence)
-        slots = slots_a_head(total, count)
+        terms_base = terms_ptr + head.to(tl.int64) * total + first + row
+        plane = tl.cast(heads, tl.int64) * total
         full = key_length // BLOCK_N * BLOCK_N
         if start < length:
             rows = length - start
@@ -156,8 +156,7 @@ def long_backward_queries(
             lse_base = at(lse_ptr, here, head, stride_lse, stride_lse_head)
             lse = tl.load(lse_base + row * stride_lse, mask=row < rows, other=float("inf"))
             offset = lse * -1.4426950408889634
-            terms = terms_ptr + head * slots + slot(first, sequence) + start + row
-            plane = heads * slots
+            terms = terms_base + start
             tl.store(terms, offset, mask=row < rows)
             tl.store(terms + plane, delta, mask=row < rows)
             row_factor = row
@@ -210,8 +209,7 @@ def long_backward_queries(
             )
         beyond = tl.where(block == blocks - 1, length, 0)
         for late in range(start + BLOCK_M, beyond, BLOCK_M):  # no block's: see `left_over`
-            terms = terms_ptr + head * slots + slot(first, sequence) + late + row
-            tl.store(terms, float("nan"), mask=row < length - late)
+            tl.store(terms_base + late, float("nan"), mask=row < length - late)
     begin, end, step, head, last_head, fill = left_over(
         offsets_ptr, lengths_ptr, count, total, blocks, heads, BLOCK_M
     )

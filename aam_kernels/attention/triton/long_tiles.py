@@ -31,12 +31,6 @@ def slot(first, sequence):
 
 
 @triton.jit
-def slots_a_head(total, count):
-    """Numbers that a workspace has for one head, a multiple of 16; `slots_of` on the host."""
-    return tl.cast(total // 16 + count + 1, tl.int64) * 16
-
-
-@triton.jit
 def load_tile(
     ptr,
     stride_row,
@@ -83,11 +77,11 @@ def store_tile(
 
 
 @triton.jit
-def load_terms(ptr, rows, other, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """(BLOCK,) numbers, one a row; ``other`` from ``rows`` on."""
+def load_terms(ptr, rows, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """(BLOCK,) numbers, one a row; 0 from ``rows`` on."""
     row = tl.arange(0, BLOCK)
     if MASKED:
-        return tl.load(ptr + row, mask=row < rows, other=other)
+        return tl.load(ptr + row, mask=row < rows, other=0)
     else:
         return tl.load(ptr + row)
 
@@ -95,7 +89,7 @@ def load_terms(ptr, rows, other, BLOCK: tl.constexpr, MASKED: tl.constexpr):
 @triton.jit
 def load_factors(ptr, rows, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """(BLOCK,) factors of the dropout hash, as uint32; the compiler sees that they have 24 bits."""
-    return load_terms(ptr, rows, 0, BLOCK, MASKED).to(tl.uint32, bitcast=True) & 0xFFFFFF
+    return load_terms(ptr, rows, BLOCK, MASKED).to(tl.uint32, bitcast=True) & 0xFFFFFF
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 import contextlib
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,10 +45,10 @@ def configured(own=64, streamed=64, architecture="gfx942"):
         yield
 
 
-def both(q, k, v, do, sequences, scale=0.25, dropout_p=0.0, seed=None):
+def both(q, k, v, do, sequences, scale=0.25, dropout_p=0.0, seed=None, before=torch.nan):
     """Output, logsumexp and the three gradients, into tensors full of NaN."""
-    output, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:2], torch.nan)
-    grads = tuple(torch.full_like(x, torch.nan) for x in (q, k, v))
+    output, lse = torch.full_like(q, before), torch.full(q.shape[:2], before)
+    grads = tuple(torch.full_like(x, before) for x in (q, k, v))
     longest = sequences.max_length, sequences.max_key_length
     where = sequences, scale, dropout_p, seed, *longest
     long.forward(q, k, v, output, lse, *where)
@@ -125,8 +126,13 @@ def test_cross_lengths_and_empty_sides():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_large_scores(dtype):
-    # Scores around 1e3: one key takes nearly everything, the others underflow.
+def test_large_scores(dtype, monkeypatch):
+    # Scores around 1e3: one key takes nearly everything, the others underflow. Products of swapped
+    # operands are the same bits on a GPU, but not in numpy's float32.
+    exact = np.matmul
+    monkeypatch.setattr(
+        np, "matmul", lambda a, b: exact(a.astype(np.float64), b.astype(np.float64)).astype(a.dtype)
+    )
     problem = Problem("attention", "", (40, 129, 7), heads=1)
     inputs = problem.inputs(dtype)
     q, k, v, do = (inputs[name] for name in ("query", "key", "value", "grad"))
@@ -140,17 +146,16 @@ def test_large_scores(dtype):
     true_grads = reference.backward(do.double(), *doubles, *expected, *where)
     math = reference.forward(q, k, v, *where)
     math_grads = reference.backward(do, q, k, v, *math, *where)
-    # In float32 numpy's products of swapped operands differ in the last bits, a GPU's do not.
-    allowed = 8.0 if dtype == torch.float32 else 2.0
-    for x, y, z in zip(results, (*expected, *true_grads), (*math, *math_grads), strict=True):
-        error, of_math = ((t.double() - y).abs().max() for t in (x, z))
-        assert error <= allowed * of_math + 1e-6 * y.abs().max()
+    compared = zip(results, (*expected, *true_grads), (*math, *math_grads), strict=True)
+    for number, (x, y, z) in enumerate(compared):
+        error, of_math = ((t.double() - y).abs().mean() for t in (x, z))
+        assert error <= (0.8 if dtype == torch.float32 else 1.5) * of_math + 1e-8, number
 
 
-@pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
+@pytest.mark.parametrize("scale", [-2.0, 0.0, 0.5])
 def test_scales_of_any_sign(scale):
     lengths = (20, 0, 131)
-    q, k, v, do, sequences = draw(lengths)
+    q, k, v, do, sequences = draw(lengths, size=3.0)
     with configured():
         output, lse, *grads = both(q, k, v, do, sequences, scale)
     check((output, *grads), truth(q, k, v, do, lengths, scale=scale), torch.float32)
@@ -160,7 +165,7 @@ def test_scales_of_any_sign(scale):
 def test_scores_far_below_zero():
     # Keys past the end of a row would have a score of 0: far above all real ones here.
     q, k, v, do, sequences = draw((9, 140))
-    q, k = q.abs() * 6, -k.abs() * 6
+    q, k = q.abs() * 10, -k.abs() * 10
     with configured():
         output, _, *grads = both(q, k, v, do, sequences)
     check((output, *grads), truth(q, k, v, do, (9, 140)), torch.float32)
@@ -214,13 +219,16 @@ def test_nothing_around_the_tensors_is_touched(gaps, dropout_p):
     assert (lse[outside] == -torch.inf).all()
 
 
-def test_longer_rows_than_promised_give_nan():
+def test_longer_rows_than_promised_give_nan(monkeypatch):
     # The rows that the grid does not reach are NaN, and so are gradients that need them.
+    monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)  # not the poison
     lengths = (5, 200, 7)
     q, k, v, do, sequences = draw(lengths, tail=1)
     with configured():
         right = both(q, k, v, do, sequences)
-        results = both(q, k, v, do, sequences._replace(max_length=100, max_key_length=100))
+        results = both(
+            q, k, v, do, sequences._replace(max_length=100, max_key_length=100), before=7.0
+        )
     output, lse, dq, dk, dv = results
     for x in (output, lse, dq):
         assert x[5 + 128 : 205].isnan().all()
