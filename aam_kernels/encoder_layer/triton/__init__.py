@@ -9,7 +9,7 @@ Forward (the names are those of `aam_kernels.encoder_layer.reference`)::
     output   = mid + drop3(hidden Wffn' + bffn)           layer_product
 
 five launches; three where the tables offer `layer_feed_forward`, which is all after attention at
-once (half types, widths up to 128).
+once (half types, widths up to 128). `layer_feed_backward` is its counterpart.
 
 Backward keeps qkv, attended and the logsumexp, or makes them again from x with the same launches
 and so to the same bits; mid and hidden are always made again.
@@ -28,7 +28,7 @@ from torch import Tensor
 from aam_kernels._runtime.grouping import Sequences
 from aam_kernels.attention import triton as attention
 from aam_kernels.encoder_layer.saved import Saved, nothing_saved
-from aam_kernels.encoder_layer.triton.launches import Launcher, Norm
+from aam_kernels.encoder_layer.triton.launches import FeedGradients, Launcher, Norm, served
 from aam_kernels.encoder_layer.triton.tunables import TUNABLES as TUNABLES
 from aam_kernels.encoder_layer.weights import (
     BRANCH_SITE,
@@ -118,7 +118,7 @@ class _Layer:
 
     def feed_forward(self, attended: Tensor) -> Tensor:
         """The layer's output, (total, D)."""
-        if self.launcher.feeds_forward(self.x):
+        if served("layer_feed_forward", self.x):
             return self.launcher.feed_forward(attended, self.x, self.weights)
         w, product, mid = self.weights, self.launcher.product, self.mid(attended)
         hidden = product(
@@ -133,25 +133,21 @@ class _Layer:
         self, grad_output: Tensor, qkv: Tensor, attended: Tensor, lse: Tensor, needs: list[bool]
     ) -> list[Tensor | None]:
         """Gradients in the order of (x, weights); those of weights that nobody needs are None."""
-        w, launcher = self.weights, self.launcher
-        product, mid = launcher.product, self.mid(attended)
+        w, launcher, product = self.weights, self.launcher, self.launcher.product
         need = EncoderLayerWeights(*needs[1:])
-
-        hidden, grad_hidden = launcher.hidden_backward(
-            grad_output, mid, self.norm2, w.ffn_in_weight, w.ffn_in_bias, w.ffn_out_weight,
-            (HIDDEN_SITE, OUTPUT_SITE),
-        )  # fmt: skip
         ffn_out, ffn_in, out, in_projection = ((None, None),) * 4
+
+        fed = self.feed_backward(grad_output, attended)
+        grad_mid, norm2 = fed.grad_mid, fed.norm
         if need.ffn_out_weight or need.ffn_out_bias:
             ffn_out = launcher.weight_gradient(
-                grad_output, hidden, w.ffn_out_weight, w.ffn_out_bias, site=OUTPUT_SITE
+                grad_output, fed.hidden, w.ffn_out_weight, w.ffn_out_bias, site=OUTPUT_SITE
             )
-        del hidden
-        grad = product(grad_hidden, w.ffn_in_weight, transposed=True)
-        grad_mid, norm2, normed = launcher.norm_backward(grad, mid, self.norm2, grad_output)
         if need.ffn_in_weight or need.ffn_in_bias:
-            ffn_in = launcher.weight_gradient(grad_hidden, normed, w.ffn_in_weight, w.ffn_in_bias)
-        del grad_hidden, mid
+            ffn_in = launcher.weight_gradient(
+                fed.grad_hidden, fed.normed, w.ffn_in_weight, w.ffn_in_bias
+            )
+        del fed
 
         if need.out_weight or need.out_bias:
             out = launcher.weight_gradient(
@@ -164,6 +160,20 @@ class _Layer:
         if need.qkv_weight or need.qkv_bias:
             in_projection = launcher.weight_gradient(grad_qkv, normed, w.qkv_weight, w.qkv_bias)
         return [grad_x, *norm1, *in_projection, *out, *norm2, *ffn_in, *ffn_out]
+
+    def feed_backward(self, grad_output: Tensor, attended: Tensor) -> FeedGradients:
+        """From the gradient of the output to that of mid."""
+        w, launcher = self.weights, self.launcher
+        if served("layer_feed_backward", self.x):
+            return launcher.feed_backward(grad_output, attended, self.x, w)
+        mid = self.mid(attended)
+        hidden, grad_hidden = launcher.hidden_backward(
+            grad_output, mid, self.norm2, w.ffn_in_weight, w.ffn_in_bias, w.ffn_out_weight,
+            (HIDDEN_SITE, OUTPUT_SITE),
+        )  # fmt: skip
+        grad = launcher.product(grad_hidden, w.ffn_in_weight, transposed=True)
+        grad_mid, norm, normed = launcher.norm_backward(grad, mid, self.norm2, grad_output)
+        return FeedGradients(grad_mid, normed, hidden, grad_hidden, norm)
 
     def attention_backward(
         self, grad: Tensor, qkv: Tensor, attended: Tensor, lse: Tensor

@@ -134,14 +134,18 @@ def layer_weight_gradient(
         tl.store(partials_ptr + N * K + outputs, tl.max(grad_bias, 1), mask=outputs < N)
 
 
-@triton.jit(do_not_specialize=["shares", "size", "bias_size"])
+@triton.jit(do_not_specialize=["shares", "group", "size", "bias_size"])
 def layer_add_partials(
-    partials_ptr, weight_ptr, bias_ptr, shares, size, bias_size, BLOCK: tl.constexpr
+    partials_ptr, weight_ptr, bias_ptr, shares, group, size, bias_size, BLOCK: tl.constexpr
 ):
-    """Adds (shares, size + bias_size) in order; the first ``size`` are the weight's."""
-    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """Adds each ``group`` of (shares, size + bias_size) in order; ``size`` are the weight's."""
+    blocks = tl.cdiv(size + bias_size, BLOCK)
+    places = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0) // blocks * group
+    partials_ptr += first.to(tl.int64) * (size + bias_size)
+    weight_ptr += (tl.program_id(0) // blocks).to(tl.int64) * size
     total = tl.zeros([BLOCK], tl.float32)
-    for _ in range(shares):
+    for _ in range(first, tl.minimum(first + group, shares)):
         total += tl.load(partials_ptr + places, mask=places < size + bias_size, other=0.0)
         partials_ptr += size + bias_size
     weight = total.to(weight_ptr.dtype.element_ty)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,7 +17,10 @@ from aam_kernels._runtime.configurations import (
     round_half_up,
 )
 from aam_kernels._runtime.dropout import drop_below
-from aam_kernels.encoder_layer.triton.feed_forward import layer_feed_forward
+from aam_kernels.encoder_layer.triton.feed_forward import (
+    layer_feed_backward,
+    layer_feed_forward,
+)
 from aam_kernels.encoder_layer.triton.gradients import (
     layer_add_partials,
     layer_norm_backward,
@@ -38,6 +42,8 @@ NORM_WIDTHS = (128, 512, 2048)
 WEIGHT_PROGRAMS = 512
 NORM_PROGRAMS = 512
 """Programs that share the tokens of a sum; more only make more partial sums."""
+SHARE_GROUP = 128
+"""Partial sums that one program adds where there are many."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,21 @@ class Norm:
 
     weight: Tensor
     bias: Tensor
+
+
+class FeedGradients(NamedTuple):
+    """What the backward pass of everything after attention leaves for the rest."""
+
+    grad_mid: Tensor  # (total, D)
+    normed: Tensor  # (total, D), the norm's output
+    hidden: Tensor  # (total, F), after GELU and dropout
+    grad_hidden: Tensor  # (total, F), before GELU
+    norm: tuple[Tensor, Tensor]  # of its weight and bias
+
+
+def served(kernel: str, x: Tensor) -> bool:
+    """Whether the tables offer a kernel for the width and dtype of ``x``."""
+    return configuration(kernel, x.dtype, x.shape[1], LENGTHS[0]) is not None
 
 
 @dataclass(frozen=True)
@@ -98,17 +119,40 @@ class Launcher:
         launch(
             layer_feed_forward, triton.cdiv(total, chosen.meta["BLOCK_M"]),
             attended, x, *weights[4:], output, *self._place(), total, *self._dropout(),
-            D=dim, F=hidden, BRANCH_SITE=self._site(BRANCH_SITE),
-            HIDDEN_SITE=self._site(HIDDEN_SITE), OUTPUT_SITE=self._site(OUTPUT_SITE),
-            BLOCK_D=max(16, triton.next_power_of_2(dim)), configuration=chosen,
-            **_arithmetic(x.dtype),
+            **self._shapes(x, hidden), configuration=chosen,
         )  # fmt: skip
         return output
 
-    @staticmethod
-    def feeds_forward(x: Tensor) -> bool:
-        """Whether the tables offer `feed_forward` for the width and dtype of ``x``."""
-        return configuration("layer_feed_forward", x.dtype, x.shape[1], LENGTHS[0]) is not None
+    def feed_backward(
+        self, grad_output: Tensor, attended: Tensor, x: Tensor, weights: EncoderLayerWeights
+    ) -> FeedGradients:
+        """The backward pass of `feed_forward` but for the weights of its products."""
+        (total, dim), hidden = x.shape, weights.ffn_in_weight.shape[0]
+        chosen = configuration("layer_feed_backward", x.dtype, dim, LENGTHS[0])
+        assert chosen is not None
+        programs = triton.cdiv(total, chosen.meta["BLOCK_M"])
+        made = (*torch.empty((2, total, dim), dtype=x.dtype, device=x.device),)
+        made += (*torch.empty((2, total, hidden), dtype=x.dtype, device=x.device),)
+        partials = torch.empty((programs, 2 * dim), dtype=torch.float32, device=x.device)
+        launch(
+            layer_feed_backward, programs,
+            grad_output, attended, x, *weights[4:11], *made, partials, *self._place(),
+            *self._dropout(), **self._shapes(x, hidden), configuration=chosen,
+        )  # fmt: skip
+        norm = _add_partials(partials, weights.norm2_weight, weights.norm2_bias)
+        return FeedGradients(*made, norm)
+
+    def _shapes(self, x: Tensor, hidden: int) -> dict[str, object]:
+        dim = x.shape[1]
+        return {
+            "D": dim,
+            "F": hidden,
+            "BLOCK_D": max(16, triton.next_power_of_2(dim)),
+            "BRANCH_SITE": self._site(BRANCH_SITE),
+            "HIDDEN_SITE": self._site(HIDDEN_SITE),
+            "OUTPUT_SITE": self._site(OUTPUT_SITE),
+            **_arithmetic(x.dtype),
+        }
 
     def hidden_backward(
         self,
@@ -190,11 +234,22 @@ class Launcher:
 
 
 def _add_partials(partials: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    grads = torch.empty_like(weight), torch.empty_like(bias)
+    """Sums of (shares, weight + bias) over the shares; many shares in two steps."""
     chosen = _configuration("layer_add_partials", weight.dtype, 0)
+    shares, size = partials.shape
+    blocks = triton.cdiv(size, chosen.meta["BLOCK"])
+    if shares > SHARE_GROUP**2 // 16:
+        groups = triton.cdiv(shares, SHARE_GROUP)
+        sums = partials.new_empty(groups, size)
+        launch(
+            layer_add_partials, groups * blocks,
+            partials, sums, sums, shares, SHARE_GROUP, size, 0, configuration=chosen,
+        )  # fmt: skip
+        partials, shares = sums, groups
+    grads = torch.empty_like(weight), torch.empty_like(bias)
     launch(
-        layer_add_partials, triton.cdiv(partials.shape[1], chosen.meta["BLOCK"]),
-        partials, *grads, partials.shape[0], weight.numel(), bias.numel(), configuration=chosen,
+        layer_add_partials, blocks,
+        partials, *grads, shares, shares, weight.numel(), bias.numel(), configuration=chosen,
     )  # fmt: skip
     return grads
 

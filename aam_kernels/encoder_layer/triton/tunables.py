@@ -39,17 +39,32 @@ def _product(architecture: str, dtype: torch.dtype, width: int, length: int) -> 
 def _feed_forward(
     architecture: str, dtype: torch.dtype, width: int, length: int
 ) -> list[Configuration]:
-    """None for float32: the products of the parts fit no register file beside each other."""
-    names = ("BLOCK_M", "BLOCK_F")
+    if architecture in AMD:
+        return _fused(architecture, dtype, ((64, 32), (64, 64)))
+    return _fused(architecture, dtype, ((128, 64), (64, 64), (128, 32)))
+
+
+def _feed_backward(
+    architecture: str, dtype: torch.dtype, width: int, length: int
+) -> list[Configuration]:
+    if architecture in AMD:
+        return _fused(architecture, dtype, ((64, 16), (64, 32)))
+    if architecture == "sm_80":
+        return _fused(architecture, dtype, ((32, 32), (32, 16)), warps=4)
+    return _fused(architecture, dtype, ((64, 32), (64, 64)))
+
+
+def _fused(
+    architecture: str, dtype: torch.dtype, shapes: Iterable[tuple[int, int]], *, warps: int = 8
+) -> list[Configuration]:
+    """None for float32: so many products beside each other fit no register file."""
     if dtype == torch.float32:
         return []
+    options = {"num_warps": warps, "num_stages": 1}
     if architecture in AMD:
         # Products of 16 rows: a wave keeps its rows to itself from the norm to the output.
         options = {"num_warps": 4, "num_stages": 1, "matrix_instr_nonkdim": 16}
-        shapes = ((64, 32), (64, 64))
-    else:
-        options = {"num_warps": 8, "num_stages": 1}
-        shapes = ((128, 64), (64, 64), (128, 32))
+    names = ("BLOCK_M", "BLOCK_F")
     return [Configuration(dict(zip(names, sizes, strict=True)), options) for sizes in shapes]
 
 
@@ -116,6 +131,9 @@ class _Example:
     def feed_forward(self) -> object:
         return self.launcher.feed_forward(self.x, self.x, self.weights)
 
+    def feed_backward(self) -> object:
+        return self.launcher.feed_backward(self.x, self.x.float(), self.x, self.weights)
+
     def hidden_backward(self) -> object:
         return self.launcher.hidden_backward(
             self.x, self.x, self.norm, self.ffn_in, self.ffn_in_bias, self.ffn_out,
@@ -152,6 +170,7 @@ TUNABLES = tuple(
     for kernel, candidates, method in (
         ("layer_product", _product, _Example.product),
         ("layer_feed_forward", _feed_forward, _Example.feed_forward),
+        ("layer_feed_backward", _feed_backward, _Example.feed_backward),
         ("layer_hidden_backward", _hidden, _Example.hidden_backward),
         ("layer_norm_backward", _norm, _Example.norm_backward),
         ("layer_weight_gradient", _weight, _Example.weight_gradient),

@@ -25,6 +25,7 @@ PRODUCT = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 16}
 SMALL = {  # several blocks in every direction, and several shares of every sum
     "layer_product": PRODUCT,
     "layer_feed_forward": {"BLOCK_M": 32, "BLOCK_F": 32},
+    "layer_feed_backward": {"BLOCK_M": 16, "BLOCK_F": 64},
     "layer_hidden_backward": PRODUCT,
     "layer_weight_gradient": {"BLOCK_ROWS": 16, "BLOCK_N": 64, "BLOCK_K": 32},
     "layer_norm_backward": {"BLOCK_ROWS": 16},
@@ -46,6 +47,7 @@ def small_blocks(*, fused=True):
             stack.enter_context(forced(kernel, Configuration(meta, {})))
         if not fused:
             stack.enter_context(forced("layer_feed_forward", None))
+            stack.enter_context(forced("layer_feed_backward", None))
         yield
 
 
@@ -175,6 +177,15 @@ def test_products_of_any_width_with_everything_around_them(dim):
     torch.testing.assert_close(turned[:17], x[:17] @ weight.t(), rtol=1e-5, atol=1e-5)
     assert not found[17:].any()
     assert not turned[17:].any()
+
+
+def test_gelu_of_half_types_errs_by_little_more_than_their_rounding():
+    x = torch.linspace(-7.0, 7.0, 64 * 16).reshape(64, 16).half()
+    exact = nn.functional.gelu(x.double())
+    with small_blocks():
+        launcher = Launcher(offsets_of((64,)), 0.0, None)
+        found = launcher.product(x, torch.eye(16, dtype=torch.float16), gelu=True)
+    assert bool(((found - exact).abs() <= exact.abs() * 2.0**-11 * 1.06 + 2.2e-6).all())
 
 
 def kept_bytes(call, own):
