@@ -17,7 +17,7 @@ from tests.kernels.triton.interpreter import GuardZones, interpreting
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALVES)
 SLOW = ("length 4,096", "dropout, length 1,024", "70,000 sequences", "equal lengths")
-IN_HALVES = ("unequal lengths", "cross, empty keys", "dropout", "head_dim 24", "head_dim 128")
+IN_HALVES = ("unequal lengths", "dropout, cross", "head_dim 24")
 PROBLEMS = [
     pytest.param(problem, dtype, id=f"{problem.name}, {dtype}".replace("torch.", ""))
     for problem in attention_problems()
@@ -128,7 +128,7 @@ def test_scales_of_any_sign(scale):
 def test_scores_far_below_zero():
     # Masked keys have a score of 0 in memory: far above all real ones here.
     q, k, v, do, sequences = draw((9, 140))
-    q, k = q.abs() * 6, -k.abs() * 6
+    q, k = q.abs() * 12, -k.abs() * 12
     with configured():
         output, _, *grads = both(q, k, v, do, sequences)
     check((output, *grads), truth(q, k, v, do, (9, 140)), torch.float32)
@@ -207,10 +207,11 @@ def test_more_keys_than_promised_give_nan():
 
 
 def test_unknown_lengths_are_measured():
+    # By the tables: a wrong length would choose tiles that do not hold the keys.
     lengths, key_lengths = (3, 150), (140, 7)
     for keys in (None, key_lengths):
-        q, k, v, do, sequences = draw(lengths, key_lengths=keys)
-        with configured():
+        q, k, v, do, sequences = draw(lengths, key_lengths=keys, dtype=torch.bfloat16)
+        with interpreting("gfx942"):
             known = both(q, k, v, do, sequences)
             unknown = sequences._replace(max_length=-1, max_key_length=-1)
             assert all(map(torch.equal, both(q, k, v, do, unknown), known))
@@ -218,9 +219,9 @@ def test_unknown_lengths_are_measured():
 
 def test_many_programs_and_heads():
     # More sequences than a group, and another number of left-over programs each time.
-    for count in (1, 23, 24, 25):
+    for count in (1, 24, 47):
         lengths = tuple(n % 4 for n in range(count))
-        q, k, v, do, sequences = draw(lengths, heads=3, tail=70)
+        q, k, v, do, sequences = draw(lengths, heads=2, tail=70)
         with configured((16,)):
             output, _, *grads = both(q, k, v, do, sequences)
         expected = truth(q, k, v, do, lengths) if sum(lengths) else None
