@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aam_kernels._runtime.configurations import (
+    AMD,
     ARCHITECTURES,
     TABLES,
     Configuration,
@@ -73,22 +74,29 @@ class Judged:
 def judge(case: Case, chosen: Configuration) -> Judged | str:
     """Compiles a candidate; a sentence if it may not be shipped.
 
-    With dropout where the kernel has it, which takes more registers; the report compiles both.
+    With dropout where the kernel has it, which takes more registers, and on AMD for tensors over
+    2 GiB too; the report compiles every variant.
     """
-    launch = compiled_case(
-        tunables()[case.kernel],
-        case.architecture,
-        DTYPES[case.dtype],
-        case.width,
-        case.length,
-        chosen,
-        dropout=True,
-    )
-    if launch.error is not None:
-        return launch.error
-    measured = resources(launch.compiled)
-    broken = measured.broken_limits()
-    return ", ".join(broken) or Judged(chosen, issue(launch, case.length), measured)
+    judged = None
+    for large in (False, True) if case.architecture in AMD else (False,):
+        launch = compiled_case(
+            tunables()[case.kernel],
+            case.architecture,
+            DTYPES[case.dtype],
+            case.width,
+            case.length,
+            chosen,
+            dropout=True,
+            large=large,
+        )
+        if launch.error is not None:
+            return launch.error
+        measured = resources(launch.compiled)
+        if broken := measured.broken_limits():
+            return ", ".join(broken) + " over 2 GiB" * large
+        judged = judged or Judged(chosen, issue(launch, case.length), measured)
+    assert judged is not None
+    return judged
 
 
 def issue(launch: Launch, length: int) -> float:
