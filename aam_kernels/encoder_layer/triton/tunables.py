@@ -26,14 +26,17 @@ def _blocks(
 
 
 def _product(architecture: str, dtype: torch.dtype, width: int, length: int) -> list[Configuration]:
+    """The first spills in no use of the kernel: with a norm, long products, float32 input."""
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
     if dtype == torch.float32:
         if architecture in AMD:
             return _blocks(names, [(64, 128, 32, 4, 1), (64, 64, 128, 4, 1), (64, 64, 64, 4, 1)])
-        return _blocks(names, [(64, 64, 32, 8, 1), (64, 64, 32, 4, 1), (128, 64, 32, 8, 1)])
+        shapes = [(64, 64, 32, 8, 1), (64, 64, 64, 8, 1), (64, 64, 32, 4, 1)]
+        return _blocks(names, shapes[1:] if architecture == "sm_100" else shapes)
     if architecture in AMD:
         return _blocks(names, [(128, 128, 64, 4, 2), (64, 128, 128, 4, 1), (128, 64, 128, 4, 1)])
-    return _blocks(names, [(128, 128, 128, 8, 1), (64, 128, 128, 8, 1), (128, 128, 64, 8, 2)])
+    shapes = [(128, 128, 128, 8, 1), (64, 128, 128, 8, 1), (128, 128, 64, 8, 2)]
+    return _blocks(names, shapes[1:] if architecture == "sm_80" else shapes)
 
 
 def _feed_forward(
@@ -75,7 +78,8 @@ def _hidden(architecture: str, dtype: torch.dtype, width: int, length: int) -> l
         return _blocks(names, [(64, 64, 32, warps, 1), (64, 64, 64, warps, 1)])
     if architecture in AMD:
         return _blocks(names, [(128, 64, 64, 4, 1), (64, 64, 64, 4, 1), (64, 128, 64, 4, 1)])
-    return _blocks(names, [(128, 64, 64, 8, 1), (64, 64, 64, 4, 1), (64, 128, 64, 8, 1)])
+    shapes = [(128, 64, 64, 8, 1), (64, 64, 64, 4, 1), (64, 128, 64, 8, 1)]
+    return _blocks(names, shapes[1:] if architecture == "sm_100" else shapes)
 
 
 def _weight(architecture: str, dtype: torch.dtype, width: int, length: int) -> list[Configuration]:
