@@ -69,8 +69,9 @@ def _layer(problem: Problem, w: Mapping[str, Tensor], x: Tensor) -> Tensor:
     normed = layer_norm(x, width, w["norm1_weight"], w["norm1_bias"])
     qkv = linear(normed, w["qkv_weight"], w["qkv_bias"]).unflatten(1, (3, problem.heads, -1))
     offsets = offsets_of(problem.lengths, x.device)
+    query, key, value = qkv.unbind(1)
     attended = ragged_attention(
-        *qkv.unbind(1), offsets, dropout_p=problem.dropout_p, seed=problem.seed, impl="math"
+        query, key, value, offsets, dropout_p=problem.dropout_p, seed=problem.seed, impl="math"
     )
     assert isinstance(attended, Tensor)
     branch = linear(attended.flatten(1), w["out_weight"], w["out_bias"])
