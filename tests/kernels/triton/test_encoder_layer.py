@@ -124,9 +124,13 @@ def test_shares_of_the_tokens_are_added_in_order(monkeypatch):
         monkeypatch.setattr(launches, "NORM_PROGRAMS", 1)
         monkeypatch.setattr(launches, "WEIGHT_PROGRAMS", 1)
         one = run(x, weights, grad)
+        monkeypatch.undo()
+        monkeypatch.setattr(launches, "SHARE_GROUP", 2)  # sums of sums
+        grouped = run(x, weights, grad)
     assert any(not torch.equal(a, b) for a, b in zip(many, one, strict=True))
-    for a, b in zip(many, one, strict=True):
+    for a, b, c in zip(many, one, grouped, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("wanted", [[0], [4, 12], [1, 9]])
