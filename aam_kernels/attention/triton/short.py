@@ -197,7 +197,10 @@ def _backward_candidates(
     if dtype == torch.float32 or size > 16384:
         return []
     warps = 2 if size <= 4096 else 4 if size <= 7168 else 8
-    return _configurations(architecture, length, warps, (2, 1), wide=True)
+    found = _configurations(architecture, length, warps, (2, 1), wide=True)
+    if warps < 8:
+        found += _configurations(architecture, length, 2 * warps, (2, 1), wide=True)
+    return found
 
 
 def _configurations(
