@@ -13,7 +13,9 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from aam_kernels._runtime.configurations import NVIDIA, architecture
 from aam_kernels._runtime.grouping import Sequences
 from aam_kernels.attention.triton import short
 
@@ -70,6 +72,12 @@ def forward_into(
     lse = query.new_empty(query.shape[:2], dtype=torch.float32)
     if query.numel() == 0:
         return lse
+    if columns := _columns_to_add(query):
+        wide = query.new_empty(*query.shape[:2], query.shape[2] + columns, dtype=output.dtype)
+        query, key, value = (pad(x, (0, columns)) for x in (query, key, value))
+        lse = forward_into(wide, query, key, value, sequences, scale, dropout_p, seed)
+        output.copy_(wide[..., :-columns])
+        return lse
     lengths = _longest(sequences)
     arguments = (query, key, value, output, lse, sequences, scale, dropout_p, seed, *lengths)
     if short.forward_configuration(query, max(lengths)) is not None:
@@ -98,6 +106,17 @@ def backward_into(
     """
     if query.numel() == 0 and key.numel() == 0:
         return
+    if columns := _columns_to_add(query):
+        grad_output, query, key, value, output = (
+            pad(x, (0, columns)) for x in (grad_output, query, key, value, output)
+        )
+        wide = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        backward_into(
+            wide, grad_output, query, key, value, output, lse, sequences, scale, dropout_p, seed
+        )
+        for grad, padded in zip(grads, wide, strict=True):
+            grad.copy_(padded[..., :-columns])
+        return
     lengths = _longest(sequences)
     tensors = (grad_output, query, key, value, output, lse, grads)
     arguments = (*tensors, sequences, scale, dropout_p, seed, *lengths)
@@ -105,6 +124,16 @@ def backward_into(
         short.backward(*arguments)
     else:
         _long().backward(*arguments)
+
+
+def _columns_to_add(query: Tensor) -> int:
+    """Zero columns that narrow heads get on NVIDIA, up to a power of two.
+
+    Elsewhere a kernel masks what a head lacks; there the masks would spill registers.
+    """
+    head_dim = query.shape[2]
+    width = max(16, 1 << (head_dim - 1).bit_length())
+    return width - head_dim if width <= 64 and architecture() in NVIDIA else 0
 
 
 def _longest(sequences: Sequences) -> tuple[int, int]:
