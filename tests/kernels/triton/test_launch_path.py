@@ -223,16 +223,18 @@ def run_layer(count, max_length, total, dtype, *, dim=128, heads=4, dropout=0.1)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("batches", [BATCHES[:-1], LARGE_BATCHES], ids=["short", "large"])
-def test_the_layer_is_specialised_as_often_as_it_launches_once(dtype, batches):
-    # One batch launches a kernel for several products; no other batch adds a specialisation.
-    once = {}
-    for number, (count, length, total) in enumerate(batches):
+def test_batches_add_no_specialisation_of_the_layer(dtype, batches):
+    # A kernel serves several products, and large batches add their partial sums in two steps, so
+    # there are several specialisations; the smallest and the largest batch have them all.
+    found = []
+    for count, length, total in batches:
         with captured("gfx942", compiling=False) as launches:
             run_layer(count, length, total, dtype)
         assert all(launch.grid[1:] == (1, 1) and launch.programs > 0 for launch in launches)
-        found = by_kernel(launches)
-        once = once or found
-        assert found == once, (number, count, length, total)
+        found.append(by_kernel(launches))
+    for kinds in found:
+        for kernel, several in kinds.items():
+            assert several <= found[0].get(kernel, set()) | found[-1].get(kernel, set()), kernel
 
 
 UNTABLED = {"long_key_factors"}
