@@ -378,7 +378,7 @@ def _llvm_mca_path() -> str | None:
 
 @lru_cache(maxsize=1024)
 def _llvm_mca(lines: tuple[str, ...], architecture: str) -> float:
-    """Cycles of a stream of AMD instructions; NaN where llvm-mca-19 is not installed."""
+    """Cycles of a stream of AMD instructions; NaN where llvm-mca-19 is not installed or fails."""
     path = _llvm_mca_path()
     if path is None or vendor(architecture) != "amd":
         return float("nan")
@@ -387,7 +387,12 @@ def _llvm_mca(lines: tuple[str, ...], architecture: str) -> float:
     if not text:
         return 0.0
     command = [path, "-mtriple=amdgcn-amd-amdhsa", f"-mcpu={architecture}", "-iterations=1"]
-    result = subprocess.run(command, input="\n".join(text) + "\n", capture_output=True, text=True)
+    try:
+        result = subprocess.run(
+            command, input="\n".join(text) + "\n", capture_output=True, text=True, timeout=20
+        )
+    except subprocess.TimeoutExpired:  # version 19 never ends on some streams
+        return float("nan")
     found = re.search(r"Total Cycles:\s+(\d+)", result.stdout)
     return float(found.group(1)) if found else float("nan")
 
