@@ -142,6 +142,9 @@ def device(monkeypatch, tunable, clock):
     monkeypatch.setattr(tune, "_checker", lambda _: wrong)
     monkeypatch.setattr(tune, "_screen", timed(clock))
     monkeypatch.setattr(tune, "seconds_of", timed(clock))
+    yield
+    configurations.load_table.cache_clear()
+    configurations._lookup.cache_clear()
 
 
 def test_command_line(device, clock, monkeypatch, tmp_path, capsys):
