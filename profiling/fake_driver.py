@@ -263,7 +263,9 @@ def _with_dropout(
         return args, kwargs
     values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs, "DROPOUT": dropout}
     if "seed_ptr" in values:
-        values["seed_ptr"] = torch.empty((), dtype=torch.int64) if dropout else None
+        # As the launchers do: no seed, or for the short-row kernels some other tensor.
+        without = values["offsets_ptr"] if kernel.__name__.startswith("short_") else None
+        values["seed_ptr"] = torch.empty((), dtype=torch.int64) if dropout else without
     return (), values
 
 

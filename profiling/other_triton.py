@@ -57,6 +57,7 @@ def compile_all(path: Path) -> int:
     from triton.compiler import ASTSource
 
     HIPBackend.make_hsaco = staticmethod(lambda assembly, metadata, options: b"")
+    HIPBackend.hash = lambda self: "assembly"  # asks the linker for its version
     failed = spilling = 0
     todo = pickle.loads(path.read_bytes())
     for one in todo:

@@ -70,7 +70,7 @@ def forward(
         output,
         lse,
         *_places(sequences),
-        seed if dropout_p > 0.0 else None,
+        _seed(seed, sequences),
         sequences.offsets.shape[0] - 1,
         query.shape[0],
         query.shape[1],
@@ -113,7 +113,7 @@ def backward(
         lse,
         *grads,
         *_places(sequences),
-        seed if dropout_p > 0.0 else None,
+        _seed(seed, sequences),
         sequences.offsets.shape[0] - 1,
         query.shape[0],
         key.shape[0],
@@ -134,6 +134,11 @@ def _configuration(kernel: str, query: Tensor, length: int) -> Configuration | N
     if length > LENGTHS[-1]:
         return None
     return configuration(kernel, query.dtype, query.shape[2], length)
+
+
+def _seed(seed: Tensor | None, sequences: Sequences) -> Tensor:
+    """Without dropout any pointer: Triton 3.3 takes no None in a tuple."""
+    return sequences.offsets if seed is None else seed
 
 
 def _programs(sequences: Sequences, heads: int) -> int:
