@@ -52,12 +52,13 @@ def launches(architectures: list[str]) -> list[dict[str, Any]]:
 def compile_all(path: Path) -> int:
     """Compiles what `launches` has written, with the Triton that this process imports."""
     import triton
-    from triton.backends.amd.compiler import HIPBackend
+    from triton.backends import backends
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    HIPBackend.make_hsaco = staticmethod(lambda assembly, metadata, options: b"")
-    HIPBackend.hash = lambda self: "assembly"  # asks the linker for its version
+    amd_backend = backends["amd"].compiler
+    amd_backend.make_hsaco = staticmethod(lambda assembly, metadata, options: b"")
+    amd_backend.hash = lambda self: "assembly"  # asks the linker for its version
     failed = spilling = 0
     todo = pickle.loads(path.read_bytes())
     for one in todo:
