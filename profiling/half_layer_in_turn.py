@@ -17,7 +17,7 @@ from aam_kernels._runtime.kernel_functions import (
     row_factors,
     seed_word,
 )
-from profiling.half_layer import finish_rows, normalised
+from profiling.layer_pieces import finish_rows, normalised
 
 
 @triton.jit
