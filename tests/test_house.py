@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(
     path
-    for folder in ("aam", "aam_kernels", "benchmarks", "docs", "tests")
+    for folder in ("aam", "aam_kernels", "benchmarks", "docs", "profiling", "tests")
     for path in (ROOT / folder).rglob("*.py")
 )
 TOP_LEVEL = {

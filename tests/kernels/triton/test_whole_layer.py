@@ -6,7 +6,7 @@ import torch
 from aam_kernels._runtime.configurations import Configuration
 from aam_kernels.encoder_layer.reference import _Layer
 from aam_kernels.encoder_layer.weights import EncoderLayerWeights
-from profiling.whole_layer import run_feed_forward_half, run_half_layer
+from profiling.whole_layer_launches import run_feed_forward_half, run_half_layer
 from tests.kernels.triton.interpreter import interpreting
 
 HEADS, DIM, HIDDEN = 2, 32, 64
