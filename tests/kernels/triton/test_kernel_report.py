@@ -221,7 +221,8 @@ def test_dropout_can_be_asked_of_any_launch():
         with captured("gfx942", compiling=False, dropout=wanted) as launches:
             tunable.example(torch.bfloat16, 32, 160, torch.device("meta"))()
         assert launches[0].constants["DROPOUT"] is wanted
-        assert ("seed_ptr" in launches[0].constants) is not wanted  # None is a constant
+        # Without dropout the launcher passes the offsets: Triton 3.3 takes no None in a tuple.
+        assert launches[0].signature["seed_ptr"] == ("*i64" if wanted else "*i32")
 
 
 def test_tensors_over_two_gibibytes_are_compiled_another_way():
