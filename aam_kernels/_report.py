@@ -50,8 +50,9 @@ class Timing:
         dtype: "float32", "bfloat16", "float16".
         rows: how many sequences.
         length: rows of each.
-        forward: median seconds.
+        forward: median seconds; None where it did not run.
         backward: median seconds of the gradients of every input, without the forward pass.
+        reason: why there are none.
     """
 
     operation: str
@@ -59,8 +60,17 @@ class Timing:
     dtype: str
     rows: int
     length: int
-    forward: float
-    backward: float
+    forward: float | None
+    backward: float | None
+    reason: str = ""
+
+
+def _time(timing: Timing | None, which: str) -> str:
+    """A cell of the table: empty where no times were asked for."""
+    if timing is None:
+        return ""
+    seconds = getattr(timing, which)
+    return "n/a" if seconds is None else shown(seconds)
 
 
 @dataclass
@@ -114,8 +124,8 @@ class VerificationReport:
                     str(len(checks)),
                     f"{worst.error:.1e}",
                     f"{max(check.ratio for check in checks):.2f}x",
-                    shown(timing.forward) if timing else "",
-                    shown(timing.backward) if timing else "",
+                    _time(timing, "forward"),
+                    _time(timing, "backward"),
                     f"{failed} FAILED" if failed else "passed",
                 )
             )
@@ -127,6 +137,11 @@ class VerificationReport:
         sizes = {x.operation: f"{x.operation} {x.rows} x {x.length}" for x in self.timings}
         if sizes:
             lines.append(f"times: {', '.join(sizes.values())} tokens, width {TIMED_WIDTH}")
+        lines += [
+            f"no time of {x.operation}/{x.impl} {x.dtype}: {x.reason}"
+            for x in self.timings
+            if x.reason
+        ]
         for check in self.failures:
             where = f"{check.operation}/{check.impl} {check.dtype}, {check.problem}"
             lines.extend(f"FAILED {where}: {failure}" for failure in check.failures)

@@ -145,7 +145,7 @@ def _check(
             torch.set_warn_always(True)
             result = _run(case)
             errors = {tensor: error(x, truth[tensor]).largest for tensor, x in result.items()}
-    except Exception as problem:
+    except Exception as problem:  # whatever torch's backends raise: told as n/a
         return BackendCheck(backend, mask, name, "n/a", reason=_reason(problem, told))
     finally:
         torch.set_warn_always(always)

@@ -130,7 +130,7 @@ def check_problem(
             found = compare(result, truth, allowed, dtype, problem.largest_logit())
             worst, largest, ratio = found.worst, found.error, found.ratio
             failures = [*found.failures, *_repeat(problem, impl, inputs, result)]
-        except Exception as crash:
+        except Exception as crash:  # a crash is a failure of the contract
             told = " ".join(str(crash).split())[:500]
             failures.append(f"{CRASH}: {type(crash).__name__}: {told}")
         yield Check(
@@ -172,29 +172,32 @@ def _repeat(
 def _times(
     operation: str, impls: tuple[str, ...], dtype: torch.dtype, device: torch.device
 ) -> Iterator[Timing]:
-    """Times implementations on many rows of ASVs; what does not run has failed its checks."""
+    """Times implementations on many rows of ASVs; what does not run says why."""
     count = 2048 if device.type == "cuda" else 16
     length = 151
-    problem = Problem(operation, "timing", (length,) * count, 4, TIMED_WIDTH // 4)
-    inputs = problem.inputs(dtype, device)
+    timed = Problem(operation, "timing", (length,) * count, 4, TIMED_WIDTH // 4)
+    inputs = timed.inputs(dtype, device)
     leaves = {name: x.requires_grad_() for name, x in inputs.items() if name != "grad"}
+    name = str(dtype).removeprefix("torch.")
     for impl in impls:
         try:
-            output = problem.call(impl, leaves)
+            output = timed.call(impl, leaves)
 
             def forward(impl: str = impl) -> Tensor:
                 with torch.no_grad():
-                    return problem.call(impl, leaves)
+                    return timed.call(impl, leaves)
 
             def backward(output: Tensor = output) -> object:
                 tensors = tuple(leaves.values())
                 return torch.autograd.grad(output, tensors, inputs["grad"], retain_graph=True)
 
-            seconds = [median_seconds(call, device, budget=0.2) for call in (forward, backward)]
-        except Exception:
+            forward_seconds = median_seconds(forward, device, budget=0.2)
+            backward_seconds = median_seconds(backward, device, budget=0.2)
+        except Exception as problem:  # out of memory, or what has failed the checks too
+            told = f"{type(problem).__name__}: {' '.join(str(problem).split())[:200]}"
+            yield Timing(operation, impl, name, count, length, None, None, told)
             continue
-        name = str(dtype).removeprefix("torch.")
-        yield Timing(operation, impl, name, count, length, *seconds)
+        yield Timing(operation, impl, name, count, length, forward_seconds, backward_seconds)
 
 
 def _remember(report: VerificationReport, dtypes: tuple[torch.dtype, ...]) -> None:

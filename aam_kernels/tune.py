@@ -146,7 +146,7 @@ def tune_case(
         try:
             calls[name] = _forced_call(tunable, chosen, dtype, width, length, device)
             seconds[name] = screen(calls[name], device)
-        except Exception as problem:
+        except Exception as problem:  # compilers and drivers raise what they like: listed
             skipped[name] = _one_line(problem)
             calls.pop(name, None)
     named = {_name(chosen): chosen for chosen in choices}
@@ -244,7 +244,7 @@ def _one_line(problem: Exception) -> str:
 def _caught(wrong: Check, kernel: str, dtype: torch.dtype, width: int, length: int) -> list[str]:
     try:
         return wrong(kernel, dtype, width, length)
-    except Exception as problem:
+    except Exception as problem:  # a crash is a failed check
         return [_one_line(problem)]
 
 

@@ -199,7 +199,7 @@ def captured(
         before = len(launches)
         try:
             compiled = run(self, *args, grid=grid, warmup=warmup, **kwargs)
-        except Exception as problem:
+        except Exception as problem:  # compilers raise what they like: kept in the launch
             if not survive:
                 raise
             last = " ".join(str(problem).split())[-400:]

@@ -81,7 +81,7 @@ def compile_all(path: Path) -> int:
         )
         try:
             compiled = triton.compile(source, target=target, options=options)
-        except Exception as problem:
+        except Exception as problem:  # compilers raise what they like: counted and printed
             failed += 1
             last = " ".join(str(problem).split())[-300:]
             sys.stdout.write(f"FAILED {one['name']}: {type(problem).__name__}: {last}\n")

@@ -182,7 +182,7 @@ def _check(
         try:
             with _quiet(device):
                 found[:] = checker(operation, impl, device, dtype, case)
-        except Exception as problem:
+        except Exception as problem:  # carried out of the thread
             problems.append(problem)
 
     thread = threading.Thread(target=work, name="aam_kernels check", daemon=True)

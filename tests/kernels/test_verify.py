@@ -214,6 +214,17 @@ def test_times_are_taken_of_every_implementation(monkeypatch):
     assert json.loads(report.to_json())["timings"][0]["rows"] == report.timings[0].rows
 
 
+def test_what_has_no_time_says_why(monkeypatch):
+    def full(*_, **__):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(_verification, "problems_of", lambda *_, **__: SMALL[:1])
+    monkeypatch.setattr(_verification, "median_seconds", full)
+    report = verify("cpu", operations=("attention",), dtypes=(torch.float32,), times=True)
+    assert report.passed and [timing.forward for timing in report.timings] == [None, None]
+    assert "no time of attention/sdpa float32: MemoryError: no room" in report.table()
+
+
 def test_a_clock():
     calls = []
     assert 0 < median_seconds(lambda: calls.append(1), CPU, budget=0.0) < 1

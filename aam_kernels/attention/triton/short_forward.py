@@ -200,7 +200,7 @@ def short_forward(
                 PRECISION,
                 ROUND_HALF_UP,
             )
-    elif (key_length > TILE_0 + TILE_1) & (  # noqa: SIM102
+    elif (key_length > TILE_0 + TILE_1) & (  # noqa: SIM102 (the inner one is decided by the compiler)
         key_length <= TILE_0 + TILE_1 + TILE_2
     ):
         if TILE_2 > 0:
