@@ -1,0 +1,86 @@
+// Vectors of floats in the compiler's own vector types (GCC, Clang): arithmetic is written once
+// and compiled for each kind of processor. AAM_WIDTH floats make a vector: 16, 8 or 4.
+//
+// Each kind of processor is one translation unit, and everything here has internal linkage: the
+// linker must never merge a function compiled for one processor with that of another.
+
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#ifndef AAM_WIDTH
+#error "AAM_WIDTH, the floats of a vector, is set where a variant is compiled"
+#endif
+
+#define AAM_INLINE static inline __attribute__((always_inline))
+
+namespace {
+
+constexpr int WIDTH = AAM_WIDTH;
+// A panel of a packed matrix: as many vectors as leave registers for six rows of sums.
+constexpr int PANEL_VECTORS = AAM_PANEL_VECTORS;
+constexpr int PANEL = WIDTH * PANEL_VECTORS;
+constexpr int BLOCK_ROWS = AAM_BLOCK_ROWS;
+
+typedef float Floats __attribute__((vector_size(WIDTH * 4)));
+typedef int32_t Ints __attribute__((vector_size(WIDTH * 4)));
+typedef uint32_t Words __attribute__((vector_size(WIDTH * 4)));
+typedef float FloatsAnywhere __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
+typedef int32_t IntsAnywhere __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
+
+AAM_INLINE Floats load(const float* from) { return *reinterpret_cast<const FloatsAnywhere*>(from); }
+AAM_INLINE Ints load(const int32_t* from) { return *reinterpret_cast<const IntsAnywhere*>(from); }
+AAM_INLINE void store(float* to, Floats x) { *reinterpret_cast<FloatsAnywhere*>(to) = x; }
+AAM_INLINE void store(int32_t* to, Ints x) { *reinterpret_cast<IntsAnywhere*>(to) = x; }
+
+AAM_INLINE Floats all(float x) { return x - Floats{}; }
+AAM_INLINE Ints all(int32_t x) { return x - Ints{}; }
+
+// The first `count` (1 to WIDTH) elements; the others read as 0 and are not touched in memory.
+AAM_INLINE Floats load_part(const float* from, int64_t count) {
+    Floats x{};
+    memcpy(&x, from, static_cast<size_t>(count) * sizeof(float));
+    return x;
+}
+AAM_INLINE void store_part(float* to, Floats x, int64_t count) {
+    memcpy(to, &x, static_cast<size_t>(count) * sizeof(float));
+}
+
+AAM_INLINE Ints bits(Floats x) { return reinterpret_cast<Ints>(x); }
+AAM_INLINE Floats from_bits(Ints x) { return reinterpret_cast<Floats>(x); }
+// A comparison gives 0 or -1 an element.
+AAM_INLINE Floats select(Ints mask, Floats yes, Floats no) { return mask ? yes : no; }
+// NaN in x stays: it is what "not smaller" keeps.
+AAM_INLINE Floats larger(Floats x, Floats than) { return x < than ? than : x; }
+AAM_INLINE Floats smaller(Floats x, Floats than) { return x > than ? than : x; }
+AAM_INLINE Floats absolute(Floats x) { return from_bits(bits(x) & 0x7fffffff); }
+
+AAM_INLINE Ints lane_numbers() {
+    Ints x;
+    for (int i = 0; i < WIDTH; ++i) x[i] = i;
+    return x;
+}
+
+// Pairwise, always in the same order.
+AAM_INLINE float sum_of(Floats x) {
+    float parts[WIDTH];
+    memcpy(parts, &x, sizeof parts);
+    for (int half = WIDTH / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
+    return parts[0];
+}
+AAM_INLINE float largest_of(Floats x) {
+    float parts[WIDTH];
+    memcpy(parts, &x, sizeof parts);
+    for (int half = WIDTH / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i)
+            parts[i] = parts[i] < parts[i + half] ? parts[i + half] : parts[i];
+    return parts[0];
+}
+
+constexpr int64_t rounded_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
+
+}  // namespace
