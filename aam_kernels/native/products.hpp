@@ -77,7 +77,7 @@ AAM_INLINE void multiply(const Matrix& a, const float* b, int64_t b_row, int64_t
     }
 }
 
-// One block: starts from what `start` gives, ends in what `finish` does.
+// One block of rows and one panel.
 template <int ROWS, int VECTORS, class Finish>
 static inline __attribute__((noinline)) void product_block(
     const Matrix& a, const float* b, int64_t b_row, int64_t depth, int64_t row, int64_t column,
@@ -90,22 +90,82 @@ static inline __attribute__((noinline)) void product_block(
         for (int v = 0; v < VECTORS; ++v) finish(row + r, column + v * WIDTH, sums[r][v]);
 }
 
+// Rows [row, end) in blocks as equal as can be: six rows and one would run at a fourth of the
+// speed of four and three.
 template <int VECTORS, class Finish>
-static inline void product_rows(const Matrix& a, int64_t rows, const float* b, int64_t b_row,
-                                int64_t depth, int64_t column, const Finish& finish) {
-    // Blocks as equal as can be: six rows and one row would run at a fourth of the speed of 4 + 3.
-    const int64_t blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
-    int64_t row = 0;
-    for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t count = (rows - row + blocks - block - 1) / (blocks - block);
+static inline void product_rows(const Matrix& a, int64_t row, int64_t end, const float* b,
+                                int64_t b_row, int64_t depth, int64_t column,
+                                const Finish& finish) {
+    for (int64_t blocks = (end - row + BLOCK_ROWS - 1) / BLOCK_ROWS; blocks > 0; --blocks) {
+        const int64_t count = (end - row + blocks - 1) / blocks;
         switch (count) {
 #define AAM_ROWS(R) \
-    case R: product_block<R, VECTORS>(a, b, b_row, depth, row, column, finish); break;
-            AAM_ROWS(1) AAM_ROWS(2) AAM_ROWS(3) AAM_ROWS(4) AAM_ROWS(5)
-            default: product_block<BLOCK_ROWS, VECTORS>(a, b, b_row, depth, row, column, finish);
+    case R: \
+        product_block<R, VECTORS>(a, b, b_row, depth, row, column, finish); \
+        break;
+            AAM_ROWS(1)
+            AAM_ROWS(2)
+            AAM_ROWS(3)
+            AAM_ROWS(4)
+            AAM_ROWS(5)
 #undef AAM_ROWS
+            default:
+                product_block<BLOCK_ROWS, VECTORS>(a, b, b_row, depth, row, column, finish);
         }
         row += count;
+    }
+}
+
+// A panel deeper than this leaves a core's L2: it is taken in parts, whose sums wait in memory
+// for one another. No more rows than this then go together, so that they wait in L1.
+constexpr int64_t DEPTH_PART = 1024;
+constexpr int64_t ROWS_OF_PARTS = 48;
+
+template <int VECTORS, class Finish>
+static inline void product_panel(const Matrix& a, int64_t rows, const float* b, int64_t b_row,
+                                 int64_t depth, int64_t column, const Finish& finish) {
+    if (depth <= DEPTH_PART) {
+        product_rows<VECTORS>(a, 0, rows, b, b_row, depth, column, finish);
+        return;
+    }
+    alignas(64) float waiting[ROWS_OF_PARTS * PANEL];
+    for (int64_t first = 0; first < rows; first += ROWS_OF_PARTS) {
+        const int64_t end = least(rows, first + ROWS_OF_PARTS);
+        memset(waiting, 0, sizeof waiting);
+        const auto wait = [&](int64_t row, int64_t at, Floats sum) {
+            float* place = waiting + (row - first) * PANEL + at - column;
+            store(place, load(place) + sum);
+        };
+        int64_t part = 0;
+        for (; part + DEPTH_PART < depth; part += DEPTH_PART)
+            product_rows<VECTORS>({a.data + part * a.step, a.row, a.step}, first, end,
+                                  b + part * b_row, b_row, DEPTH_PART, column, wait);
+        const auto last = [&](int64_t row, int64_t at, Floats sum) {
+            finish(row, at, load(waiting + (row - first) * PANEL + at - column) + sum);
+        };
+        product_rows<VECTORS>({a.data + part * a.step, a.row, a.step}, first, end,
+                              b + part * b_row, b_row, depth - part, column, last);
+    }
+}
+
+template <class Finish>
+static inline void product_any_panel(const Matrix& a, int64_t rows, const float* b, int64_t b_row,
+                                     int64_t depth, int64_t column, int64_t width,
+                                     const Finish& finish) {
+    switch (width / WIDTH) {
+#if AAM_PANEL_VECTORS == 4
+        case 2:
+            product_panel<2>(a, rows, b, b_row, depth, column, finish);
+            break;
+        case 3:
+            product_panel<3>(a, rows, b, b_row, depth, column, finish);
+            break;
+#endif
+        case 1:
+            product_panel<1>(a, rows, b, b_row, depth, column, finish);
+            break;
+        default:
+            product_panel<PANEL_VECTORS>(a, rows, b, b_row, depth, column, finish);
     }
 }
 
@@ -113,20 +173,23 @@ static inline void product_rows(const Matrix& a, int64_t rows, const float* b, i
 template <class Finish>
 static inline void product(const Matrix& a, int64_t rows, const Panels& b, const Finish& finish) {
     for (int64_t column = 0; column < b.columns; column += PANEL) {
-        const float* panel = b.data + column * b.depth;
         const int64_t width = rounded_up(least(PANEL, b.columns - column), WIDTH);
-        switch (width / WIDTH) {
-#define AAM_VECTORS(V) \
-    case V: product_rows<V>(a, rows, panel, width, b.depth, column, finish); break;
-#if AAM_PANEL_VECTORS == 4
-            AAM_VECTORS(1) AAM_VECTORS(2) AAM_VECTORS(3)
-#else
-            AAM_VECTORS(1)
-#endif
-            default:
-                product_rows<PANEL_VECTORS>(a, rows, panel, width, b.depth, column, finish);
-#undef AAM_VECTORS
-        }
+        product_any_panel(a, rows, b.data + column * b.depth, width, b.depth, column, width,
+                          finish);
+    }
+}
+
+// c (rows, columns) += a times b, with a and b as they lie in memory: b's rows are dense and
+// readable to the next multiple of WIDTH columns, and c is written that far.
+static inline void add_product(const Matrix& a, int64_t rows, const float* b, int64_t b_row,
+                               int64_t depth, int64_t columns, float* c, int64_t c_row) {
+    const auto add = [&](int64_t row, int64_t column, Floats sum) {
+        float* place = c + row * c_row + column;
+        store(place, load(place) + sum);
+    };
+    for (int64_t column = 0; column < columns; column += PANEL) {
+        const int64_t width = rounded_up(least(PANEL, columns - column), WIDTH);
+        product_any_panel(a, rows, b + column, b_row, depth, column, width, add);
     }
 }
 
