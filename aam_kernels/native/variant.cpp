@@ -4,7 +4,8 @@
 // the linker with code for older processors).
 
 #include "attention.hpp"
-#include "layer.hpp"
+#include "layer_backward.hpp"
+#include "layer_forward.hpp"
 #include "peak.hpp"
 #include "pooling.hpp"
 
