@@ -42,8 +42,8 @@ def encoder_layer(
             feature or key, head). None: drawn from torch's default generator.
         max_length: bound on the lengths. Given, no GPU is waited for.
         recompute: True keeps ``x`` alone for backward (4 D bytes a token in float32) and makes
-            the rest again, to the bit. False keeps 4 (6 D + F) bytes a token on a CPU; on a GPU
-            20 D + 4 heads in float32, 12 D + 4 heads in a half type.
+            the rest again, to the bit. False keeps 4 (6 D + F + heads) bytes a token on a CPU;
+            on a GPU 20 D + 4 heads in float32, 12 D + 4 heads in a half type.
         impl: "auto", "triton", "cpu", "sdpa" or "math". A name is honoured or refused.
 
     Returns:

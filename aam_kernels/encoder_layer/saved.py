@@ -17,7 +17,7 @@ class Saved(NamedTuple):
 
     qkv: Tensor  # (total, 3 D)
     attended: Tensor  # (total, D), at least float32
-    lse: Tensor  # (total, H), at least float32, on a GPU
+    lse: Tensor  # (total, H), at least float32; not used by `sdpa` on a CPU
     mid: Tensor  # (total, D), after the attention branch, on a CPU
     hidden_input: Tensor  # (total, F), before GELU, on a CPU
 
@@ -31,9 +31,9 @@ def new_saved(x: Tensor, hidden: int, num_heads: int, *, on_cpu: bool) -> Saved:
     """Uninitialised tensors for what is kept for an input ``x``."""
     total, dim = x.shape
     compute = torch.promote_types(x.dtype, torch.float32)
-    widths = {"attended": dim, "mid": dim, "hidden_input": hidden}
-    if not on_cpu:
-        widths = {"attended": dim, "lse": num_heads}
+    widths = {"attended": dim, "lse": num_heads}
+    if on_cpu:
+        widths |= {"mid": dim, "hidden_input": hidden}
     made = {name: x.new_empty((total, width), dtype=compute) for name, width in widths.items()}
     made["qkv"] = x.new_empty((total, 3 * dim), dtype=compute if on_cpu else x.dtype)
     return nothing_saved(x)._replace(**made)

@@ -216,6 +216,7 @@ def forward(
     if keep:
         hidden = weights.ffn_in_weight.shape[0]
         saved = new_saved(x, hidden, num_heads, on_cpu=x.device.type == "cpu")
+        saved.lse.zero_()  # made again where it is needed
 
     def work(chunks: Sequence[Chunk]) -> None:
         for chunk in chunks:
@@ -223,7 +224,7 @@ def forward(
             chunk.put(output, last_product(made, layer))
             if saved is not None:
                 for whole, part in zip(saved, made.saved, strict=True):
-                    if whole.dim() == 2:
+                    if whole.dim() == part.dim() == 2:
                         chunk.put(whole, part)
 
     share(_chunks(x, offsets, max_length), work)

@@ -139,5 +139,5 @@ def test_with_recomputation_the_input_alone_is_kept(problem):
         own = {t.data_ptr() for t in (*weights, offsets)}
         kept[recompute] = sum(t.nbytes for t in sizes if t.data_ptr() not in own)
     assert kept[True] == 9 * 4 * WIDTH
-    assert kept[False] == 9 * 4 * (6 * WIDTH + HIDDEN)
+    assert kept[False] == 9 * 4 * (6 * WIDTH + HIDDEN + HEADS)
     assert implementation.Saved._fields == ("qkv", "attended", "lse", "mid", "hidden_input")
