@@ -3,14 +3,16 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+NATIVE := build/native
+LOCK   := $(if $(shell command -v flock),flock build/native.lock)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench gpu-check lint format docs kernel-report clean
+.PHONY: help setup native demo test bench gpu-check lint format docs kernel-report clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
 
-setup: $(STAMP)  ## create .venv and install the project with its development tools (quick when up to date)
+setup: $(STAMP) native  ## create .venv and install the project with its development tools (quick when up to date)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))' || { \
@@ -18,7 +20,20 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(STAMP): pyproject.toml constraints-dev.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-dev.txt -e '.[dev,docs]'
+	SKBUILD_WHEEL_CMAKE=false $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-dev.txt -e '.[dev,docs]'
+	@touch $@
+
+# The extension lies beside the Python files it belongs to; objects in build/. cmake and ninja come
+# with the development tools. Where there is no compiler everything else still works.
+native: $(STAMP)  ## compile the CPU kernels into aam_kernels/ (seconds after a change)
+	@mkdir -p build
+	@if command -v "$${CXX:-c++}" >/dev/null; then $(LOCK) $(MAKE) --no-print-directory $(NATIVE)/build.ninja && \
+	    $(LOCK) $(BIN)/cmake --build $(NATIVE) -j 2 -- --quiet; \
+	else echo "no C++ compiler (c++ or CXX): the CPU kernels are not built, torch's own serve instead"; fi
+
+$(NATIVE)/build.ninja: aam_kernels/native/CMakeLists.txt $(STAMP)
+	@PATH="$(abspath $(BIN)):$$PATH" cmake --fresh -G Ninja -S aam_kernels/native -B $(NATIVE) --log-level=WARNING \
+	    -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DAAM_OUTPUT=$(abspath aam_kernels) >/dev/null
 	@touch $@
 
 demo: setup  ## simulate a community, pretrain, fine-tune, predict and write a report, in minutes
