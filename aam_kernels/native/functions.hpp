@@ -12,12 +12,11 @@ using aam::Dropout;
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
 
-// 2^x for x <= 127, 1.9e-9 from exact before rounding (minimax polynomial of degree 6 on
-// [-1/2, 1/2], fitted here); 0 below -126, where results would be subnormal. NaN stays NaN.
-AAM_INLINE Floats exp2_of(Floats x) {
-    const Floats in_range = larger(x, all(-126.0f));
-    const Floats shifted = in_range + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are round(x)
-    const Floats part = in_range - (shifted - 12582912.0f);
+// 2^x for -126 <= x <= 127, 1.9e-9 from exact before rounding (minimax polynomial of degree 6 on
+// [-1/2, 1/2], fitted here). NaN stays NaN.
+AAM_INLINE Floats exp2_in_range(Floats x) {
+    const Floats shifted = x + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are round(x)
+    const Floats part = x - (shifted - 12582912.0f);
     Floats y = all(0.00015345810970757157f);
     y = y * part + 0.0013399930903688073f;
     y = y * part + 0.009618489071726799f;
@@ -25,13 +24,17 @@ AAM_INLINE Floats exp2_of(Floats x) {
     y = y * part + 0.24022646248340607f;
     y = y * part + 0.6931471824645996f;
     y = y * part + 1.0f;
-    const Floats power = from_bits((bits(shifted) << 23) + 0x3f800000);
-    return select(x < -126.0f, Floats{}, y * power);
+    return y * from_bits((bits(shifted) << 23) + 0x3f800000);
 }
 
-// P(N(0, 1) > a) for a >= 0, as 2 to the power of a polynomial (degree 8, absolute error 8e-9).
+// The same for any x <= 127; below -126, where results would be subnormal, it is 2^-126.
+AAM_INLINE Floats exp2_of(Floats x) { return exp2_in_range(larger(x, all(-126.0f))); }
+
+// P(N(0, 1) > a) for 0 <= a <= FURTHEST, as 2 to the power of a polynomial (degree 8, absolute
+// error 8e-9, fitted here). Beyond FURTHEST it is 3e-9: nothing beside 1.
+constexpr float FURTHEST = 5.8f;
+
 AAM_INLINE Floats normal_tail(Floats a) {
-    a = smaller(a, all(5.8f));  // 3e-9 there: nothing beside 1
     Floats y = all(-2.772053449007217e-06f);
     y = y * a + 3.862079756800085e-05f;
     y = y * a + -0.00018254783935844898f;
@@ -41,23 +44,22 @@ AAM_INLINE Floats normal_tail(Floats a) {
     y = y * a + -0.45920491218566895f;
     y = y * a + -1.1511057615280151f;
     y = y * a + -1.0f;
-    return exp2_of(y);
+    return exp2_in_range(y);
 }
 
-// The distribution function of the normal distribution.
-AAM_INLINE Floats normal_distribution(Floats x) {
-    const Floats tail = normal_tail(absolute(x));
-    return select(x < 0.0f, tail, 1.0f - tail);
+// x Phi(x) = max(x, 0) - |x| P(N(0, 1) > |x|): exact GELU, without a difference of near numbers.
+AAM_INLINE Floats gelu(Floats x) {
+    const Floats a = smaller(absolute(x), all(FURTHEST));
+    return larger(x, Floats{}) - a * normal_tail(a);
 }
 
-AAM_INLINE Floats gelu(Floats x) { return x * normal_distribution(x); }
-
-// (gelu(x), gelu'(x)): the derivative is Phi(x) + x phi(x).
+// gelu(x), and its derivative Phi(x) + x phi(x).
 AAM_INLINE void gelu_and_slope(Floats x, Floats& value, Floats& slope) {
-    const Floats phi = normal_distribution(x);
+    const Floats a = smaller(absolute(x), all(FURTHEST));
+    const Floats tail = normal_tail(a);
+    value = larger(x, Floats{}) - a * tail;
     const Floats density = exp2_of(x * x * (-0.5f * LOG2_E)) * 0.3989422804014327f;
-    value = x * phi;
-    slope = x * density + phi;
+    slope = x * density + select(x < 0.0f, tail, 1.0f - tail);
 }
 
 // Heads from here on are the sites of dropout on token features.

@@ -56,27 +56,37 @@ AAM_INLINE Floats larger(Floats x, Floats than) { return x < than ? than : x; }
 AAM_INLINE Floats smaller(Floats x, Floats than) { return x > than ? than : x; }
 AAM_INLINE Floats absolute(Floats x) { return from_bits(bits(x) & 0x7fffffff); }
 
+#if defined(__clang__)
+AAM_INLINE Floats shuffled(Floats x, Ints from) {
+    Floats y;
+    for (int i = 0; i < WIDTH; ++i) y[i] = x[from[i]];
+    return y;
+}
+#else
+AAM_INLINE Floats shuffled(Floats x, Ints from) { return __builtin_shuffle(x, from); }
+#endif
+
 AAM_INLINE Ints lane_numbers() {
     Ints x;
     for (int i = 0; i < WIDTH; ++i) x[i] = i;
     return x;
 }
 
-// Pairwise, always in the same order.
+// Upper half onto lower half, in halves: always in the same order.
+template <int HALF, class Combine>
+AAM_INLINE Floats halves(Floats x, const Combine& combine) {
+    if constexpr (HALF == 0) return x;
+    else {
+        Ints to;
+        for (int i = 0; i < WIDTH; ++i) to[i] = i ^ HALF;
+        return halves<HALF / 2>(combine(x, shuffled(x, to)), combine);
+    }
+}
 AAM_INLINE float sum_of(Floats x) {
-    float parts[WIDTH];
-    memcpy(parts, &x, sizeof parts);
-    for (int half = WIDTH / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
-    return parts[0];
+    return halves<WIDTH / 2>(x, [](Floats a, Floats b) { return a + b; })[0];
 }
 AAM_INLINE float largest_of(Floats x) {
-    float parts[WIDTH];
-    memcpy(parts, &x, sizeof parts);
-    for (int half = WIDTH / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i)
-            parts[i] = parts[i] < parts[i + half] ? parts[i + half] : parts[i];
-    return parts[0];
+    return halves<WIDTH / 2>(x, [](Floats a, Floats b) { return larger(a, b); })[0];
 }
 
 constexpr int64_t rounded_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
