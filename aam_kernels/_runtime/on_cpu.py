@@ -1,0 +1,57 @@
+"""Tensors on their way into the compiled CPU kernels, which compute in float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import to_dlpack
+
+from aam_kernels._runtime.grouping import Sequences
+
+
+def rows(x: Tensor) -> Tensor:
+    """``x`` in float32 with consecutive elements in its last dimension; itself where it is so."""
+    x = x.float()
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def dense(x: Tensor) -> Tensor:
+    """``x`` in float32 and contiguous; itself where it is so."""
+    return x.float().contiguous()
+
+
+def capsule(x: Tensor | None) -> object:
+    """A tensor for the kernels, None as it is.
+
+    Python's protocol costs 2 us a tensor, this 0.2, and a layer has up to 35. Autograd is not
+    asked: operators are below it.
+    """
+    return None if x is None else to_dlpack(x)
+
+
+def where(sequences: Sequences) -> tuple[object, object, object, object]:
+    """Offsets, lengths, key offsets and key lengths for the kernels."""
+    return (
+        capsule(sequences.offsets.contiguous()),
+        capsule(_contiguous(sequences.lengths)),
+        capsule(_contiguous(sequences.key_offsets)),
+        capsule(_contiguous(sequences.key_lengths)) if sequences.cross else None,
+    )
+
+
+def like(x: Tensor, gaps: bool) -> Tensor:
+    """Memory for a float32 result in the shape of ``x``: zeros where no kernel writes some rows."""
+    make = x.new_zeros if gaps else x.new_empty
+    return make(x.shape, dtype=torch.float32)
+
+
+def seed_of(seed: Tensor | None, dropout_p: float) -> int:
+    """The seed as a number, which is looked at only where something is dropped."""
+    if dropout_p == 0.0:
+        return 0
+    assert seed is not None
+    return int(seed)
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
