@@ -90,10 +90,8 @@ class AsvEncoder(nn.Module):
         Returns:
             Values (nucleotides, dim).
         """
-        position, token = positions_in_rows(tokens), tokens.values.long()
-        embedded = self.token_embedding(token) + self.position_embedding(position)
-        if hasattr(self, "site_embedding"):
-            embedded = embedded + self.site_embedding(position * VOCABULARY + token)
+        sites = positions_in_rows(tokens) * VOCABULARY + tokens.values
+        embedded = nn.functional.embedding(sites, self.nucleotide_vectors())
         hidden = Ragged(embedded, tokens.offsets, tokens.max_length)
         if dropout or not self.training:
             return self.stack(hidden)
@@ -102,6 +100,18 @@ class AsvEncoder(nn.Module):
             return self.stack(hidden)
         finally:
             self.stack.train()
+
+    def nucleotide_vectors(self) -> Tensor:
+        """What every token is at every position, (positions * tokens, dim).
+
+        There are a thousand of them and a hundred thousand nucleotides in a batch: adding the
+        embeddings here and gathering once saves two passes over the batch each way.
+        """
+        token, position = self.token_embedding.weight, self.position_embedding.weight
+        vectors = (token + position[:, None]).flatten(0, 1)
+        if hasattr(self, "site_embedding"):
+            vectors = vectors + self.site_embedding.weight
+        return vectors
 
 
 class SampleEncoder(nn.Module):
