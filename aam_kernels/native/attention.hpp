@@ -1,41 +1,130 @@
-// Attention of one head of one sequence, forward and backward, and of whole calls.
+// Attention of whole calls: one head of one sequence is one piece of work.
+
 #pragma once
-#include "functions.hpp"
-#include "products.hpp"
+
+#include "attention_backward.hpp"
+#include "attention_forward.hpp"
+
 namespace {
 
-// One head of one sequence. Output rows are written, not added to.
-struct HeadForward {
-    Matrix query, key, value;  // (length, head_dim), (key_length, head_dim) twice; step 1
-    float* output;             // (length, head_dim), rows output_row apart
-    int64_t output_row;
-    float* lse;  // (length,), lse_row apart: natural logarithm, -inf without keys
-    int64_t lse_row;
-    int64_t length, key_length, head_dim;
-    float scale;
-    Dropout dropout;
-    uint32_t first_query, first_key, head;  // where they stand in the packed tensors: dropout's coordinates
+// Heads of sequences, handed out one by one. Large ones come first, so that no thread is left with
+// a large one at the end.
+template <class Call>
+struct HeadsOfSequences {
+    const Call& call;
+    float* memory;
+    int64_t memory_each;
+    double large;  // scores
+    int64_t next = 0;
+
+    double scores(int64_t i) const {
+        return static_cast<double>(call.queries.length(i)) *
+               static_cast<double>(most(call.keys.length(i), 1));
+    }
 };
 
-struct HeadBackward {
-    Matrix grad_output, query, key, value, output;
-    const float* lse;
-    int64_t lse_row;
-    float *grad_query, *grad_key, *grad_value;  // written, rows grad_row apart
-    int64_t grad_query_row, grad_key_row, grad_value_row;
-    int64_t length, key_length, head_dim;
-    float scale;
-    Dropout dropout;
-    uint32_t first_query, first_key, head;
-};
+template <class Call, class Work>
+static inline void for_heads(HeadsOfSequences<Call>& heads, int thread, const Work& work) {
+    float* memory = heads.memory + heads.memory_each * thread;
+    const int64_t items = heads.call.queries.count * heads.call.heads;
+    for (;;) {
+        const int64_t turn = __atomic_fetch_add(&heads.next, 1, __ATOMIC_RELAXED);
+        if (turn >= 2 * items) return;
+        const int64_t item = turn < items ? turn : turn - items;
+        const int64_t sequence = item / heads.call.heads;
+        const bool large = heads.scores(sequence) > heads.large;
+        if (large == (turn < items)) work(sequence, item % heads.call.heads, memory);
+    }
+}
 
-// Floats of scratch memory (64-byte aligned) that the functions below need.
-static inline int64_t head_forward_scratch(int64_t length, int64_t key_length, int64_t head_dim) { return 0; }
-static inline int64_t head_backward_scratch(int64_t length, int64_t key_length, int64_t head_dim) { return 0; }
-static inline void head_forward(const HeadForward& call, float* scratch) {}
-static inline void head_backward(const HeadBackward& call, float* scratch) {}
+// size(length, key_length, head_dim): scratch memory of a head.
+template <class Call, class Size>
+static inline void run_heads(const Call& call, const Size& size,
+                             void (*run)(void* context, int thread)) {
+    const int64_t items = call.queries.count * call.heads;
+    if (items == 0) return;
+    int64_t largest = 0;
+    HeadsOfSequences<Call> heads{call, nullptr, 0, 0.0};
+    double scores = 0.0;
+    for (int64_t i = 0; i < call.queries.count; ++i) {
+        largest = most(largest, size(call.queries.length(i), call.keys.length(i), call.head_dim));
+        scores += heads.scores(i);
+    }
+    const int threads = static_cast<int>(most(1, least(call.threads, items)));
+    heads.large = 2.0 * scores / static_cast<double>(call.queries.count);
+    heads.memory_each = rounded_up(largest, CACHE_LINE);
+    const aam::Scratch scratch(heads.memory_each * threads);
+    heads.memory = scratch.data();
+    aam::in_parallel(threads, run, &heads);
+}
 
-static void attention_forward(const aam::AttentionForward& call) {}
-static void attention_backward(const aam::AttentionBackward& call) {}
+static void attention_forward(const aam::AttentionForward& call) {
+    run_heads(call, head_forward_scratch, [](void* context, int thread) {
+        auto& heads = *static_cast<HeadsOfSequences<aam::AttentionForward>*>(context);
+        for_heads(heads, thread, [&](int64_t sequence, int64_t head, float* memory) {
+            const aam::AttentionForward& call = heads.call;
+            const int64_t query = call.queries.start(sequence), key = call.keys.start(sequence);
+            const auto rows = [&](const aam::Heads& x, int64_t start) {
+                return Matrix{x.data + start * x.row + head * x.head, x.row};
+            };
+            HeadForward work;
+            work.query = rows(call.query, query);
+            work.key = rows(call.key, key);
+            work.value = rows(call.value, key);
+            work.output = call.output.data + query * call.output.row + head * call.output.head;
+            work.output_row = call.output.row;
+            work.lse = call.lse + query * call.heads + head;
+            work.lse_row = call.heads;
+            work.length = call.queries.length(sequence);
+            work.key_length = call.keys.length(sequence);
+            work.head_dim = call.head_dim;
+            work.scale = call.scale;
+            work.dropout = call.dropout;
+            work.first_query = static_cast<uint32_t>(query);
+            work.first_key = static_cast<uint32_t>(key);
+            work.head = static_cast<uint32_t>(head);
+            head_forward(work, memory);
+        });
+    });
+}
+
+static void attention_backward(const aam::AttentionBackward& call) {
+    run_heads(call, head_backward_scratch, [](void* context, int thread) {
+        auto& heads = *static_cast<HeadsOfSequences<aam::AttentionBackward>*>(context);
+        for_heads(heads, thread, [&](int64_t sequence, int64_t head, float* memory) {
+            const aam::AttentionBackward& call = heads.call;
+            const int64_t query = call.queries.start(sequence), key = call.keys.start(sequence);
+            const auto rows = [&](const aam::Heads& x, int64_t start) {
+                return Matrix{x.data + start * x.row + head * x.head, x.row};
+            };
+            const auto out = [&](const aam::HeadsOut& x, int64_t start) {
+                return x.data + start * x.row + head * x.head;
+            };
+            HeadBackward work;
+            work.grad_output = rows(call.grad_output, query);
+            work.query = rows(call.query, query);
+            work.key = rows(call.key, key);
+            work.value = rows(call.value, key);
+            work.output = rows(call.output, query);
+            work.lse = call.lse + query * call.heads + head;
+            work.lse_row = call.heads;
+            work.grad_query = out(call.grad_query, query);
+            work.grad_key = out(call.grad_key, key);
+            work.grad_value = out(call.grad_value, key);
+            work.grad_query_row = call.grad_query.row;
+            work.grad_key_row = call.grad_key.row;
+            work.grad_value_row = call.grad_value.row;
+            work.length = call.queries.length(sequence);
+            work.key_length = call.keys.length(sequence);
+            work.head_dim = call.head_dim;
+            work.scale = call.scale;
+            work.dropout = call.dropout;
+            work.first_query = static_cast<uint32_t>(query);
+            work.first_key = static_cast<uint32_t>(key);
+            work.head = static_cast<uint32_t>(head);
+            head_backward(work, memory);
+        });
+    });
+}
 
 }  // namespace
