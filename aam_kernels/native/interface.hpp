@@ -24,8 +24,11 @@ struct Sequences {
     const int32_t* offsets;  // (count + 1,)
     const int32_t* lengths;  // (count,), or null
 
-    int64_t start(int64_t i) const { return offsets[i]; }
-    int64_t length(int64_t i) const { return lengths ? lengths[i] : offsets[i + 1] - offsets[i]; }
+    // Always inline: a function of its own would be one for all variants, of any one of them.
+    __attribute__((always_inline)) int64_t start(int64_t i) const { return offsets[i]; }
+    __attribute__((always_inline)) int64_t length(int64_t i) const {
+        return lengths ? lengths[i] : offsets[i + 1] - offsets[i];
+    }
 };
 
 // (rows, heads, head_dim): element (i, h, d) at data[i * row + h * head + d].
