@@ -1,14 +1,17 @@
-"""Interleaved timing of contestants, their ratios, and the table, JSON and plot made of them."""
+"""Contestants that do the same work in turns: timings, ratios, goals, and their tables."""
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from benchmarks.machine import COPY, PEAK
+from benchmarks.worker import Memory, Worker, processor_seconds
+
+Contestants = Mapping[str, Callable[[], Any]]
 
 
 @dataclass
@@ -19,70 +22,191 @@ class Timing:
     processor: list[float] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Work:
+    """What one call does; `benchmarks.kernels` says how it is counted.
+
+    Attributes:
+        operations: floating-point operations of the products that are executed.
+        bytes: what must be read and written once.
+        model: operations of the forward pass, times three with a backward pass: recomputed
+            products are not counted.
+    """
+
+    operations: float = 0.0
+    bytes: float = 0.0
+    model: float = 0.0
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A contestant should do at least so much more than another.
+
+    Attributes:
+        contestant: who.
+        at_least: the ratio.
+        over: the other one; empty: the reference.
+        of: what is compared: "calls" a second, "operations" a second, "bytes" a second, or
+            "memory" (calls within the same memory).
+    """
+
+    contestant: str
+    at_least: float
+    over: str = ""
+    of: str = "calls"
+
+
 @dataclass
 class Comparison:
-    """Contestants that did the same work in turns, and the one the others are measured against."""
+    """What was measured of the contestants of a case, and what is asked of them."""
 
     title: str
     reference: str
     timings: dict[str, Timing]
-    notes: dict[str, Any] = field(default_factory=dict)
+    work: dict[str, Work] = field(default_factory=dict)
+    memory: dict[str, Memory] = field(default_factory=dict)
+    goals: list[Goal] = field(default_factory=list)
+    notes: dict[str, str] = field(default_factory=dict)
 
-    def speedup(self, name: str, clock: str = "wall") -> float:
-        """Median over rounds of reference seconds / contestant seconds, pair by pair."""
-        ours = getattr(self.timings[name], clock)
-        theirs = getattr(self.timings[self.reference], clock)
-        return statistics.median(b / max(a, 1e-9) for a, b in zip(ours, theirs, strict=True))
+    def ratio(
+        self, name: str, over: str = "", *, of: str = "calls", clock: str = "wall"
+    ) -> float | None:
+        """How much more of something a contestant does than another, in the median round.
+
+        Args:
+            name: the contestant.
+            over: the other one; empty: the reference.
+            of: see `Goal`.
+            clock: "wall" or "processor".
+
+        Returns:
+            None where it was not measured, or nothing of that kind is done.
+        """
+        over = over or self.reference
+        if not {name, over} <= set(self.timings):
+            return None
+        if of == "memory":
+            if not {name, over} <= set(self.memory):
+                return None
+            return self.memory[over].growth / max(self.memory[name].growth, 1e-9)
+        ours, theirs = (self._amount(contestant, of) for contestant in (name, over))
+        if not ours or not theirs:
+            return None
+        seconds = zip(
+            getattr(self.timings[name], clock), getattr(self.timings[over], clock), strict=True
+        )
+        return statistics.median(
+            (ours / max(a, 1e-9)) / (theirs / max(b, 1e-9)) for a, b in seconds
+        )
+
+    def _amount(self, name: str, of: str) -> float:
+        return 1.0 if of == "calls" else getattr(self.work.get(name, Work()), of)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row a contestant: median seconds by both clocks, ratios to the reference."""
+        """One row a contestant: what the table shows, each ratio with what it is taken over."""
         return [
             {
-                "case": self.title,
                 "contestant": name,
                 "rounds": len(timing.wall),
                 "wall_seconds": statistics.median(timing.wall),
                 "processor_seconds": statistics.median(timing.processor),
-                "speedup_wall": self.speedup(name, "wall"),
-                "speedup_processor": self.speedup(name, "processor"),
-                "is_reference": name == self.reference,
+                "speed_over": self.reference,
+                "speed": self.ratio(name),
+                "speed_by_processor": self.ratio(name, clock="processor"),
+                "share_of_fma_peak": self.ratio(name, PEAK, of="operations"),
+                "share_of_fma_peak_by_processor": self.ratio(
+                    name, PEAK, of="operations", clock="processor"
+                ),
+                "share_of_fma_peak_by_model_operations": self._model_share(name),
+                "share_of_copy_bandwidth": self.ratio(name, COPY, of="bytes"),
+                "megabytes": self.memory[name].growth if name in self.memory else None,
+                "each_round": asdict(timing),
             }
             for name, timing in self.timings.items()
         ]
 
+    def _model_share(self, name: str) -> float | None:
+        share, work = self.ratio(name, PEAK, of="operations"), self.work.get(name, Work())
+        return share * work.model / work.operations if share and work.model else None
 
-def run_once(contestants: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
-    """Each contestant's result; this is the warm-up of a timed run and all of an untimed one."""
-    return {name: contestant() for name, contestant in contestants.items()}
+    def verdicts(self) -> list[dict[str, Any]]:
+        """One row a goal that could be measured."""
+        found = []
+        for goal in self.goals:
+            measured = self.ratio(goal.contestant, goal.over, of=goal.of)
+            if measured is not None:
+                found.append(
+                    {
+                        "case": self.title,
+                        **asdict(goal),
+                        "over": goal.over or self.reference,
+                        "measured": measured,
+                        "by_processor": self.ratio(
+                            goal.contestant, goal.over, of=goal.of, clock="processor"
+                        ),
+                        "reached": measured >= goal.at_least,
+                    }
+                )
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for the JSON file."""
+        return {"contestants": self.rows(), "goals": self.verdicts(), "notes": self.notes}
 
 
 class Rounds:
     """One call is one round: every contestant once, each timed on its own.
 
     Every second round runs in the opposite order, so that whatever one contestant leaves behind in
-    caches or in the processor's clock does not always meet the same successor.
+    caches or in the processor's clock does not always meet the same successor. A contestant that
+    does not fit into memory takes part no longer.
+
+    Attributes:
+        results: of each contestant's last run.
+        timings: of each contestant's runs.
+        refused: why a contestant takes part no longer.
     """
 
-    def __init__(self, contestants: Mapping[str, Callable[[], Any]]):
-        self.contestants = contestants
+    def __init__(self, contestants: Contestants):
+        self.contestants = dict(contestants)
+        self.results: dict[str, Any] = {}
         self.timings = {name: Timing() for name in contestants}
+        self.refused: dict[str, str] = {}
         self.count = 0
+
+    def warm_up(self) -> None:
+        """A round that is not timed."""
+        for name in list(self.contestants):
+            self._run(name)
 
     def __call__(self) -> None:
         """Run one round."""
         names = list(self.contestants)
         for name in names if self.count % 2 == 0 else reversed(names):
             wall, processor = time.perf_counter(), processor_seconds()
-            self.contestants[name]()
-            self.timings[name].processor.append(processor_seconds() - processor)
-            self.timings[name].wall.append(time.perf_counter() - wall)
+            if not self._run(name):
+                continue
+            processor, wall = processor_seconds() - processor, time.perf_counter() - wall
+            contestant, timing = self.contestants[name], self.timings[name]
+            if isinstance(contestant, Worker):
+                wall, processor = contestant.wall, contestant.processor
+            timing.wall.append(wall)
+            timing.processor.append(processor)
         self.count += 1
 
+    def _run(self, name: str) -> bool:
+        try:
+            self.results[name] = self.contestants[name]()
+        except MemoryError as error:
+            self.refused[name] = f"n/a: {error}"
+            del self.contestants[name], self.timings[name]
+        return name in self.contestants
 
-def processor_seconds() -> float:
-    """CPU time of this process, all its threads, and the children it has waited for."""
-    spent = os.times()
-    return time.process_time() + spent.children_user + spent.children_system
+
+def fastest(timings: Mapping[str, Timing], names: Iterable[str]) -> str:
+    """The one of some contestants with the smallest median CPU time."""
+    measured = [name for name in names if name in timings]
+    return min(measured, key=lambda name: statistics.median(timings[name].processor))
 
 
 def rounds_within(seconds: float, one_round: float, least: int = 3, most: int = 25) -> int:
@@ -98,49 +222,76 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} us"
 
 
-def format_table(comparisons: list[Comparison]) -> str:
-    """The table printed at the end of a run."""
-    lines = []
-    width = max(len(name) for comparison in comparisons for name in comparison.timings)
-    for comparison in comparisons:
-        rounds = len(next(iter(comparison.timings.values())).wall)
-        lines += ["", f"{comparison.title}  (median of {rounds} interleaved rounds)"]
-        for row in comparison.rows():
-            ratio = "reference" if row["is_reference"] else f"{row['speedup_wall']:6.2f}x"
-            cpu = "" if row["is_reference"] else f"({row['speedup_processor']:.2f}x by CPU time)"
-            seconds = format_seconds(row["wall_seconds"])
-            lines.append(
-                f"  {row['contestant']:<{width}}  {seconds:>9}  {ratio:>9}  {cpu}".rstrip()
-            )
-        lines += [f"  {key}: {value}" for key, value in comparison.notes.items()]
+def format_comparison(comparison: Comparison) -> str:
+    """One case as a table; columns of which nothing was measured are left out."""
+    table = [
+        ["", "wall", "CPU", "speed", "by CPU", "of FMA", "by CPU", "3 x forward", "of copy", "MB"]
+    ]
+    for row in comparison.rows():
+        name, work = row["contestant"], comparison.work.get(row["contestant"], Work())
+        if name in (PEAK, COPY):
+            amount, unit = (work.operations, "GF/s") if name == PEAK else (work.bytes, "GB/s")
+            clocks = row["wall_seconds"], row["processor_seconds"]
+            speeds = [f"{amount / seconds / 1e9:.0f} {unit}" for seconds in clocks]
+        elif name == comparison.reference:
+            speeds = ["reference", ""]
+        else:
+            speeds = [_times(row["speed"]), _times(row["speed_by_processor"])]
+        megabytes = row["megabytes"]
+        table.append(
+            [
+                name,
+                format_seconds(row["wall_seconds"]),
+                format_seconds(row["processor_seconds"]),
+                *speeds,
+                *(["", "", ""] if name == PEAK else [
+                    _percent(row["share_of_fma_peak"]),
+                    _percent(row["share_of_fma_peak_by_processor"]),
+                    _percent(row["share_of_fma_peak_by_model_operations"]),
+                ]),
+                "" if name == COPY else _percent(row["share_of_copy_bandwidth"]),
+                "" if megabytes is None else f"{megabytes:,.0f}",
+            ]
+        )  # fmt: skip
+    rounds = len(next(iter(comparison.timings.values())).wall)
+    lines = ["", f"{comparison.title}  (median of {rounds} interleaved rounds)", *aligned(table)]
+    lines += [f"  {key}: {value}" for key, value in comparison.notes.items()]
     return "\n".join(lines)
 
 
-def write_plot(comparisons: list[Comparison], path: Path) -> None:
-    """Speed-ups as horizontal bars on a logarithmic axis, one panel a case."""
-    import matplotlib
+def format_goals(comparisons: Iterable[Comparison]) -> str:
+    """Every goal that was measured, and whether it was reached by the wall clock."""
+    table = [["", "over", "goal", "measured", "by CPU", ""]]
+    for verdict in (row for comparison in comparisons for row in comparison.verdicts()):
+        shown = _percent if verdict["of"] in ("operations", "bytes") else _times
+        table.append(
+            [
+                f"{verdict['case']}: {verdict['contestant']}",
+                verdict["over"] + (", memory" if verdict["of"] == "memory" else ""),
+                shown(verdict["at_least"]),
+                shown(verdict["measured"]),
+                "" if verdict["of"] == "memory" else shown(verdict["by_processor"]),
+                "reached" if verdict["reached"] else "MISSED",
+            ]
+        )
+    return "\n".join(["", "goals (at least)", *aligned(table, left=2)]) if len(table) > 1 else ""
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    heights = [len(comparison.timings) + 1.5 for comparison in comparisons]
-    figure, axes = pyplot.subplots(
-        len(comparisons), 1, figsize=(9, 0.32 * sum(heights)), sharex=True, squeeze=False,
-        height_ratios=heights, layout="constrained",
-    )  # fmt: skip
-    for axis, comparison in zip(axes[:, 0], comparisons, strict=True):
-        rows = comparison.rows()[::-1]
-        names = [row["contestant"] for row in rows]
-        values = [row["speedup_wall"] for row in rows]
-        colours = ["0.6" if row["is_reference"] else "#2a6f97" for row in rows]
-        bars = axis.barh(names, [value - 1 for value in values], left=1.0, color=colours)
-        axis.bar_label(bars, [f"{value:.2f}x" for value in values], padding=3, fontsize=8)
-        axis.set_title(f"{comparison.title}   (1 = {comparison.reference})", fontsize=9, loc="left")
-        axis.axvline(1.0, color="0.6", linewidth=0.8)
-        axis.set_xscale("log")
-        axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.margins(x=0.15)
-    axes[-1, 0].set_xlabel("times faster than the reference (logarithmic)")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+def aligned(table: list[list[str]], left: int = 1) -> list[str]:
+    """Lines of a table without its empty columns; the first `left` columns begin at the left."""
+    filled = [j for j in range(len(table[0])) if j < left or any(row[j] for row in table[1:])]
+    widths = {j: max(len(row[j]) for row in table) for j in filled}
+    return [
+        "  " + "  ".join(
+            row[j].ljust(widths[j]) if j < left else row[j].rjust(widths[j]) for j in filled
+        ).rstrip()
+        for row in table
+    ]  # fmt: skip
+
+
+def _times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"

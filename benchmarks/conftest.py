@@ -1,30 +1,43 @@
 """`--benchmark` times; without it each case runs once and checks its numbers.
 
-pytest-benchmark drives the rounds and writes the JSON with machine and commit. It times one
-function a test, and comparing two tests compares two moments of a machine; so here a round is every
-contestant of a case in turn, timed apart, and the ratios are taken within rounds.
+A case is a test. A round is every contestant of a case in turn, timed apart, and ratios are taken
+within rounds: timing one contestant after the other would compare two moments of a machine.
 """
 
+import json
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks import machine
 from benchmarks.comparison import (
     Comparison,
+    Contestants,
+    Goal,
     Rounds,
-    format_table,
+    Work,
+    fastest,
+    format_comparison,
+    format_goals,
     rounds_within,
-    run_once,
-    write_plot,
 )
+from benchmarks.plot import write_plot
+from benchmarks.worker import Worker, prepare
 from tests.conftest import real_data, require_tool  # noqa: F401
 
 RESULTS = Path(__file__).parent / "results"
-SECONDS_A_CASE = {"quick": 8.0, "full": 60.0}
+SECONDS_A_CASE = {"quick": 4.0, "full": 60.0}
 COMPARISONS = pytest.StashKey[list[Comparison]]()
+MALLOC = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_TOP_PAD_": str(1 << 26),
+}
+"""glibc's malloc as training would like it: memory once asked for is never given back."""
 
 
 def pytest_addoption(parser):
@@ -36,33 +49,44 @@ def pytest_addoption(parser):
         "--benchmark-size",
         choices=sorted(SECONDS_A_CASE),
         default="quick",
-        help="quick (default): 10 minutes on 2 cores; full: more rounds and more cases",
+        help="quick (default), or full: more rounds and more cases",
     )
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
     config.stash[COMPARISONS] = []
-    if not config.getoption("benchmark"):
-        return
-    if config.getoption("numprocesses", None):
+    config.addinivalue_line("markers", "kernels: attention, pooling and layer, in 2 minutes")
+    config.addinivalue_line("markers", "steps: whole training steps and inference; takes long")
+    if config.getoption("benchmark") and config.getoption("numprocesses", None):
         raise pytest.UsageError("--benchmark times one case at a time: leave out -n")
-    RESULTS.mkdir(exist_ok=True)
-    config.option.benchmark_enable = True
-    config.option.benchmark_quiet = True  # its table lists whole rounds; ours lists contestants
-    config.option.benchmark_json = str(RESULTS / "benchmarks.json")
 
 
 def pytest_terminal_summary(terminalreporter, config):
     comparisons = config.stash[COMPARISONS]
     if not comparisons:
         return
-    import torch
-
-    terminalreporter.section(f"benchmarks, {torch.get_num_threads()} threads")
-    terminalreporter.write_line(format_table(comparisons))
+    terminalreporter.section("benchmarks")
+    for name, value in machine.facts().items():
+        terminalreporter.write_line(f"  {name}: {value}")
+    if machine.native() is None:
+        terminalreporter.write_line("  no FMA peak was measured: aam_kernels._native is not built")
+    for comparison in comparisons:
+        terminalreporter.write_line(format_comparison(comparison))
+    terminalreporter.write_line(format_goals(comparisons))
     write_plot(comparisons, RESULTS / "speedups.png")
     terminalreporter.write_line(f"\nwritten: {RESULTS}/benchmarks.json, speedups.png")
+
+
+def keep(comparison: Comparison, facts: Mapping[str, Any]) -> None:
+    """Write a case into benchmarks.json, in place of what an earlier run says of it."""
+    path = RESULTS / "benchmarks.json"
+    path.parent.mkdir(exist_ok=True)
+    cases = json.loads(path.read_text()) if path.exists() else {}
+    cases[comparison.title] = {"machine": facts, **comparison.to_dict()}
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(cases, indent=1))
+    os.replace(unfinished, path)
 
 
 @pytest.fixture
@@ -78,34 +102,74 @@ def full(request) -> bool:
 
 
 @pytest.fixture
-def compare(request, timing, benchmark) -> Callable[..., tuple[dict[str, Any], Comparison | None]]:
+def own_process(timing):
+    """Contestants in processes of their own, ended with the test.
+
+    `own_process("module:function", environment={...}, **arguments)`. Without `--benchmark` the
+    work runs in this process, where it only has to give the right numbers.
+    """
+    workers = []
+
+    def start(target: str, *, environment: Mapping[str, str] | None = None, **arguments: Any):
+        if not timing:
+            return prepare(target, arguments)
+        workers.append(Worker(target, environment=environment, **arguments))
+        return workers[-1]
+
+    yield start
+    for worker in workers:
+        worker.close()
+
+
+@pytest.fixture
+def compare(request, timing) -> Callable[..., tuple[dict[str, Any], Comparison | None]]:
     """Run contestants in turns.
 
-    `compare(title, contestants, reference=NAME, rounds=None, notes={})` gives every contestant's
-    result, and the timings when timing (else None). `rounds` overrides what fits the case's share.
+    `compare(title, contestants, reference=NAME)` gives every contestant's result, and the timings
+    when timing (else None).
+
+    * `reference`: what speeds are taken over; of several names, the fastest.
+    * `rounds`: in place of as many as fit the case's seconds.
+    * `work`: operations and bytes by contestant; where given, the machine's limits take part
+      (`limits=False` leaves them out).
+    * `goals`, `notes`: see `Comparison`.
     """
 
     def run(
         title: str,
-        contestants: Mapping[str, Callable[[], Any]],
+        contestants: Contestants,
         *,
-        reference: str,
+        reference: str | Sequence[str],
         rounds: int | None = None,
-        notes: dict[str, Any] | None = None,
+        work: Mapping[str, Work] | None = None,
+        limits: bool = True,
+        goals: Sequence[Goal] = (),
+        notes: Mapping[str, str] | None = None,
     ) -> tuple[dict[str, Any], Comparison | None]:
         if not timing:
-            return benchmark.pedantic(run_once, args=(contestants,)), None
-        results = run_once(contestants)
-        one_round = Rounds(contestants)
-        start = time.perf_counter()
+            return {name: contestant() for name, contestant in contestants.items()}, None
+        facts, work, notes = machine.facts(), dict(work or {}), dict(notes or {})
+        one_round = Rounds({**contestants, **(machine.limits() if work and limits else {})})
+        one_round.warm_up()
         if rounds is None:
-            run_once(contestants)
+            start = time.perf_counter()
+            one_round.warm_up()
             seconds = SECONDS_A_CASE[request.config.getoption("benchmark_size")]
             rounds = rounds_within(seconds, time.perf_counter() - start)
-        benchmark.pedantic(one_round, rounds=rounds)
-        comparison = Comparison(title, reference, one_round.timings, notes or {})
-        benchmark.extra_info.update(comparison=comparison.rows(), notes=comparison.notes)
+        for _ in range(rounds):
+            one_round()
+        names = [reference] if isinstance(reference, str) else reference
+        comparison = Comparison(
+            title, fastest(one_round.timings, names), one_round.timings, work, goals=list(goals),
+            notes=notes | one_round.refused,
+        )  # fmt: skip
+        for name, contestant in one_round.contestants.items():
+            if isinstance(contestant, Worker):
+                comparison.memory[name] = contestant.memory
+            if name in (machine.PEAK, machine.COPY):
+                comparison.work[name] = Work(**one_round.results[name])
+        keep(comparison, facts)
         request.config.stash[COMPARISONS].append(comparison)
-        return results, comparison
+        return {name: one_round.results[name] for name in contestants}, comparison
 
     return run

@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +31,7 @@ from aam_kernels import (
     weights_from_torch,
 )
 from benchmarks.on_device import Case, Contestant, Unavailable, Work, compare
+from benchmarks.rows import Rows, between
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -42,61 +43,14 @@ TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Errors beyond rounding in that dtype (TF32 products, in float32)."""
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Rows of unequal length, packed and padded.
-
-    Attributes:
-        lengths: of the rows.
-        device: where they lie.
-        dtype: of the values.
-    """
-
-    lengths: tuple[int, ...]
-    device: torch.device
-    dtype: torch.dtype
-
-    @property
-    def longest(self) -> int:
-        """Slots of a padded row."""
-        return max(self.lengths)
-
-    @property
-    def offsets(self) -> Tensor:
-        """(n + 1,) int32."""
-        return torch.tensor((0, *self.lengths)).cumsum(0).to(self.device, torch.int32)
-
-    @property
-    def real(self) -> Tensor:
-        """(rows, longest) bool, True where a slot is filled."""
-        slots = torch.arange(self.longest)
-        return (slots < torch.tensor(self.lengths)[:, None]).to(self.device)
-
-    def draw(self, *shape: int) -> Tensor:
-        """(total, *shape) from a fixed seed."""
-        generator = torch.Generator().manual_seed(11)
-        values = torch.randn(sum(self.lengths), *shape, generator=generator)
-        return values.to(self.device, self.dtype)
-
-    def pad(self, packed: Tensor) -> Tensor:
-        """(total, ...) -> (rows, longest, ...), 0 where there is no row."""
-        padded = packed.new_zeros(len(self.lengths), self.longest, *packed.shape[1:])
-        padded[self.real] = packed
-        return padded
-
-
 def asv_rows(device: torch.device, dtype: torch.dtype, count: int, length: int = 151) -> Rows:
     """Nucleotides within ASVs: rows of about one length."""
-    generator = torch.Generator().manual_seed(0)
-    spread = torch.randint(max(1, 2 * length // 3), length + 1, (count,), generator=generator)
-    return Rows((length, *spread.tolist()[1:]), device, dtype)
+    return Rows(between(max(1, 2 * length // 3), length, count), device, dtype)
 
 
 def sample_rows(device: torch.device, dtype: torch.dtype, count: int, longest: int) -> Rows:
     """ASVs within samples: rows of very unequal length."""
-    generator = torch.Generator().manual_seed(1)
-    spread = torch.randint(max(1, longest // 100), longest + 1, (count,), generator=generator)
-    return Rows((longest, *spread.tolist()[1:]), device, dtype)
+    return Rows(between(max(1, longest // 100), longest, count), device, dtype)
 
 
 def attention_case(

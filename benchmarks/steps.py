@@ -1,11 +1,14 @@
-"""Whole training steps on real tables: the trainer's own, and the padded baseline's.
+"""Whole training steps and inference on real tables: aam's own, and the padded baseline's.
 
 Both see the same samples in the same order, at the defaults of `aam pretrain`. True distances are
-part of our step where there is a tree (`ibd`); the baseline always gets them for nothing.
+part of our step where there is a tree (`ibd`); the baseline always gets them for nothing. What is
+returned runs a short piece of the work on its first call, to warm up, and goes round the batches
+from then on.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -21,10 +24,12 @@ from aam.data import FeatureTable, SampleDataset, read_table
 from aam.data.phylogeny import UniFrac
 from aam.model import CommunityEncoder
 from aam.model.encoder import EncoderShape
+from aam.training.evaluation import sample_embeddings
 from aam.training.loop import Trainer
 from aam.training.objectives import DistanceLoss, PretrainObjective
 from benchmarks.baselines.padded_transformer import (
     STACKS,
+    Labelled,
     PaddedBatch,
     PaddedTransformer,
     pad_batch,
@@ -33,6 +38,7 @@ from benchmarks.baselines.padded_transformer import (
 
 TABLES = {"ibd": "table-rarefied-5000.biom", "oral": "table-rarefied-1000.biom"}
 BATCHES = 4  # steps go round these, so that no single batch decides
+SHORT = 2, 8  # samples and slots of the run that warms up
 Step = Callable[[], dict[str, float]]
 
 
@@ -57,6 +63,7 @@ class Problem:
     folder: str
     token_limit: int
     batch_size: int = 8
+    share_asvs: bool = True
 
     @cached_property
     def table(self) -> FeatureTable:
@@ -66,7 +73,7 @@ class Problem:
     @cached_property
     def dataset(self) -> SampleDataset:
         """Its samples as tokens."""
-        return SampleDataset(self.table, token_limit=self.token_limit)
+        return SampleDataset(self.table, token_limit=self.token_limit, share_asvs=self.share_asvs)
 
     @cached_property
     def distances(self) -> Any:
@@ -97,11 +104,17 @@ class Problem:
             "filled slots over padded ones": f"{slots / limit:.2f}",
         }
 
+    def padded(self, rows: np.ndarray) -> PaddedBatch:
+        """Samples at fixed size."""
+        packed = self.dataset.batch(rows)
+        return pad_batch(
+            packed.tokens.values, packed.tokens.offsets,
+            packed.slots.values, packed.slots.offsets, self.token_limit,
+        )  # fmt: skip
 
-@lru_cache
-def problem(folder: str, token_limit: int) -> Problem:
-    """The same problem for every contestant."""
-    return Problem(folder, token_limit)
+
+problem = lru_cache(Problem)
+"""The same problem for every contestant."""
 
 
 class Unlogged:
@@ -111,28 +124,34 @@ class Unlogged:
         """Forget."""
 
 
-def trainer_step(folder: str, token_limit: int, recompute: bool = True, impl: str = "auto") -> Step:
+def trainer_step(
+    folder: str,
+    token_limit: int,
+    *,
+    batch_size: int = 8,
+    share_asvs: bool = True,
+    recompute: bool = True,
+) -> Step:
     """`Trainer.step` of `aam pretrain` at its defaults, ready to run.
 
     Args:
         folder: data set.
         token_limit: most ASVs of a sample.
+        batch_size: samples a step.
+        share_asvs: what `--no-share-asvs` turns off.
         recompute: what `--no-gradient-checkpointing` turns off.
-        impl: attention implementation.
     """
     from lightning_fabric import Fabric
 
     torch.manual_seed(0)
-    data = problem(folder, token_limit)
-    shape = EncoderShape(token_limit=token_limit)
-    encoder = CommunityEncoder(shape, impl=impl, recompute=recompute)
-    options = OptimizerOptions(batch_size=data.batch_size)
+    data = problem(folder, token_limit, batch_size, share_asvs)
+    encoder = CommunityEncoder(EncoderShape(token_limit=token_limit), recompute=recompute)
     trainer = Trainer(
         Fabric(accelerator="cpu", devices=1),
         PretrainObjective(encoder, PenaltyOptions(), data.distance_loss()),
         data.dataset,
-        EpochPlan(np.arange(len(data.dataset)), data.batch_size, seed=0),
-        options,
+        EpochPlan(np.arange(len(data.dataset)), batch_size, seed=0),
+        OptimizerOptions(batch_size=batch_size),
         Unlogged(),
         validate=dict,
         best_metric="loss",
@@ -140,49 +159,83 @@ def trainer_step(folder: str, token_limit: int, recompute: bool = True, impl: st
         config={},
         seed=0,
     )
-    return _in_turn([lambda rows=rows: trainer.step([rows]) for rows in data.batches])
+    return _in_turn(
+        lambda: trainer.step([data.batches[0][: SHORT[0]]]),
+        [lambda rows=rows: trainer.step([rows]) for rows in data.batches],
+    )
 
 
 def padded_step(
-    folder: str, token_limit: int, checkpointed: bool = True, dropout: float = 0.1
+    folder: str,
+    token_limit: int,
+    *,
+    batch_size: int = 8,
+    parts: int = 1,
+    checkpointed: bool = True,
+    dropout: float = 0.1,
 ) -> Step:
     """The baseline's step, ready to run; its batches are padded beforehand.
 
     Args:
         folder: data set.
         token_limit: slots a sample.
+        batch_size: samples a step.
+        parts: batches in which they are taken, one after the other, to bound memory.
         checkpointed: recompute the layers of all three stacks in backward.
         dropout: everywhere.
     """
     torch.manual_seed(0)
-    data = problem(folder, token_limit)
+    data = problem(folder, token_limit, batch_size)
     model = PaddedTransformer(
         token_limit=token_limit, checkpointed=STACKS if checkpointed else (), dropout=dropout
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4)
 
-    def step(batch: PaddedBatch, distances: torch.Tensor) -> dict[str, float]:
-        return training_step(model, optimizer, batch, distances)
+    def known(rows: np.ndarray) -> Labelled:
+        return data.padded(rows), torch.from_numpy(data.distances.pairwise(rows))
 
-    steps = []
-    for rows in data.batches:
-        packed = data.dataset.batch(rows)
-        padded = pad_batch(
-            packed.tokens.values, packed.tokens.offsets,
-            packed.slots.values, packed.slots.offsets, token_limit,
-        )  # fmt: skip
-        distances = torch.from_numpy(data.distances.pairwise(rows))
-        steps.append(lambda padded=padded, distances=distances: step(padded, distances))
-    return _in_turn(steps)
+    def step(batches: list[Labelled]) -> dict[str, float]:
+        return training_step(model, optimizer, batches)
+
+    batches = [[known(part) for part in np.array_split(rows, parts)] for rows in data.batches]
+    first, true = known(data.batches[0][: SHORT[0]])
+    return _in_turn(
+        lambda: step([(first.cut(SHORT[1]), true)]),
+        [lambda batch=batch: step(batch) for batch in batches],
+    )
 
 
-def _in_turn(steps: list[Step]) -> Step:
-    """One call is one step; the next call takes the next batch."""
-    count = 0
+def embeddings(folder: str, token_limit: int) -> Step:
+    """Sample embeddings as `aam evaluate` and `aam predict` compute them."""
+    torch.manual_seed(0)
+    data = problem(folder, token_limit)
+    encoder, rows = (
+        CommunityEncoder(EncoderShape(token_limit=token_limit)),
+        np.concatenate(data.batches),
+    )
 
-    def step() -> dict[str, float]:
-        nonlocal count
-        count += 1
-        return steps[(count - 1) % len(steps)]()
+    def embed(rows: np.ndarray) -> dict[str, float]:
+        return {"samples": float(len(sample_embeddings(encoder, data.dataset, rows)))}
 
-    return step
+    return _in_turn(lambda: embed(rows[: SHORT[0]]), [lambda: embed(rows)])
+
+
+def padded_embeddings(folder: str, token_limit: int) -> Step:
+    """The baseline's sample embeddings, batch by batch."""
+    torch.manual_seed(0)
+    data = problem(folder, token_limit)
+    model = PaddedTransformer(token_limit=token_limit).eval()
+    batches = [data.padded(rows) for rows in data.batches]
+
+    @torch.no_grad()
+    def embed(batches: list[PaddedBatch]) -> dict[str, float]:
+        return {"samples": float(sum(len(model(b.tokens, b.present)[0]) for b in batches))}
+
+    first = data.padded(data.batches[0][: SHORT[0]]).cut(SHORT[1])
+    return _in_turn(lambda: embed([first]), [lambda: embed(batches)])
+
+
+def _in_turn(first: Step, steps: list[Step]) -> Step:
+    """The first call warms up; each later one is a step, the next one with the next batch."""
+    calls = itertools.chain([first], itertools.cycle(steps))
+    return lambda: next(calls)()

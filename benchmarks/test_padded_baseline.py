@@ -2,7 +2,9 @@
 
 import torch
 
+from benchmarks.baselines import padded_transformer
 from benchmarks.baselines.padded_transformer import (
+    LAST_BASE,
     PaddedTransformer,
     mask_nucleotides,
     pad_batch,
@@ -66,9 +68,24 @@ def test_steps_reduce_the_loss():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     distances = torch.tensor([[0.0, 0.9, 0.1], [0.9, 0.0, 0.8], [0.1, 0.8, 0.0]])
     torch.manual_seed(6)
-    losses = [training_step(model, optimizer, batch(3), distances) for _ in range(40)]
+    losses = [training_step(model, optimizer, [(batch(3), distances)]) for _ in range(40)]
     assert losses[-1]["unifrac_loss"] < 0.1 * losses[0]["unifrac_loss"]
     with torch.no_grad():
         model.eval()
         order = predicted_distances(model(batch(3).tokens, batch(3).present)[0])
     assert order[0, 2] < order[1, 2] and order[0, 2] < order[0, 1]
+
+
+def test_a_batch_in_parts_gives_the_average(monkeypatch):
+    """The same batch twice weighs as much as once."""
+    monkeypatch.setattr(
+        padded_transformer, "mask_nucleotides", lambda tokens: (tokens, tokens == LAST_BASE)
+    )
+    found = []
+    for parts in (1, 2):
+        model = small(dropout=0.0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        losses = training_step(model, optimizer, [(batch(3), torch.full((3, 3), 0.5))] * parts)
+        found.append((torch.tensor([*losses.values()]), model.stacks["unifrac"].norm.weight.data))
+    assert not torch.equal(found[0][1], torch.ones(16))
+    torch.testing.assert_close(*found)

@@ -3,57 +3,30 @@
 import pytest
 import torch
 
-from aam_kernels import attention_pool, available_impls
+from aam_kernels import available_impls
+from benchmarks.comparison import Goal
+from benchmarks.kernels import DIM, pooling_calls, pooling_work
+from benchmarks.rows import Rows, between
 
-DIM = 128
+pytestmark = pytest.mark.kernels
 IMPLS = available_impls("cpu")["pooling"]
-
-
-def padded_pool(values, scores, mask):
-    """(batch, length, dim), (batch, length) -> (batch, dim)."""
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
-    return torch.einsum("bl,bld->bd", weights, values)
+TORCH = "torch, padded and masked"
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-def test_pooling(compare, timing, backward):
-    count = 512 if timing else 7
-    lengths = torch.randint(60, 152, (count,), generator=torch.Generator().manual_seed(1))
-    offsets = torch.cat([torch.zeros(1), lengths.cumsum(0)]).to(torch.int32)
-    total, longest = int(lengths.sum()), int(lengths.max())
-    values = torch.randn(total, DIM).requires_grad_(backward)
-    scores = torch.randn(total).requires_grad_(backward)
-    grad = torch.randn(count, DIM)
-    mask = torch.arange(longest) < lengths[:, None]
-    padded_values = torch.zeros(count, longest, DIM)
-    padded_values[mask] = values.detach()
-    padded_scores = torch.zeros(count, longest)
-    padded_scores[mask] = scores.detach()
-    padded_values.requires_grad_(backward)
-    padded_scores.requires_grad_(backward)
-
-    def ours(impl):
-        def call():
-            out = attention_pool(values, scores, offsets, max_length=longest, impl=impl)
-            return [out, *torch.autograd.grad(out, [values, scores], grad)] if backward else [out]
-
-        return call
-
-    def padded():
-        out = padded_pool(padded_values, padded_scores, mask)
-        if not backward:
-            return [out]
-        return [out, *torch.autograd.grad(out, [padded_values, padded_scores], grad)]
-
-    contestants = {f"aam_kernels {impl}": ours(impl) for impl in IMPLS}
-    contestants["torch, padded and masked"] = padded
+def test_pooling(compare, timing, full, backward):
+    lengths = between(60, 151, 1024 if timing else 7)  # 56 MB: beyond the last cache
+    impls = [impl for impl in IMPLS if not timing or full or impl != "math"]
+    calls = pooling_calls(Rows(lengths), impls, backward=backward)
     results, _ = compare(
-        f"attention pooling, {'forward+backward' if backward else 'forward'}",
-        contestants,
-        reference="torch, padded and masked",
+        f"pooling, 1,024 rows of 60 to 151, {'forward+backward' if backward else 'forward'}",
+        calls,
+        reference=TORCH,
+        work=dict.fromkeys(calls, pooling_work(lengths, DIM, backward=backward)),
+        goals=[Goal(f"aam {impls[0]}", 3.0)],
     )
-    out, *gradients = results["torch, padded and masked"]
-    expected = [out, *[gradient[mask] for gradient in gradients]]
-    for impl in IMPLS:
-        for got, want in zip(results[f"aam_kernels {impl}"], expected, strict=True):
+    out, *gradients = results[TORCH]
+    expected = [out, *[gradient[Rows(lengths).real] for gradient in gradients]]
+    for impl in impls:
+        for got, want in zip(results[f"aam {impl}"], expected, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

@@ -12,7 +12,7 @@ at masked positions only.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +37,10 @@ class PaddedBatch:
     def real_share(self) -> float:
         """Real nucleotide tokens over computed ones."""
         return float((self.tokens != PAD).float().mean())
+
+    def cut(self, slots: int) -> PaddedBatch:
+        """Its first slots alone."""
+        return PaddedBatch(self.tokens[:, :slots], self.present[:, :slots])
 
 
 def pad_batch(
@@ -185,39 +189,42 @@ def predicted_distances(embedding: Tensor, scale: float = 10.0) -> Tensor:
     return torch.tanh(difference.square().sum(-1).clamp_min(1e-8).sqrt() / scale)
 
 
+Labelled = tuple[PaddedBatch, Tensor]
+"""Samples and their true distances, (samples, samples)."""
+
+
 def training_step(
     model: PaddedTransformer,
     optimizer: torch.optim.Optimizer,
-    batch: PaddedBatch,
-    distances: Tensor,
+    batches: Sequence[Labelled],
     *,
     unifrac_weight: float = 10.0,
 ) -> dict[str, float]:
-    """Forward, backward and one optimizer step.
+    """Forward and backward of each batch, and one optimizer step.
 
     Args:
         model: in training mode.
         optimizer: of the model's parameters.
-        batch: the samples.
-        distances: (samples, samples) true UniFrac.
+        batches: their gradients are averaged.
         unifrac_weight: weight of the distance loss beside the nucleotide loss.
 
     Returns:
-        The losses of the step.
+        The losses of the step, averaged.
     """
     optimizer.zero_grad(set_to_none=True)
-    tokens, chosen = mask_nucleotides(batch.tokens)
-    embedding, states = model(tokens, batch.present)
-    row, column = torch.triu_indices(len(embedding), len(embedding), 1)
-    errors = (predicted_distances(embedding) - distances.to(embedding.dtype))[row, column]
-    unifrac = errors.square().mean()
-    nucleotide = F.cross_entropy(model.nucleotide_head(states[chosen]), batch.tokens[chosen])
-    loss = unifrac_weight * unifrac + nucleotide
-    loss.backward()
+    sums = {"loss": 0.0, "unifrac_loss": 0.0, "nucleotide_loss": 0.0}
+    for batch, distances in batches:
+        tokens, chosen = mask_nucleotides(batch.tokens)
+        embedding, states = model(tokens, batch.present)
+        row, column = torch.triu_indices(len(embedding), len(embedding), 1)
+        errors = (predicted_distances(embedding) - distances.to(embedding.dtype))[row, column]
+        unifrac = errors.square().mean()
+        nucleotide = F.cross_entropy(model.nucleotide_head(states[chosen]), batch.tokens[chosen])
+        loss = unifrac_weight * unifrac + nucleotide
+        (loss / len(batches)).backward()
+        for name, value in zip(sums, (loss, unifrac, nucleotide), strict=True):
+            sums[name] += value.item() / len(batches)
+        del states, embedding, loss  # or the next batch's would lie beside them
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-    return {
-        "loss": loss.item(),
-        "unifrac_loss": unifrac.item(),
-        "nucleotide_loss": nucleotide.item(),
-    }
+    return sums
