@@ -19,13 +19,32 @@ from types import ModuleType
 
 import torch
 
-from aam_kernels._runtime import trust
+from aam_kernels._runtime import native, trust
 from aam_kernels._runtime.configurations import architecture
 from aam_kernels._runtime.device import device_key
 from aam_kernels._runtime.trust import ANY, Case
 
 IMPLS = ("triton", "cpu", "sdpa", "math")
 """Names of implementations, fastest first: the order in which "auto" looks."""
+
+
+Refusal = Callable[[tuple[int, ...]], str]
+
+
+def takes_any(width: tuple[int, ...]) -> str:
+    """Refuses nothing."""
+    return ""
+
+
+def takes(least: int, most: int) -> Refusal:
+    """Refuses a first width outside of ``least`` to ``most``."""
+
+    def refuses(width: tuple[int, ...]) -> str:
+        if least <= width[0] <= most:
+            return ""
+        return f"takes widths of {least} to {most}, got {width[0]}"
+
+    return refuses
 
 
 @dataclass(frozen=True)
@@ -38,7 +57,8 @@ class Implementation:
         dtypes: dtypes served.
         auto_dtypes: dtypes for which "auto" may take it.
         available: whether it can run on this installation.
-        max_width: the largest head_dim (or width) served; None: any.
+        refuses: what an implementation does not take about a width (`Case.width`), in words;
+            empty: it takes it.
     """
 
     module: str
@@ -46,11 +66,11 @@ class Implementation:
     dtypes: tuple[torch.dtype, ...]
     auto_dtypes: tuple[torch.dtype, ...]
     available: Callable[[], bool] = lambda: True
-    max_width: int | None = None
+    refuses: Refusal = takes_any
 
-    def takes(self, case: Case) -> bool:
-        """Whether the width is served."""
-        return self.max_width is None or not case.width or case.width[0] <= self.max_width
+    def refusal(self, case: Case) -> str:
+        """Why the width of a case is not served; empty when it is, or when none is known."""
+        return self.refuses(case.width) if case.width else ""
 
     def serves(self, device: torch.device) -> bool:
         """Whether the device is served on this installation."""
@@ -78,12 +98,18 @@ def register_torch(operation: str, package: str) -> None:
     register(operation, "sdpa", sdpa)
 
 
-def register_triton(operation: str, package: str, max_width: int | None = None) -> None:
+def register_triton(operation: str, package: str, refuses: Refusal = takes_any) -> None:
     """Registers the Triton kernels of an operation, which run on GPUs that have a table."""
     triton = Implementation(
-        f"{package}.triton", ("cuda",), FLOATS, FLOATS, _triton_available, max_width
+        f"{package}.triton", ("cuda",), FLOATS, FLOATS, _triton_available, refuses
     )
     register(operation, "triton", triton)
+
+
+def register_cpu(operation: str, package: str, refuses: Refusal = takes_any) -> None:
+    """Registers the compiled CPU kernels of an operation."""
+    cpu = Implementation(f"{package}.cpu", ("cpu",), FLOATS, FLOATS, native.available, refuses)
+    register(operation, "cpu", cpu)
 
 
 def _triton_available() -> bool:
@@ -124,16 +150,16 @@ def choose(
     found = table.get(impl)
     if found is None or not found.serves(device):
         usable = available_impls(device).get(operation, ())
+        why = native.why_not() if impl == "cpu" and device.type == "cpu" else ""
         raise ValueError(
             f"{operation}: impl={impl!r} is not available on this installation for "
-            f"{device.type}; available: {', '.join(usable)}"
+            f"{device.type}{f' ({why})' if why else ''}; available: {', '.join(usable)}"
         )
     if dtype not in found.dtypes:
         raise ValueError(f"{operation}: impl={impl!r} does not take {dtype}; use impl='math'")
-    if not found.takes(case):
-        raise ValueError(
-            f"{operation}: impl={impl!r} takes widths to {found.max_width}, got {case.width[0]}"
-        )
+    refusal = found.refusal(case)
+    if refusal:
+        raise ValueError(f"{operation}: impl={impl!r} {refusal}")
     failure = trust.failure(operation, impl, device, dtype, case)
     if failure:
         raise RuntimeError(
@@ -165,11 +191,13 @@ def _choose_auto(
     dtype: torch.dtype,
     case: Case,
 ) -> str:
+    if device.type == "cpu" and dtype in FLOATS:
+        native.warn_if_absent()
     for name in IMPLS:
         found = table.get(name)
         if found is None or dtype not in found.auto_dtypes:
             continue
-        if not found.serves(device) or not found.takes(case):
+        if not found.serves(device) or found.refusal(case):
             continue
         failure = trust.failure(operation, name, device, dtype, case)
         if not failure:

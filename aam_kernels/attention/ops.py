@@ -20,7 +20,8 @@ from aam_kernels._runtime.trust import Case, case_of
 
 OPERATION = "attention"
 dispatch.register_torch(OPERATION, "aam_kernels.attention")
-dispatch.register_triton(OPERATION, "aam_kernels.attention", max_width=128)
+dispatch.register_triton(OPERATION, "aam_kernels.attention", dispatch.takes(1, 128))
+dispatch.register_cpu(OPERATION, "aam_kernels.attention", dispatch.takes(8, 128))
 
 _FURTHEST_ROW = 1 << 22
 _WHERE = (

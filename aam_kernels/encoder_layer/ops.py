@@ -20,8 +20,21 @@ from aam_kernels.encoder_layer.saved import Saved, new_saved, nothing_saved
 from aam_kernels.encoder_layer.weights import EncoderLayerWeights
 
 OPERATION = "encoder_layer"
+
+
+def _refused_by_cpu(width: tuple[int, ...]) -> str:
+    dim, heads = width
+    if dim % 16 == 0 and 8 <= dim // heads <= 128:
+        return ""
+    return (
+        f"takes a width D that is a multiple of 16 and a head_dim of 8 to 128, got D = {dim} "
+        f"and head_dim {dim // heads}"
+    )
+
+
 dispatch.register_torch(OPERATION, "aam_kernels.encoder_layer")
 dispatch.register_triton(OPERATION, "aam_kernels.encoder_layer")
+dispatch.register_cpu(OPERATION, "aam_kernels.encoder_layer", _refused_by_cpu)
 
 _HOW = "int num_heads, float dropout_p, Tensor? seed, SymInt max_length, str impl"
 

@@ -16,6 +16,7 @@ from aam_kernels._runtime.trust import Case, case_of
 OPERATION = "pooling"
 dispatch.register_torch(OPERATION, "aam_kernels.pooling")
 dispatch.register_triton(OPERATION, "aam_kernels.pooling")
+dispatch.register_cpu(OPERATION, "aam_kernels.pooling")
 
 _WHERE = "Tensor offsets, Tensor? lengths, SymInt max_length, str impl"
 

@@ -1,12 +1,39 @@
 """What the contract tests share: implementations, oracles that use plain torch and numpy only."""
 
+import os
+
 import numpy as np
+import pytest
 import torch
 
-IMPLS = ("math", "sdpa")
+from aam_kernels._runtime import native
+
+IMPLS = ("math", "sdpa", "cpu")
 """Implementations under contract on a CPU: a new one joins here."""
 
 CPU = torch.device("cpu")
+FLOAT64 = ("math", "sdpa")
+"""Implementations that take float64."""
+
+
+def require(impl):
+    """Skips a test of "cpu" where nothing was compiled; fails it under AAM_REQUIRE_TOOLS."""
+    if impl == "cpu" and not native.available():
+        missing = pytest.fail if os.environ.get("AAM_REQUIRE_TOOLS") else pytest.skip
+        missing(f"no CPU kernels: {native.why_not()}")
+
+
+def exact_dtype(impl):
+    """The dtype in which an implementation is compared with a formula."""
+    return torch.float64 if impl in FLOAT64 else torch.float32
+
+
+def assert_close(found, expected, rtol=1e-11, atol=1e-12):
+    """Equal to float64's precision, or where ``found`` is float32 to that."""
+    if found.dtype == torch.float32:
+        sizes = expected.detach().abs().nan_to_num(posinf=0.0).flatten().tolist()
+        rtol, atol = 1e-5, 1e-6 * max([1.0, *sizes])
+    torch.testing.assert_close(found, expected.to(found.dtype), rtol=rtol, atol=atol)
 
 
 def offsets_of(lengths):

@@ -15,6 +15,7 @@ from aam_kernels.encoder_layer import sdpa as layer
 from aam_kernels.pooling import sdpa as pooling_sdpa
 from tests.kernels.contract import CPU, offsets_of
 
+pytestmark = pytest.mark.usefixtures("without_cpu_kernels")
 CASE = case_of((16,), 20)
 OFFSETS = offsets_of((5, 0, 20, 1))
 
@@ -366,13 +367,14 @@ def test_no_check_during_capture(monkeypatch, checks):
 
 def test_a_width_that_is_not_served(monkeypatch):
     found = dispatch.Implementation(
-        "aam_kernels.attention.sdpa", None, dispatch.FLOATS, dispatch.FLOATS, max_width=128
-    )
+        "aam_kernels.attention.sdpa", None, dispatch.FLOATS, dispatch.FLOATS,
+        refuses=dispatch.takes(8, 128),
+    )  # fmt: skip
     monkeypatch.setitem(dispatch._REGISTRY["attention"], "triton", found)
     wide, narrow = case_of((129,), 20), case_of((128,), 20)
     assert dispatch.choose("attention", "auto", CPU, torch.float32, wide) == "sdpa"
     assert dispatch.choose("attention", "auto", CPU, torch.float32, narrow) == "triton"
-    with pytest.raises(ValueError, match="takes widths to 128, got 129"):
+    with pytest.raises(ValueError, match="takes widths of 8 to 128, got 129"):
         dispatch.choose("attention", "triton", CPU, torch.float32, wide)
 
 

@@ -2,25 +2,26 @@ import pytest
 import torch
 
 from aam_kernels import attention_pool
-from tests.kernels.contract import offsets_of
+from tests.kernels.contract import assert_close, exact_dtype, offsets_of
 
 LENGTHS = (3, 0, 5, 3, 1, 40)
 
 
 def test_equals_plain_torch(impl):
     total = sum(LENGTHS)
-    values = torch.randn(total, 6, dtype=torch.float64, requires_grad=True)
-    scores = (5 * torch.randn(total, dtype=torch.float64)).requires_grad_()
+    dtype = exact_dtype(impl)
+    values = torch.randn(total, 6, dtype=dtype, requires_grad=True)
+    scores = (5 * torch.randn(total, dtype=dtype)).requires_grad_()
     pooled = attention_pool(values, scores, offsets_of(LENGTHS), impl=impl)
     parts = zip(values.split(LENGTHS), scores.split(LENGTHS), strict=True)
     truth = torch.stack([(v * s.softmax(0)[:, None]).sum(0) for v, s in parts])
-    assert torch.allclose(pooled, truth, rtol=1e-13, atol=1e-14)
-    assert torch.equal(pooled[1], torch.zeros(6, dtype=torch.float64))
+    assert_close(pooled, truth, rtol=1e-13, atol=1e-14)
+    assert torch.equal(pooled[1], torch.zeros(6, dtype=dtype))
     grad = torch.randn_like(truth)
     found = torch.autograd.grad(pooled, (values, scores), grad)
     expected = torch.autograd.grad(truth, (values, scores), grad)
     for a, b in zip(found, expected, strict=True):
-        assert torch.allclose(a, b, rtol=1e-12, atol=1e-13)
+        assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
 def test_large_scores_do_not_overflow(impl):

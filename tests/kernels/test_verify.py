@@ -14,6 +14,7 @@ from aam_kernels._verification import main
 from aam_kernels.attention import sdpa
 from tests.kernels.contract import CPU
 
+pytestmark = pytest.mark.usefixtures("without_cpu_kernels")
 SMALL = [
     Problem("attention", "small", (3, 0, 5), tail=1),
     Problem("attention", "small dropout", (3, 0, 5), dropout_p=0.4),
