@@ -20,7 +20,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(STAMP): pyproject.toml constraints-dev.txt | $(BIN)/python
-	SKBUILD_WHEEL_CMAKE=false $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-dev.txt -e '.[dev,docs]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-dev.txt -e '.[dev,docs]'
 	@touch $@
 
 # The extension lies beside the Python files it belongs to; objects in build/. cmake and ninja come
