@@ -9,8 +9,8 @@ from torch import nn
 from aam_kernels import EncoderLayerWeights, encoder_layer, weights_from_torch
 from aam_kernels._runtime import dropout
 from aam_kernels.encoder_layer import chunk_attention, reference, sdpa
+from tests.kernels.contract import assert_close, exact_dtype, require
 
-IMPLS = ("math", "sdpa")
 LENGTHS = (5, 0, 1, 7, 7, 33, 5, 0)
 FLOOR = 2e-7  # relative; where math happens to round luckily
 
@@ -55,10 +55,14 @@ def errors(results, exact):
 @pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("dim,heads", [(32, 4), (60, 4), (66, 2), (128, 4), (256, 2), (135, 3)])
-def test_float32_errs_at_most_twice_as_much_as_math(dim, heads, dropout_p, recompute):
+@pytest.mark.parametrize("fast", ["sdpa", "cpu"])
+def test_float32_errs_at_most_twice_as_much_as_math(fast, dim, heads, dropout_p, recompute):
+    require(fast)
+    if fast == "cpu" and dim % 16:
+        pytest.skip("refused: see test_widths_that_the_compiled_kernels_refuse")
     x, offsets, weights, grad = problem(dim=dim, ffn_dim=2 * dim)
     exact_x, *exact_weights = (t.detach().double().requires_grad_() for t in (x, *weights))
-    of_math, of_sdpa = [], []
+    of_math, of_fast = [], []
     for seed in (
         (11, 12, 13) if dropout_p else (11,)
     ):  # one draw's largest error is a matter of luck
@@ -66,16 +70,15 @@ def test_float32_errs_at_most_twice_as_much_as_math(dim, heads, dropout_p, recom
         exact_weights = EncoderLayerWeights(*exact_weights)
         exact = run(exact_x, offsets, exact_weights, grad.double(), impl="math", **options)
         of_math.append(errors(run(x, offsets, weights, grad, impl="math", **options), exact))
-        options |= {"impl": "sdpa", "recompute": recompute}
-        of_sdpa.append(errors(run(x, offsets, weights, grad, **options), exact))
-    of_math, of_sdpa = (torch.tensor(found).amax(0).tolist() for found in (of_math, of_sdpa))
-    for names, math, ours in zip(("out", "x", *weights._fields), of_math, of_sdpa, strict=True):
+        options |= {"impl": fast, "recompute": recompute}
+        of_fast.append(errors(run(x, offsets, weights, grad, **options), exact))
+    of_math, of_fast = (torch.tensor(found).amax(0).tolist() for found in (of_math, of_fast))
+    for names, math, ours in zip(("out", "x", *weights._fields), of_math, of_fast, strict=True):
         assert ours[0] <= 2 * math[0] + FLOOR, (names, ours, math)
         assert ours[1] <= 2 * math[1] + FLOOR, (names, ours, math)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("impl", IMPLS)
 def test_half_types_are_computed_in_float32_and_rounded_once(impl, dtype):
     x, offsets, weights, grad = problem(dtype=dtype)
     halves = run(x, offsets, weights, grad, num_heads=4, impl=impl)
@@ -87,26 +90,26 @@ def test_half_types_are_computed_in_float32_and_rounded_once(impl, dtype):
         assert torch.equal(half, true.to(dtype))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 def test_it_equals_torchs_layer_sequence_by_sequence(impl):
     torch.manual_seed(1)
+    dtype = exact_dtype(impl)
     layer = nn.TransformerEncoderLayer(
         32, 4, 48, dropout=0.0, activation="gelu", norm_first=True, batch_first=True
-    ).double()
+    ).to(dtype)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     lengths = (4, 9, 1)
     offsets = offsets_of(lengths)
-    x = torch.randn(14, 32, dtype=torch.float64, requires_grad=True)
-    grad = torch.randn(14, 32, dtype=torch.float64)
+    x = torch.randn(14, 32, dtype=dtype, requires_grad=True)
+    grad = torch.randn(14, 32, dtype=dtype)
     theirs = torch.cat([layer(part[None])[0] for part in x.split(lengths)])
     weights = weights_from_torch(layer)
     expected = torch.autograd.grad(theirs, [x, *weights], grad)
     ours = run(x, offsets, weights, grad, num_heads=4, impl=impl)
-    torch.testing.assert_close(ours[0], theirs.detach(), rtol=1e-11, atol=1e-12)
+    assert_close(ours[0], theirs.detach())
     for mine, true in zip(ours[1:], expected, strict=True):
-        torch.testing.assert_close(mine, true, rtol=1e-11, atol=1e-11)
+        assert_close(mine, true, atol=1e-11)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
@@ -120,7 +123,6 @@ def test_the_specifications_gradients_are_those_of_finite_differences(dropout_p)
     assert torch.autograd.gradcheck(layer, (x, *weights))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 def test_rows_of_no_sequence_reach_nothing(impl):
     x, offsets, weights, grad = problem()
     results = run(x, offsets, weights, grad, num_heads=4, impl=impl, dropout_p=0.2, seed=1)
@@ -135,7 +137,6 @@ def test_rows_of_no_sequence_reach_nothing(impl):
     assert not results[1][int(offsets[-1]) :].any()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("lengths", [(), (0,), (0, 0), (1,)])
 def test_batches_without_rows_and_of_one_row(impl, lengths):
     x, offsets, weights, grad = problem(lengths, extra=0)
@@ -184,7 +185,7 @@ def test_neither_chunks_nor_the_route_of_attention_change_the_result(
 
 
 @pytest.mark.parametrize("site", [0, 1, 2, 3])
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ["math", "sdpa"])
 def test_each_dropout_site_draws_the_mask_of_the_contract(impl, site, monkeypatch):
     """With every other site switched off, the layer equals one written with the mask by hand."""
     x, offsets, weights, _ = problem((6, 4), dim=8, ffn_dim=12, dtype=torch.float64, extra=0)
@@ -252,7 +253,6 @@ def only_this_site(site, monkeypatch):
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-@pytest.mark.parametrize("impl", IMPLS)
 def test_only_needed_gradients_are_made(impl, recompute):
     x, offsets, weights, grad = problem(extra=0)
     everything = run(x, offsets, weights, grad, num_heads=4, impl=impl)[1:]
@@ -272,7 +272,6 @@ def test_only_needed_gradients_are_made(impl, recompute):
                 assert tensor.grad is None
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 def test_seeds(impl):
     x, offsets, weights, _ = problem(extra=0)
 
