@@ -113,9 +113,9 @@ class Comparison:
                 "speed_over": self.reference,
                 "speed": self.ratio(name),
                 "speed_by_processor": self.ratio(name, clock="processor"),
-                "share_of_fma_peak": self.ratio(name, PEAK, of="operations"),
+                "share_of_fma_peak": self.ratio(name, self._peak(name), of="operations"),
                 "share_of_fma_peak_by_processor": self.ratio(
-                    name, PEAK, of="operations", clock="processor"
+                    name, self._peak(name), of="operations", clock="processor"
                 ),
                 "share_of_fma_peak_by_model_operations": self._model_share(name),
                 "share_of_copy_bandwidth": self.ratio(name, COPY, of="bytes"),
@@ -125,8 +125,14 @@ class Comparison:
             for name, timing in self.timings.items()
         ]
 
+    def _peak(self, name: str) -> str:
+        """The peak that belongs to a contestant: its own process's, if that was measured."""
+        own = f"{PEAK}, {name}"
+        return own if own in self.timings else PEAK
+
     def _model_share(self, name: str) -> float | None:
-        share, work = self.ratio(name, PEAK, of="operations"), self.work.get(name, Work())
+        share = self.ratio(name, self._peak(name), of="operations")
+        work = self.work.get(name, Work())
         return share * work.model / work.operations if share and work.model else None
 
     def verdicts(self) -> list[dict[str, Any]]:
@@ -203,6 +209,11 @@ class Rounds:
         return name in self.contestants
 
 
+def is_limit(name: str) -> bool:
+    """Whether a contestant is one of the machine's limits, not a way to do the work."""
+    return name == COPY or name.startswith(PEAK)
+
+
 def fastest(timings: Mapping[str, Timing], names: Iterable[str]) -> str:
     """The one of some contestants with the smallest median CPU time."""
     measured = [name for name in names if name in timings]
@@ -228,31 +239,26 @@ def format_comparison(comparison: Comparison) -> str:
         ["", "wall", "CPU", "speed", "by CPU", "of FMA", "by CPU", "3 x forward", "of copy", "MB"]
     ]
     for row in comparison.rows():
-        name, work = row["contestant"], comparison.work.get(row["contestant"], Work())
-        if name in (PEAK, COPY):
-            amount, unit = (work.operations, "GF/s") if name == PEAK else (work.bytes, "GB/s")
-            clocks = row["wall_seconds"], row["processor_seconds"]
-            speeds = [f"{amount / seconds / 1e9:.0f} {unit}" for seconds in clocks]
-        elif name == comparison.reference:
-            speeds = ["reference", ""]
-        else:
-            speeds = [_times(row["speed"]), _times(row["speed_by_processor"])]
-        megabytes = row["megabytes"]
+        name, clocks = row["contestant"], (row["wall_seconds"], row["processor_seconds"])
+        seconds = [name, *map(format_seconds, clocks)]
+        if is_limit(name):
+            work = comparison.work[name]
+            rates = [f"{(work.operations + work.bytes) / clock / 1e9:.0f}" for clock in clocks]
+            unit = "GB/s" if name == COPY else "GF/s"
+            table.append([*seconds, *(f"{rate} {unit}" for rate in rates), *[""] * 5])
+            continue
+        speeds = [_times(row["speed"]), _times(row["speed_by_processor"])]
         table.append(
             [
-                name,
-                format_seconds(row["wall_seconds"]),
-                format_seconds(row["processor_seconds"]),
-                *speeds,
-                *(["", "", ""] if name == PEAK else [
-                    _percent(row["share_of_fma_peak"]),
-                    _percent(row["share_of_fma_peak_by_processor"]),
-                    _percent(row["share_of_fma_peak_by_model_operations"]),
-                ]),
-                "" if name == COPY else _percent(row["share_of_copy_bandwidth"]),
-                "" if megabytes is None else f"{megabytes:,.0f}",
+                *seconds,
+                *(["reference", ""] if name == comparison.reference else speeds),
+                _percent(row["share_of_fma_peak"]),
+                _percent(row["share_of_fma_peak_by_processor"]),
+                _percent(row["share_of_fma_peak_by_model_operations"]),
+                _percent(row["share_of_copy_bandwidth"]),
+                "" if row["megabytes"] is None else f"{row['megabytes']:,.0f}",
             ]
-        )  # fmt: skip
+        )
     rounds = len(next(iter(comparison.timings.values())).wall)
     lines = ["", f"{comparison.title}  (median of {rounds} interleaved rounds)", *aligned(table)]
     lines += [f"  {key}: {value}" for key, value in comparison.notes.items()]

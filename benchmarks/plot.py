@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.comparison import Comparison
-from benchmarks.machine import COPY, PEAK
+from benchmarks.comparison import Comparison, is_limit
 
 
 def write_plot(comparisons: Sequence[Comparison], path: Path) -> None:
@@ -16,13 +15,14 @@ def write_plot(comparisons: Sequence[Comparison], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    heights = [len(comparison.timings) + 1.5 for comparison in comparisons]
+    shown = [[name for name in each.timings if not is_limit(name)] for each in comparisons]
+    heights = [len(names) + 1.5 for names in shown]
     figure, axes = pyplot.subplots(
         len(comparisons), 1, figsize=(9, 0.32 * sum(heights)), sharex=True, squeeze=False,
         height_ratios=heights, layout="constrained",
     )  # fmt: skip
     for axis, comparison in zip(axes[:, 0], comparisons, strict=True):
-        rows = [row for row in comparison.rows()[::-1] if row["contestant"] not in (PEAK, COPY)]
+        rows = [row for row in comparison.rows()[::-1] if not is_limit(row["contestant"])]
         names = [row["contestant"] for row in rows]
         values = [row["speed"] for row in rows]
         colours = ["0.6" if name == comparison.reference else "#2a6f97" for name in names]

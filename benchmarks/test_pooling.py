@@ -13,13 +13,16 @@ IMPLS = available_impls("cpu")["pooling"]
 TORCH = "torch, padded and masked"
 
 
+@pytest.mark.parametrize("count", [512, 2048])  # 27 and 110 MB: a batch, and beyond every cache
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-def test_pooling(compare, timing, full, backward):
-    lengths = between(60, 151, 1024 if timing else 7)  # 56 MB: beyond the last cache
+def test_pooling(compare, timing, full, backward, count):
+    if not timing and count != 512:
+        pytest.skip("the same code as for 512 rows")
+    lengths = between(60, 151, count if timing else 7)
     impls = [impl for impl in IMPLS if not timing or full or impl != "math"]
     calls = pooling_calls(Rows(lengths), impls, backward=backward)
     results, _ = compare(
-        f"pooling, 1,024 rows of 60 to 151, {'forward+backward' if backward else 'forward'}",
+        f"pooling, {count:,} rows of 60 to 151, {'forward+backward' if backward else 'forward'}",
         calls,
         reference=TORCH,
         work=dict.fromkeys(calls, pooling_work(lengths, DIM, backward=backward)),
