@@ -11,13 +11,13 @@ from aam_kernels._runtime.grouping import Sequences
 
 def rows(x: Tensor) -> Tensor:
     """``x`` in float32 with consecutive elements in its last dimension; itself where it is so."""
-    x = x.float()
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    x = x if x.dtype == torch.float32 else x.float()
+    return x if x.is_contiguous() or x.stride(-1) == 1 else x.contiguous()
 
 
 def dense(x: Tensor) -> Tensor:
     """``x`` in float32 and contiguous; itself where it is so."""
-    return x.float().contiguous()
+    return x if x.dtype == torch.float32 and x.is_contiguous() else x.float().contiguous()
 
 
 def capsule(x: Tensor | None) -> object:
@@ -41,8 +41,15 @@ def where(sequences: Sequences) -> tuple[object, object, object, object]:
 
 def like(x: Tensor, gaps: bool) -> Tensor:
     """Memory for a float32 result in the shape of ``x``: zeros where no kernel writes some rows."""
+    if x.dtype == torch.float32 and not gaps:  # the least that torch can be asked
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
     make = x.new_zeros if gaps else x.new_empty
     return make(x.shape, dtype=torch.float32)
+
+
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` in a dtype; itself where it has that."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def seed_of(seed: Tensor | None, dropout_p: float) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aam_kernels._runtime import native
 from aam_kernels._runtime.grouping import Sequences, has_gaps
-from aam_kernels._runtime.on_cpu import capsule, dense, like, rows, seed_of, where
+from aam_kernels._runtime.on_cpu import capsule, dense, like, rounded, rows, seed_of, where
 
 
 def forward(
@@ -32,7 +32,7 @@ def forward(
         *(capsule(rows(x)) for x in (query, key, value)), capsule(output), capsule(lse),
         *where(sequences), scale, dropout_p, seed_of(seed, dropout_p), torch.get_num_threads(),
     )  # fmt: skip
-    return output.to(query.dtype), lse
+    return rounded(output, query.dtype), lse
 
 
 def backward(
@@ -56,5 +56,5 @@ def backward(
         *(capsule(rows(x)) for x in inputs), capsule(dense(lse)), *map(capsule, grads),
         *where(sequences), scale, dropout_p, seed_of(seed, dropout_p), torch.get_num_threads(),
     )  # fmt: skip
-    grad_query, grad_key, grad_value = (grad.to(query.dtype) for grad in grads)
+    grad_query, grad_key, grad_value = (rounded(grad, query.dtype) for grad in grads)
     return grad_query, grad_key, grad_value

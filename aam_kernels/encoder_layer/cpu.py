@@ -12,7 +12,7 @@ from torch import Tensor
 
 from aam_kernels._runtime import native
 from aam_kernels._runtime.grouping import has_gaps
-from aam_kernels._runtime.on_cpu import capsule, dense, like, rows, seed_of
+from aam_kernels._runtime.on_cpu import capsule, dense, like, rounded, rows, seed_of
 from aam_kernels.encoder_layer.saved import Saved, new_saved
 from aam_kernels.encoder_layer.weights import EncoderLayerWeights
 
@@ -40,7 +40,7 @@ def forward(
         [capsule(dense(weight)) for weight in weights], capsule(offsets.contiguous()), num_heads,
         dropout_p, seed_of(seed, dropout_p), torch.get_num_threads(),
     )  # fmt: skip
-    return output.to(x.dtype), saved
+    return rounded(output, x.dtype), saved
 
 
 def backward(
@@ -71,6 +71,6 @@ def backward(
         torch.get_num_threads(),
     )  # fmt: skip
     return [
-        None if grad is None else grad.to(tensor.dtype)
+        None if grad is None else rounded(grad, tensor.dtype)
         for grad, tensor in zip(grads, (x, *weights), strict=True)
     ]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aam_kernels._runtime import native
 from aam_kernels._runtime.grouping import Sequences, has_gaps
-from aam_kernels._runtime.on_cpu import capsule, dense, like, rows, where
+from aam_kernels._runtime.on_cpu import capsule, dense, like, rounded, rows, where
 
 
 def forward(values: Tensor, scores: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
@@ -23,7 +23,7 @@ def forward(values: Tensor, scores: Tensor, sequences: Sequences) -> tuple[Tenso
         capsule(rows(values)), capsule(scores.float()), capsule(pooled), capsule(lse),
         *where(sequences)[:2], torch.get_num_threads(),
     )  # fmt: skip
-    return pooled.to(values.dtype), lse
+    return rounded(pooled, values.dtype), lse
 
 
 def backward(
@@ -42,4 +42,4 @@ def backward(
         capsule(dense(pooled)), capsule(dense(lse)), capsule(grad_values), capsule(grad_scores),
         *where(sequences)[:2], torch.get_num_threads(),
     )  # fmt: skip
-    return grad_values.to(values.dtype), grad_scores.to(scores.dtype)
+    return rounded(grad_values, values.dtype), rounded(grad_scores, scores.dtype)
