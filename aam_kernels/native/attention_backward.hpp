@@ -20,6 +20,19 @@ struct HeadBackward {
     float scale;
     Dropout dropout;
     uint32_t first_query, first_key, head;
+    const HeadBackward* next = nullptr;  // fetched meanwhile, see HeadForward
+
+    __attribute__((always_inline)) void bring_near(int64_t from, int64_t to,
+                                                   int64_t parts) const {
+        Rows{key.data, key.row, key_length, head_dim}.bring_near(from, to, parts);
+        Rows{value.data, value.row, key_length, head_dim}.bring_near(from, to, parts);
+        Rows{grad_key, grad_key_row, key_length, head_dim}.bring_near(from, to, parts);
+        Rows{grad_value, grad_value_row, key_length, head_dim}.bring_near(from, to, parts);
+        Rows{query.data, query.row, length, head_dim}.bring_near(from, to, parts);
+        Rows{output.data, output.row, length, head_dim}.bring_near(from, to, parts);
+        Rows{grad_output.data, grad_output.row, length, head_dim}.bring_near(from, to, parts);
+        Rows{grad_query, grad_query_row, length, head_dim}.bring_near(from, to, parts);
+    }
 };
 
 // Query rows at a time: sums over them are added to dK and dV, which are in memory.
@@ -73,7 +86,7 @@ static __attribute__((noinline)) void probability_tile(const BackwardScratch& sc
                             scratch.keys_packed + column * depth, VECTORS * WIDTH, depth, sums);
     for (int r = 0; r < ROWS; ++r) {
         for (int v = 0; v < VECTORS; ++v) {
-            Floats x = exp2_of(sums[r][v] - scratch.lse[row + r]);
+            Floats x = exp2_or_zero(sums[r][v] - scratch.lse[row + r]);
             if constexpr (DROPS) {
                 const Ints columns = load(scratch.columns + column + v * WIDTH);
                 x = keep(dropout, scratch.rows[row + r], columns, x + x) - x;
@@ -173,15 +186,27 @@ static inline void backward_rows(const HeadBackward& call, const BackwardScratch
     }
 }
 
+// Query rows [row, row + rows) against a tile of keys.
+struct BackwardBlock {
+    int64_t row, rows, keys;
+    bool first, last;  // tile of keys
+};
+
 template <bool DROPS>
 static inline void backward_block(const HeadBackward& call, const BackwardScratch& scratch,
-                                  int64_t row, int64_t rows, int64_t keys, bool first) {
+                                  const BackwardBlock& block) {
+    const int64_t row = block.row, rows = block.rows, keys = block.keys;
     const int64_t head_dim = call.head_dim, dim = rounded_up(head_dim, WIDTH);
     backward_rows(call, scratch, row, rows);
+    const int64_t panels = panels_of(keys);
     for (int64_t column = 0; column < keys; column += PANEL) {
         const int64_t vectors = (least(PANEL, keys - column) + WIDTH - 1) / WIDTH;
         exactly<PANEL_VECTORS>(vectors, [&]<int VECTORS>() {
             in_blocks<BLOCK_ROWS>(rows, [&]<int ROWS>(int64_t r) {
+                if (call.next && block.last) {
+                    const int64_t part = row * panels + column / PANEL * rows + r;
+                    call.next->bring_near(part, part + ROWS, call.length * panels);
+                }
                 probability_tile<ROWS, VECTORS, DROPS>(scratch, call.dropout, head_dim, r, column);
             });
             in_blocks<BLOCK_ROWS>(rows, [&]<int ROWS>(int64_t r) {
@@ -196,7 +221,7 @@ static inline void backward_block(const HeadBackward& call, const BackwardScratc
             in_blocks<ROWS_OF<VECTORS>>(rows, [&]<int ROWS>(int64_t r) {
                 grad_query_tile<ROWS, VECTORS>(
                     scratch.grad_scores + r * SCORES_ROW, scratch.keys + d, dim, keys, call.scale,
-                    first, call.grad_query + (row + r) * call.grad_query_row + d,
+                    block.first, call.grad_query + (row + r) * call.grad_query_row + d,
                     call.grad_query_row, head_dim - d);
             });
         });
@@ -233,12 +258,12 @@ static inline void head_backward(const HeadBackward& call, float* memory) {
         if (call.dropout.on)
             column_factors(call.first_key + static_cast<uint32_t>(first),
                            rounded_up(keys, WIDTH), scratch.columns);
-        int64_t row = 0;
+        BackwardBlock block{0, 0, keys, first == 0, first + keys == call.key_length};
         for (int64_t left = blocks; left > 0; --left) {
-            const int64_t rows = (call.length - row + left - 1) / left;
-            if (call.dropout.on) backward_block<true>(call, scratch, row, rows, keys, first == 0);
-            else backward_block<false>(call, scratch, row, rows, keys, first == 0);
-            row += rows;
+            block.rows = (call.length - block.row + left - 1) / left;
+            if (call.dropout.on) backward_block<true>(call, scratch, block);
+            else backward_block<false>(call, scratch, block);
+            block.row += block.rows;
         }
         // The queries were multiplied by scale * log2(e).
         write_rows(scratch.grad_key, dim, keys, call.head_dim, LN_2,

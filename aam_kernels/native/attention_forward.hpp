@@ -22,6 +22,17 @@ struct HeadForward {
     Dropout dropout;
     // Where they stand in the packed tensors: what dropout is a function of.
     uint32_t first_query, first_key, head;
+    // The head that comes after this one, whose rows are fetched meanwhile, or null. Nothing else
+    // hides the way to memory: a head's rows are far from each other.
+    const HeadForward* next = nullptr;
+
+    __attribute__((always_inline)) void bring_near(int64_t from, int64_t to,
+                                                   int64_t parts) const {
+        Rows{key.data, key.row, key_length, head_dim}.bring_near(from, to, parts);
+        Rows{value.data, value.row, key_length, head_dim}.bring_near(from, to, parts);
+        Rows{query.data, query.row, length, head_dim}.bring_near(from, to, parts);
+        Rows{output, output_row, length, head_dim}.bring_near(from, to, parts);
+    }
 };
 
 constexpr int64_t QUERY_ROWS = 2 * BLOCK_ROWS;
@@ -87,7 +98,7 @@ static __attribute__((noinline)) void score_tile(const float* query, const float
 AAM_INLINE Floats exponentials(float* scores, int64_t width, Floats largest) {
     Floats sum{};
     for (int64_t j = 0; j < width; j += WIDTH) {
-        const Floats x = exp2_of(load(scores + j) - largest);
+        const Floats x = exp2_or_zero(load(scores + j) - largest);
         sum += x;
         store(scores + j, x);
     }
@@ -97,7 +108,7 @@ AAM_INLINE Floats exponentials_kept(float* scores, int64_t width, Floats largest
                                     const Dropout& dropout, int32_t row, const int32_t* columns) {
     Floats sum{};
     for (int64_t j = 0; j < width; j += WIDTH) {
-        const Floats x = exp2_of(load(scores + j) - largest);
+        const Floats x = exp2_or_zero(load(scores + j) - largest);
         sum += x;
         store(scores + j, keep(dropout, row, load(columns + j), x));
     }
@@ -138,6 +149,31 @@ static __attribute__((noinline)) void value_tile(const float* scores, int64_t ro
                         tile.columns - v * WIDTH);
 }
 
+// Scalars of the rows of a block: the logsumexp and the factor of the output, or what is carried.
+constexpr int64_t ROWS_SPACE = rounded_up(QUERY_ROWS, WIDTH);
+
+static inline void finish_rows(const HeadForward& call, const ForwardScratch& scratch,
+                               const ForwardBlock& block, const float* tops, const float* totals,
+                               float* after) {
+    if (!block.last) {
+        for (int64_t r = 0; r < block.rows; ++r) {
+            scratch.largest[block.row + r] = tops[r];
+            scratch.total[block.row + r] = totals[r];
+            after[r] = 1.0f;
+        }
+        return;
+    }
+    const float scale = call.dropout.on ? call.dropout.scale : 1.0f;
+    float* lse = call.lse + block.row * call.lse_row;
+    for (int64_t first = 0; first < block.rows; first += WIDTH) {
+        const Floats total = load(totals + first);
+        store(after + first, scale / total);
+        const Floats x = (load(tops + first) + log2_of(total)) * LN_2;
+        for (int64_t r = first; r < least(block.rows, first + WIDTH); ++r)
+            lse[r * call.lse_row] = x[r - first];
+    }
+}
+
 static inline void forward_block(const HeadForward& call, const ForwardScratch& scratch,
                                  const ForwardBlock& block) {
     const int64_t dim = rounded_up(call.head_dim, WIDTH);
@@ -159,10 +195,14 @@ static inline void forward_block(const HeadForward& call, const ForwardScratch& 
         });
     }
 
-    float before[QUERY_ROWS], after[QUERY_ROWS];
+    float tops[ROWS_SPACE] = {}, totals[ROWS_SPACE] = {}, before[ROWS_SPACE], after[ROWS_SPACE];
     const int64_t width = rounded_up(block.keys, WIDTH);
     for (int64_t r = 0; r < block.rows; ++r) {
         const int64_t row = block.row + r;
+        Rows{call.query.data + (row + block.rows) * call.query.row, 0,
+             row + block.rows < call.length, call.head_dim}
+            .bring_near(0, 1, 1);
+        if (call.next && block.last) call.next->bring_near(row, row + 1, call.length);
         Floats top = largest_everywhere(largest[r]);
         if (!block.first) top = larger(top, all(scratch.largest[row]));
         // A tile whose scores are all -inf adds nothing, where -inf - -inf would be NaN.
@@ -176,20 +216,14 @@ static inline void forward_block(const HeadForward& call, const ForwardScratch& 
         } else {
             sum = exponentials(scores, width, shift);
         }
-        float total = sum_everywhere(sum)[0];
-        before[r] = after[r] = 1.0f;
+        tops[r] = top[0];
+        totals[r] = sum_of(sum);
         if (!block.first) {
-            before[r] = exp2_of(all(scratch.largest[row]) - shift)[0];
-            total += scratch.total[row] * before[r];
-        }
-        if (block.last) {
-            after[r] = call.dropout.on ? call.dropout.scale / total : 1.0f / total;
-            call.lse[row * call.lse_row] = LN_2 * top[0] + logf(total);
-        } else {
-            scratch.largest[row] = top[0];
-            scratch.total[row] = total;
+            before[r] = exp2_or_zero(all(scratch.largest[row]) - shift)[0];
+            totals[r] += scratch.total[row] * before[r];
         }
     }
+    finish_rows(call, scratch, block, tops, totals, after);
 
     for (int64_t d = 0; d < dim; d += PANEL) {
         ValueTile tile;

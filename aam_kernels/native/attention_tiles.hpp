@@ -82,6 +82,25 @@ AAM_INLINE Floats swapped(Floats x) {
 #undef AAM_LANE
 }
 
+// 2^x for x <= 127, and 0 below -126. NaN stays NaN.
+AAM_INLINE Floats exp2_or_zero(Floats x) {
+    return select(x < -126.0f, Floats{}, exp2_in_range(x));
+}
+
+// log2 of normal numbers; NaN stays NaN: 2 artanh(s) with s = (m - 1) / (m + 1), m in [0.7, 1.42).
+AAM_INLINE Floats log2_of(Floats x) {
+    const Ints power = (bits(x) - 0x3f3504f3) >> 23;
+    const Floats m = from_bits(bits(x) - (power << 23));
+    const Floats s = (m - 1.0f) / (m + 1.0f), square = s * s;
+    Floats y = all(2.0f / 9.0f);
+    y = y * square + 2.0f / 7.0f;
+    y = y * square + 2.0f / 5.0f;
+    y = y * square + 2.0f / 3.0f;
+    y = y * square + 2.0f;
+    const Floats log = y * s * LOG2_E + __builtin_convertvector(power, Floats);
+    return select(x == x, log, x);
+}
+
 // The largest element (the sum of all), in every element.
 template <int STEP = WIDTH / 2>
 AAM_INLINE Floats largest_everywhere(Floats x) {
@@ -160,6 +179,22 @@ static inline void zero_rows(float* to, int64_t to_row, int64_t rows, int64_t he
 static inline void column_factors(uint32_t first, int64_t count, int32_t* to) {
     for (int64_t i = 0; i < count; ++i) to[i] = column_factor(first + static_cast<uint32_t>(i));
 }
+
+// Rows that will be read or written soon. The parts [from, to) of `parts` equal ones are fetched:
+// a few at a time, where the processor computes, so that nothing has to wait for a free place
+// among the outstanding fetches. (Always inline: a function that only prefetches has no effect
+// that GCC knows of, and its calls vanish.)
+struct Rows {
+    const float* data;
+    int64_t row, count, head_dim;
+
+    __attribute__((always_inline)) void bring_near(int64_t from, int64_t to, int64_t parts) const {
+        const int64_t end = count * to / parts;
+        for (int64_t i = count * from / parts; i < end; ++i)
+            for (int64_t d = 0; d < head_dim; d += CACHE_LINE)
+                __builtin_prefetch(data + i * row + d);
+    }
+};
 
 // Cuts scratch memory into pieces that start on cache lines; without memory it only counts.
 struct Pieces {

@@ -15,8 +15,8 @@ constexpr float LN_2 = 0.6931471805599453f;
 // 2^x for -126 <= x <= 127, 1.9e-9 from exact before rounding (minimax polynomial of degree 6 on
 // [-1/2, 1/2], fitted here). NaN stays NaN.
 AAM_INLINE Floats exp2_in_range(Floats x) {
-    const Floats shifted = x + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are round(x)
-    const Floats part = x - (shifted - 12582912.0f);
+    const Floats shifted = x + 12583039.0f;  // 1.5 * 2^23 + 127: its low bits are round(x) + 127
+    const Floats part = x - (shifted - 12583039.0f);
     Floats y = all(0.00015345810970757157f);
     y = y * part + 0.0013399930903688073f;
     y = y * part + 0.009618489071726799f;
@@ -24,7 +24,7 @@ AAM_INLINE Floats exp2_in_range(Floats x) {
     y = y * part + 0.24022646248340607f;
     y = y * part + 0.6931471824645996f;
     y = y * part + 1.0f;
-    return y * from_bits((bits(shifted) << 23) + 0x3f800000);
+    return y * from_bits(bits(shifted) << 23);
 }
 
 // The same for any x <= 127; below -126, where results would be subnormal, it is 2^-126.
