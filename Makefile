@@ -7,7 +7,7 @@ NATIVE := build/native
 LOCK   := $(if $(shell command -v flock),flock build/native.lock)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native demo test bench gpu-check lint format docs kernel-report clean
+.PHONY: help setup native demo test sanitize bench gpu-check lint format docs kernel-report clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -41,6 +41,13 @@ demo: setup  ## simulate a community, pretrain, fine-tune, predict and write a r
 
 test: setup  ## run all tests; each benchmark runs once and checks its numbers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests benchmarks -n 2 $(ARGS)
+
+sanitize: $(STAMP)  ## run the kernels' C++ tests under sanitizers: addresses, undefined behaviour, data races (minutes)
+	@for sanitizers in address,undefined thread; do \
+	    PATH="$(abspath $(BIN)):$$PATH" cmake -G Ninja -S tests/native -B build/sanitize-$$sanitizers --log-level=WARNING \
+	        -DAAM_SANITIZE=$$sanitizers >/dev/null && $(BIN)/cmake --build build/sanitize-$$sanitizers -j 2 -- --quiet && \
+	    for tests in native_tests thread_tests; do \
+	        echo "$$tests with -fsanitize=$$sanitizers"; build/sanitize-$$sanitizers/$$tests || exit 1; done || exit 1; done
 
 bench: setup  ## time everything against its baselines (10 minutes on 2 cores)
 	$(BIN)/python -m pytest benchmarks --benchmark $(ARGS)

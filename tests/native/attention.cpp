@@ -43,6 +43,7 @@ void run(const Case& test) {
     const HeadsTensor grad_output = tensor(queries, 1), output = tensor(queries, 1);
     const HeadsTensor grad_query = tensor(queries, 2), grad_key = tensor(keys, 2);
     const HeadsTensor grad_value = tensor(keys, 2), lse(queries, heads, 1, Layout::DENSE);
+    const HeadsTensor* results[] = {&output, &lse, &grad_query, &grad_key, &grad_value};
     query.fill(random, test.size);
     key.fill(random, test.size);
     value.fill(random);
@@ -61,8 +62,7 @@ void run(const Case& test) {
         for (int threads = 1; threads <= test.most_threads; ++threads) {
             check::at("attention, %s, %s, head_dim %d, %d threads", test.name,
                       variant.kernels->name, static_cast<int>(head_dim), threads);
-            for (const HeadsTensor* written : {&output, &lse, &grad_query, &grad_key, &grad_value})
-                written->forget();
+            for (const HeadsTensor* written : results) written->forget();
             variant.kernels->attention_forward({query.in(), key.in(), value.in(), output.out(),
                                                 lse.out().data, queries.sequences(),
                                                 keys.sequences(), heads, head_dim, back.scale,
@@ -72,7 +72,7 @@ void run(const Case& test) {
             variant.kernels->attention_backward(back);
             CHECK(same(kept_output, output.copy()) && same(kept_lse, lse.copy()));
             int which = 0;
-            for (const HeadsTensor* written : {&output, &lse, &grad_query, &grad_key, &grad_value}) {
+            for (const HeadsTensor* written : results) {
                 if (threads == 1) {
                     first[which] = written->copy();
                 } else if (!same(first[which], written->copy())) {
@@ -116,8 +116,8 @@ void test_attention() {
     const Lengths some{0, 5, 40, 9, 1, 0, 70}, keys{4, 0, 77, 33, 1, 0, 16};
     run({"cross", some, keys, 2, 40});
     run({"cross, gaps, dropout", some, keys, 3, 64, true, 0.5, uint64_t{1} << 40});
-    for (const int64_t head_dim : {8, 9, 12, 16, 17, 24, 31, 32, 33, 40, 48, 63, 64, 72, 80, 96, 100,
-                                   112, 127, 128})
+    for (const int64_t head_dim :
+         {8, 9, 12, 16, 17, 24, 31, 32, 33, 40, 48, 63, 64, 72, 80, 96, 100, 112, 127, 128})
         run({"head_dim", {37, 0, 6, 130}, {}, head_dim < 64 ? 3 : 2, head_dim, head_dim % 16 == 0,
              head_dim % 3 ? 0.0 : 0.1, 5, 1, 0, head_dim % 32 ? 1 : 2});
     run({"large logits", {65, 31}, {}, 2, 32, false, 0, 0, 8});

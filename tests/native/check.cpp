@@ -26,6 +26,7 @@ char place[512] = "start";
 int failed = 0;
 std::map<std::string, std::pair<double, double>> largest_errors;  // error, limit
 
+#ifndef AAM_ADDRESSES_CHECKED
 void bad_access(int number) {
     // Only what a signal handler may do.
     const char message[] = "\nFAILED: memory touched that may not be, or a bad instruction, at: ";
@@ -35,6 +36,7 @@ void bad_access(int number) {
     signal(number, SIG_DFL);
     raise(number);
 }
+#endif
 
 }  // namespace
 

@@ -50,8 +50,8 @@ class Memory {
     int64_t mapped_ = 0, bytes_ = 0;
 };
 
-// Floats in guarded memory. Where it lies changes from one to the next: at the end of a page (at any
-// multiple of 4 bytes) or at the start.
+// Floats in guarded memory. Where it lies changes from one to the next: at the end of a page (at
+// any multiple of 4 bytes) or at the start.
 class Floats {
   public:
     explicit Floats(int64_t count = 0);

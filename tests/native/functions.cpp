@@ -111,11 +111,14 @@ void comparisons(const aam::Inside& inside) {
     }
     x[3] = NOT_A_NUMBER;
     inside.larger(x, than, y, COUNT);
-    for (int64_t i = 0; i < COUNT; ++i) CHECK(i == 3 ? std::isnan(y[i]) : y[i] == std::max(x[i], than[i]));
+    for (int64_t i = 0; i < COUNT; ++i)
+        CHECK(i == 3 ? std::isnan(y[i]) : y[i] == std::max(x[i], than[i]));
     inside.smaller(x, than, y, COUNT);
-    for (int64_t i = 0; i < COUNT; ++i) CHECK(i == 3 ? std::isnan(y[i]) : y[i] == std::min(x[i], than[i]));
+    for (int64_t i = 0; i < COUNT; ++i)
+        CHECK(i == 3 ? std::isnan(y[i]) : y[i] == std::min(x[i], than[i]));
     inside.absolute(x, y, COUNT);
-    for (int64_t i = 0; i < COUNT; ++i) CHECK(i == 3 ? std::isnan(y[i]) : y[i] == std::fabs(x[i]));
+    for (int64_t i = 0; i < COUNT; ++i)
+        CHECK(i == 3 ? std::isnan(y[i]) : y[i] == std::fabs(x[i]));
     x[3] = 0.25f;
     double sum = 0;
     for (int i = 0; i < inside.width; ++i) sum += x[i];
@@ -171,7 +174,8 @@ void test_dropout() {
                     const reference::Mask mask{p, seed};
                     const aam::Dropout dropout = mask.for_kernels();
                     for (const int64_t row : {int64_t{0}, int64_t{1}, int64_t{2147483646}}) {
-                        variant.inside->keep(dropout, static_cast<uint32_t>(row), head, x, y, COLUMNS);
+                        variant.inside->keep(dropout, static_cast<uint32_t>(row), head, x, y,
+                                             COLUMNS);
                         for (int64_t j = 0; j < COLUMNS; ++j)
                             CHECK(y[j] == (mask.keeps(row, j, head) ? x[j] : 0.0f));
                     }

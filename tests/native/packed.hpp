@@ -28,8 +28,8 @@ class Packed {
 
 enum class Layout { DENSE, SPREAD, HEADS_FIRST };
 
-// (rows, heads, head_dim) with no element of memory beyond the last. What belongs to no sequence, and
-// what lies between rows and heads, is NaN.
+// (rows, heads, head_dim) with no element of memory beyond the last. What belongs to no sequence,
+// and what lies between rows and heads, is NaN.
 class HeadsTensor {
   public:
     HeadsTensor(const Packed& packed, int64_t heads, int64_t head_dim, Layout layout);

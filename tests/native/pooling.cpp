@@ -87,8 +87,8 @@ void test_pooling() {
     run({"lengths", lengths});
     run({"gaps", lengths, 48, true});
     run({"spread", lengths, 33, true, true});
-    for (const int64_t dim : {1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 32, 63, 65, 100, 127, 129, 160, 513,
-                              1152})
+    for (const int64_t dim :
+         {1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 32, 63, 65, 100, 127, 129, 160, 513, 1152})
         run({"dim", {9, 0, 40, 1}, dim, false, dim % 2 == 0});
     run({"long", {4096, 3, 2100}, 32});
     run({"large scores", {40, 300}, 24, false, false, 30});

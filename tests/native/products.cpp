@@ -28,6 +28,11 @@ struct Stored {
     double operator()(int64_t i, int64_t j) const { return data[i * row + j * step]; }
 };
 
+void bound(const check::Error& error, int64_t depth) {
+    const bool deep = depth > 1000;
+    BOUND(deep ? "product, deep" : "product", error.relative(), deep ? 4e-6 : 1e-6);
+}
+
 int64_t rounded(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 // A product by packed panels, and that it touches no more than it may.
@@ -43,10 +48,12 @@ void packed(const Variant& variant, int64_t rows, int64_t depth, int64_t columns
     for (int64_t panel = 0; panel < count; ++panel)  // in any pieces
         inside.pack(b.data.data(), b.row, b.step, depth, columns, panels.data(), panel, panel + 1);
     for (int64_t i = 0; i < panels.size(); ++i)
-        if (check::is_untouched(panels[i])) return FAIL("element %d not packed", static_cast<int>(i));
+        if (check::is_untouched(panels[i]))
+            return FAIL("element %d not packed", static_cast<int>(i));
     const int64_t row = rounded(columns, inside.width) + 3;
     const Floats c(rows * row - 3);
-    inside.product(a.data.data(), a.row, a.step, rows, panels.data(), depth, columns, c.data(), row);
+    inside.product(a.data.data(), a.row, a.step, rows, panels.data(), depth, columns, c.data(),
+                   row);
     check::Error error;
     for (int64_t i = 0; i < rows; ++i) {
         for (int64_t j = 0; j < row && i * row + j < c.size(); ++j) {
@@ -59,7 +66,7 @@ void packed(const Variant& variant, int64_t rows, int64_t depth, int64_t columns
             }
         }
     }
-    BOUND(depth > 1000 ? "product, deep" : "product", error.relative(), depth > 1000 ? 4e-6 : 1e-6);
+    bound(error, depth);
     CHECK(panels.guards_intact() && c.guards_intact());
 }
 
@@ -80,10 +87,11 @@ void added(const Variant& variant, int64_t rows, int64_t depth, int64_t columns,
             for (int64_t k = 0; j < readable && k < depth; ++k) sum += a(i, k) * b[k * row + j];
             expected[i * row + j] = sum;
         }
-    inside.add_product(a.data.data(), a.row, a.step, rows, b.data(), row, depth, columns, c.data(), row);
+    inside.add_product(a.data.data(), a.row, a.step, rows, b.data(), row, depth, columns, c.data(),
+                       row);
     check::Error error;
     for (int64_t i = 0; i < c.size(); ++i) error.add(c[i], expected[i]);
-    BOUND(depth > 1000 ? "product, deep" : "product", error.relative(), depth > 1000 ? 4e-6 : 1e-6);
+    bound(error, depth);
     for (int64_t i = 0; i < rows; ++i) CHECK(c[i * row + readable] == expected[i * row + readable]);
     CHECK(b.guards_intact() && c.guards_intact());
 }
@@ -94,13 +102,15 @@ void same_whatever_the_rows(const Variant& variant, int64_t depth, check::Random
     check::at("product row by row, %s, depth %lld", variant.kernels->name,
               static_cast<long long>(depth));
     const int64_t columns = inside.panel + 2 * inside.width, rows = 61;
-    const Floats a = random_floats(rows * depth, random), b = random_floats(depth * columns, random);
+    const Floats a = random_floats(rows * depth, random);
+    const Floats b = random_floats(depth * columns, random);
     const Floats panels(inside.packed_size(depth, columns)), c(rows * columns), one(columns);
     inside.pack(b.data(), columns, 1, depth, columns, panels.data(), 0,
                 (columns + inside.panel - 1) / inside.panel);
     inside.product(a.data(), depth, 1, rows, panels.data(), depth, columns, c.data(), columns);
     for (int64_t i = 0; i < rows; ++i) {
-        inside.product(&a[i * depth], depth, 1, 1, panels.data(), depth, columns, one.data(), columns);
+        inside.product(&a[i * depth], depth, 1, 1, panels.data(), depth, columns, one.data(),
+                       columns);
         if (memcmp(one.data(), &c[i * columns], static_cast<size_t>(columns) * 4) != 0)
             return FAIL("row %d differs from itself alone", static_cast<int>(i));
     }
@@ -114,18 +124,19 @@ void test_products() {
         const int64_t width = variant.inside->width, panel = variant.inside->panel;
         for (int64_t rows = 1; rows <= 13; ++rows)
             for (int64_t vectors = 1; vectors <= panel / width; ++vectors)
-                packed(variant, rows, 1 + (rows * 7 + vectors) % 37, vectors * width, rows % 2, random);
+                packed(variant, rows, 1 + (rows * 7 + vectors) % 37, vectors * width, rows % 2,
+                       random);
         for (int64_t panels = 0; panels <= 3; ++panels)
             for (const int64_t extra : {int64_t{1}, width - 1, width, width + 1, panel - 1}) {
-                packed(variant, 1 + (panels * 5 + extra) % 13, 17, panels * panel + extra, extra % 2,
-                       random);
-                added(variant, 1 + (panels * 3 + extra) % 13, 19, panels * panel + extra, extra % 2,
-                      random);
+                const int64_t columns = panels * panel + extra;
+                packed(variant, 1 + (panels * 5 + extra) % 13, 17, columns, extra % 2, random);
+                added(variant, 1 + (panels * 3 + extra) % 13, 19, columns, extra % 2, random);
             }
         for (const int64_t depth : {1, 2, 15, 16, 31, 33, 151, 1023, 1024, 1025, 2049})
             for (const bool transposed : {false, true}) {
-                packed(variant, depth == 1025 ? 100 : 7, depth, panel + width + 1, transposed, random);
-                added(variant, depth == 1025 ? 100 : 5, depth, width + 1, transposed, random);
+                const int64_t rows = depth == 1025 ? 100 : 7;  // over what goes together
+                packed(variant, rows, depth, panel + width + 1, transposed, random);
+                added(variant, rows, depth, width + 1, transposed, random);
             }
         for (const int64_t depth : {33, 2500}) same_whatever_the_rows(variant, depth, random);
     }

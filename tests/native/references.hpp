@@ -1,5 +1,5 @@
-// The operations in double precision, written from the specification (aam_kernels/*/reference.py and
-// _runtime/dropout.py) and sharing no line with the kernels.
+// The operations in double precision, written from the specification (aam_kernels/*/reference.py
+// and _runtime/dropout.py) and sharing no line with the kernels.
 
 #pragma once
 
