@@ -1,8 +1,8 @@
 """The kernels' tests in C++ (tests/native): compiled beside the kernels, and run.
 
 They try every variant that this processor can run against references in double precision, in
-memory that ends where touching more ends the program. In a checkout only the tests are compiled: the
-kernels' objects are those of `make native`.
+memory that ends where touching more ends the program. In a checkout only the tests are compiled:
+the kernels' objects are those of `make native`.
 """
 
 import fcntl
