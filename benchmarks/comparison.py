@@ -65,6 +65,7 @@ class Comparison:
     timings: dict[str, Timing]
     work: dict[str, Work] = field(default_factory=dict)
     memory: dict[str, Memory] = field(default_factory=dict)
+    faults: dict[str, int] = field(default_factory=dict)
     goals: list[Goal] = field(default_factory=list)
     notes: dict[str, str] = field(default_factory=dict)
 
@@ -120,6 +121,7 @@ class Comparison:
                 "share_of_fma_peak_by_model_operations": self._model_share(name),
                 "share_of_copy_bandwidth": self.ratio(name, COPY, of="bytes"),
                 "megabytes": self.memory[name].growth if name in self.memory else None,
+                "page_faults": self.faults.get(name),
                 "each_round": asdict(timing),
             }
             for name, timing in self.timings.items()
@@ -235,9 +237,8 @@ def format_seconds(seconds: float) -> str:
 
 def format_comparison(comparison: Comparison) -> str:
     """One case as a table; columns of which nothing was measured are left out."""
-    table = [
-        ["", "wall", "CPU", "speed", "by CPU", "of FMA", "by CPU", "3 x forward", "of copy", "MB"]
-    ]
+    table = [["", "wall", "CPU", "speed", "by CPU", "of FMA", "by CPU", "3 x forward", "of copy"]]
+    table[0] += ["MB", "page faults"]
     for row in comparison.rows():
         name, clocks = row["contestant"], (row["wall_seconds"], row["processor_seconds"])
         seconds = [name, *map(format_seconds, clocks)]
@@ -245,7 +246,7 @@ def format_comparison(comparison: Comparison) -> str:
             work = comparison.work[name]
             rates = [f"{(work.operations + work.bytes) / clock / 1e9:.0f}" for clock in clocks]
             unit = "GB/s" if name == COPY else "GF/s"
-            table.append([*seconds, *(f"{rate} {unit}" for rate in rates), *[""] * 5])
+            table.append([*seconds, *(f"{rate} {unit}" for rate in rates), *[""] * 6])
             continue
         speeds = [_times(row["speed"]), _times(row["speed_by_processor"])]
         table.append(
@@ -257,6 +258,7 @@ def format_comparison(comparison: Comparison) -> str:
                 _percent(row["share_of_fma_peak_by_model_operations"]),
                 _percent(row["share_of_copy_bandwidth"]),
                 "" if row["megabytes"] is None else f"{row['megabytes']:,.0f}",
+                "" if row["page_faults"] is None else f"{row['page_faults']:,}",
             ]
         )
     rounds = len(next(iter(comparison.timings.values())).wall)

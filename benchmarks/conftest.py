@@ -30,7 +30,7 @@ from benchmarks.worker import Worker, prepare
 from tests.conftest import real_data, require_tool  # noqa: F401
 
 RESULTS = Path(__file__).parent / "results"
-SECONDS_A_CASE = {"quick": 4.0, "full": 60.0}
+SECONDS_A_CASE = {"smoke": 0.0, "quick": 4.0, "full": 60.0}
 COMPARISONS = pytest.StashKey[list[Comparison]]()
 MALLOC = {
     "MALLOC_MMAP_MAX_": "0",
@@ -49,7 +49,7 @@ def pytest_addoption(parser):
         "--benchmark-size",
         choices=sorted(SECONDS_A_CASE),
         default="quick",
-        help="quick (default), or full: more rounds and more cases",
+        help="full: more rounds and cases; smoke: small steps, to see that everything runs",
     )
 
 
@@ -75,12 +75,17 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(format_comparison(comparison))
     terminalreporter.write_line(format_goals(comparisons))
     write_plot(comparisons, RESULTS / "speedups.png")
-    terminalreporter.write_line(f"\nwritten: {RESULTS}/benchmarks.json, speedups.png")
+    terminalreporter.write_line(f"\nwritten: {results(config)}, speedups.png")
 
 
-def keep(comparison: Comparison, facts: Mapping[str, Any]) -> None:
-    """Write a case into benchmarks.json, in place of what an earlier run says of it."""
-    path = RESULTS / "benchmarks.json"
+def results(config: pytest.Config) -> Path:
+    """Where numbers are kept: of all runs, the last of each case."""
+    smoke = config.getoption("benchmark_size") == "smoke"
+    return RESULTS / ("smoke.json" if smoke else "benchmarks.json")
+
+
+def keep(comparison: Comparison, facts: Mapping[str, Any], path: Path) -> None:
+    """Write a case into the file of results, in place of what an earlier run says of it."""
     path.parent.mkdir(exist_ok=True)
     cases = json.loads(path.read_text()) if path.exists() else {}
     cases[comparison.title] = {"machine": facts, **comparison.to_dict()}
@@ -99,6 +104,12 @@ def timing(request) -> bool:
 def full(request) -> bool:
     """Whether `--benchmark-size full` was asked for."""
     return request.config.getoption("benchmark_size") == "full"
+
+
+@pytest.fixture
+def small(request, timing) -> bool:
+    """Whether steps are small: nothing is timed, or `--benchmark-size smoke`."""
+    return not timing or request.config.getoption("benchmark_size") == "smoke"
 
 
 @pytest.fixture
@@ -166,9 +177,10 @@ def compare(request, timing) -> Callable[..., tuple[dict[str, Any], Comparison |
         for name, contestant in one_round.contestants.items():
             if isinstance(contestant, Worker):
                 comparison.memory[name] = contestant.memory
+                comparison.faults[name] = contestant.faults
             if name in (machine.PEAK, machine.COPY):
                 comparison.work[name] = Work(**one_round.results[name])
-        keep(comparison, facts)
+        keep(comparison, facts, results(request.config))
         request.config.stash[COMPARISONS].append(comparison)
         return {name: one_round.results[name] for name in contestants}, comparison
 

@@ -82,11 +82,11 @@ def check_losses(results):
 
 
 @pytest.fixture
-def measure(compare, timing, full, own_process, real_data):
+def measure(compare, small, full, own_process, real_data):
     """Compare contestants, `NAME: (function of benchmarks.steps, arguments)`, in own processes."""
 
     def run(title, data, contestants, *, environment=None, **options):
-        folder, limit = str(real_data / data), 256 if timing else 8
+        folder, limit = str(real_data / data), 8 if small else 256
         started = {
             name: own_process(
                 f"benchmarks.steps:{function}", environment=(environment or {}).get(name),
@@ -94,9 +94,10 @@ def measure(compare, timing, full, own_process, real_data):
             )
             for name, (function, arguments) in contestants.items()
         }  # fmt: skip
+        size = contestants["aam"][1].get("batch_size", 8)
         results, _ = compare(
             f"{title}, {data}, token limit {limit}", started, rounds=5 if full else 2,
-            notes=problem(folder, limit).describe(), **{"reference": PADDED, **options},
+            notes=problem(folder, limit, size).describe(), **{"reference": PADDED, **options},
         )  # fmt: skip
         return results
 
@@ -129,12 +130,12 @@ def test_step_on_one_thread(measure, timing, full, data):
     )
 
 
-def test_step_of_32_samples(measure, timing):
+def test_step_of_32_samples(measure, small):
     """The baseline takes its 32 as four batches of 8: at once they would need 19 GB."""
-    size = 32 if timing else 3
+    size = 8 if small else 32
     contestants = {
         "aam": ("trainer_step", {"batch_size": size}),
-        PADDED: ("padded_step", {"batch_size": size, "parts": 4 if timing else 1}),
+        PADDED: ("padded_step", {"batch_size": size, "parts": 4}),
     }
     check_losses(measure("training step, batch 32", "ibd", contestants, goals=[Goal("aam", 20.0)]))
 
@@ -164,9 +165,9 @@ def test_inference(measure):
     assert results["aam"]["samples"] == results[PADDED]["samples"]
 
 
-def test_threads(compare, own_process, timing, real_data):
+def test_threads(compare, own_process, small, real_data):
     """Our step with one and two threads: the same losses in less time."""
-    arguments = {"folder": str(real_data / "ibd"), "token_limit": 256 if timing else 8}
+    arguments = {"folder": str(real_data / "ibd"), "token_limit": 8 if small else 256}
     contestants = {
         name: own_process(
             "benchmarks.steps:trainer_step", environment={"OMP_NUM_THREADS": threads}, **arguments
