@@ -27,7 +27,7 @@ def _load() -> ModuleType | str:
     except ModuleNotFoundError as missing:
         if missing.name != MODULE:
             return f"{MODULE} does not load: {missing}"
-        return "they were not compiled when this package was installed"
+        return "not compiled when this package was installed"
     except ImportError as broken:
         return f"{MODULE} does not load: {' '.join(str(broken).split())}"
 

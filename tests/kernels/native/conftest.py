@@ -6,8 +6,9 @@ from tests.kernels.contract import require
 
 @pytest.fixture
 def compiled():
-    """The compiled module; in its default state afterwards too."""
+    """The compiled module; whatever is selected in a test holds for that test."""
     require("cpu")
     module = native.kernels()
+    before = module.selected()
     yield module
-    module.select(None)
+    module.select(before)
