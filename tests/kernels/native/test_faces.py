@@ -26,7 +26,7 @@ def absent(monkeypatch):
 
 
 @pytest.mark.parametrize("operation", WIDTHS)
-def test_auto_takes_the_compiled_kernels(kernels, operation):
+def test_auto_takes_the_compiled_kernels(compiled, operation):
     assert available_impls("cpu")[operation] == ("cpu", "sdpa", "math")
     case = case_of(WIDTHS[operation], 20)
     for dtype in dispatch.FLOATS:
@@ -39,7 +39,7 @@ def test_auto_takes_the_compiled_kernels(kernels, operation):
 
 
 @pytest.mark.parametrize("head_dim", [4, 136])
-def test_a_head_that_is_refused(kernels, head_dim):
+def test_a_head_that_is_refused(compiled, head_dim):
     case = case_of((head_dim,), 20)
     assert dispatch.choose("attention", "auto", CPU, torch.float32, case) == "sdpa"
     with pytest.raises(ValueError, match=f"takes widths of 8 to 128, got {head_dim}"):
@@ -69,7 +69,7 @@ def test_nothing_is_said_where_nothing_slower_serves(absent):
 
 
 @pytest.mark.parametrize("dim", [1, 7, 16, 33])
-def test_pooling_of_any_strides(kernels, dim):
+def test_pooling_of_any_strides(compiled, dim):
     offsets, lengths = offsets_of((3, 2, 70, 4)), torch.tensor([3, 0, 65, 2], dtype=torch.int32)
     where = Sequences(offsets, lengths=lengths)
     values, scores = torch.randn(79, 2 * dim)[:, :dim], torch.randn(79, 3)[:, 1]
@@ -87,7 +87,7 @@ def test_pooling_of_any_strides(kernels, dim):
     assert torch.equal(again, pooling.forward(turned.contiguous(), scores, where)[0])
 
 
-def test_a_layer_of_any_strides(kernels):
+def test_a_layer_of_any_strides(compiled):
     x, offsets, weights, grad = problem(dim=32, ffn_dim=33)
     expected = run(x, offsets, weights, grad, num_heads=2, impl="cpu")
 
@@ -103,7 +103,7 @@ def test_a_layer_of_any_strides(kernels):
             assert torch.equal(mine, true)
 
 
-def test_torchs_defaults_do_not_matter(kernels):
+def test_torchs_defaults_do_not_matter(compiled):
     x, offsets, weights, grad = problem()
     options = {"num_heads": 4, "impl": "cpu", "dropout_p": 0.1, "seed": 1, "recompute": False}
     expected = run(x, offsets, weights, grad, **options)
@@ -121,7 +121,7 @@ def test_torchs_defaults_do_not_matter(kernels):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_inputs_are_left_alone(kernels):
+def test_inputs_are_left_alone(compiled):
     x, offsets, weights, grad = problem()
     tensors = (x, offsets, *weights, grad)
     before = [tensor.detach().clone() for tensor in tensors]
@@ -131,10 +131,10 @@ def test_inputs_are_left_alone(kernels):
         assert torch.equal(tensor.nan_to_num(7.0), true.nan_to_num(7.0))
 
 
-def test_a_variant_that_cannot_run_is_one_clear_error(kernels, monkeypatch):
+def test_a_variant_that_cannot_run_is_one_clear_error(compiled, monkeypatch):
     x, offsets, weights, _ = problem()
     monkeypatch.setenv("AAM_KERNELS_CPU", "x86-64-v9")
     with pytest.raises(ValueError, match="x86-64-v9"):
-        kernels.select(None)
+        compiled.select(None)
         encoder_layer(x, offsets, weights, num_heads=4, impl="cpu")
     monkeypatch.delenv("AAM_KERNELS_CPU")

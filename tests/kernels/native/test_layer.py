@@ -42,27 +42,27 @@ def check(options, lengths, **shape):
         (256, 2, 1), (96, 12, 17),
     ],
 )  # fmt: skip
-def test_widths(kernels, dim, heads, hidden, dropout_p):
+def test_widths(compiled, dim, heads, hidden, dropout_p):
     options = {"num_heads": heads, "dropout_p": dropout_p, "seed": 3}
     check(options, SHORT, dim=dim, ffn_dim=hidden)
 
 
-def test_the_widest(kernels):
+def test_the_widest(compiled):
     check({"num_heads": 18, "dropout_p": 0.1, "seed": 3}, (3, 20), dim=1152, ffn_dim=4608)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-def test_row_lengths(kernels, dropout_p):
+def test_row_lengths(compiled, dropout_p):
     options = {"num_heads": 2, "dropout_p": dropout_p, "seed": 3}
     check(options, ALL_LENGTHS, dim=32, ffn_dim=64)
 
 
-def test_long_rows(kernels):
+def test_long_rows(compiled):
     check({"num_heads": 1, "dropout_p": 0.1, "seed": 3}, (4096, 1, 1000), dim=16, ffn_dim=16)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4, 8])
-def test_a_layer_without_dropout_ignores_the_seed(kernels, heads):
+def test_a_layer_without_dropout_ignores_the_seed(compiled, heads):
     # Nor may it be looked at: a 0-d tensor on a device would be waited for.
     from aam_kernels.encoder_layer import cpu
 
@@ -75,7 +75,7 @@ def test_a_layer_without_dropout_ignores_the_seed(kernels, heads):
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-def test_what_is_kept_a_token(kernels, recompute):
+def test_what_is_kept_a_token(compiled, recompute):
     x, offsets, weights, _ = problem((101, 7, 151), dim=128, ffn_dim=512, extra=0)
     kept = []
 
@@ -97,7 +97,7 @@ def test_what_is_kept_a_token(kernels, recompute):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_gradients_have_the_dtype_of_their_weights(kernels, dtype):
+def test_gradients_have_the_dtype_of_their_weights(compiled, dtype):
     from aam_kernels.encoder_layer import cpu
 
     torch.manual_seed(0)
@@ -122,7 +122,7 @@ def test_gradients_have_the_dtype_of_their_weights(kernels, dtype):
         (144, 1, "got D = 144 and head_dim 144"),
     ],
 )
-def test_widths_that_are_refused(kernels, dim, heads, message):
+def test_widths_that_are_refused(compiled, dim, heads, message):
     x, offsets, weights, grad = problem(SHORT, dim=dim, ffn_dim=20)
     with pytest.raises(ValueError, match=message):
         encoder_layer(x, offsets, weights, num_heads=heads, impl="cpu")

@@ -20,7 +20,7 @@ PROBLEMS = [
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: f"{p.operation}: {p.name}")
-def test_the_same_bits(kernels, with_threads, problem):
+def test_the_same_bits(compiled, with_threads, problem):
     inputs = problem.inputs(torch.float32)
     expected = with_threads(1, lambda: problem.run("cpu", inputs))
     for threads in (2, 2, 3, 5):

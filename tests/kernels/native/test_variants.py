@@ -41,9 +41,9 @@ PROBLEMS = [
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: f"{p.operation}: {p.name}")
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_accuracy_poison_and_repetition(kernels, variant, problem):
-    kernels.select(variant)
-    assert kernels.selected() == variant
+def test_accuracy_poison_and_repetition(compiled, variant, problem):
+    compiled.select(variant)
+    assert compiled.selected() == variant
     failures = []
     for seed in range(3):  # one draw's largest error is a matter of luck, all else is not
         drawn = replace(problem, seed=seed)
@@ -54,12 +54,12 @@ def test_accuracy_poison_and_repetition(kernels, variant, problem):
     raise AssertionError(failures)
 
 
-def test_the_variants_differ(kernels):
+def test_the_variants_differ(compiled):
     # Else `select` would have selected nothing.
     problem = Problem("encoder_layer", "", (40, 151), heads=4)
     inputs = problem.inputs(torch.float32)
     found = []
     for variant in VARIANTS:
-        kernels.select(variant)
+        compiled.select(variant)
         found.append(problem.run("cpu", inputs)["grad x"])
     assert not any(torch.equal(found[0], other) for other in found[1:])
