@@ -121,4 +121,4 @@ def _commit() -> str:
     changed = subprocess.run(
         [*command, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False
     )
-    return found.stdout.strip() + ("+" if changed.stdout.strip() else "")
+    return (found.stdout.strip() or "unknown") + ("+" if changed.stdout.strip() else "")

@@ -4,14 +4,12 @@
 
 Of 428 samples whole subjects are held out first (77 samples), then 60 of the others at random; 291
 are trained on. Seconds a step are measured first, and the learning rate's schedule is laid out for
-as many epochs as fit the minutes. Options not listed here
-go to `aam pretrain`.
+as many epochs as fit the minutes. Options not listed here go to `aam pretrain`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -71,7 +69,7 @@ def aam(*arguments: str | Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Split, measure a step, pretrain, evaluate both held-out parts, print."""
+    """Split, measure a step, pretrain, evaluate on both held-out parts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path, help="folder of the run")
     parser.add_argument("--minutes", type=float, default=20.0, help="of training")
@@ -101,14 +99,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     minutes = (time.monotonic() - start) / 60
     print(f"\ntrained in {minutes:.1f} minutes")
     for name in ("random", "new-subjects"):
-        results = options.output / f"{name}.json"
         metadata = "--metadata", options.data / "metadata.tsv", "--group-column", SUBJECT
         aam(
             "evaluate", "--model", options.output, *table, *metadata, "--ids", files[name],
-            "--output", results, "--overwrite",
+            "--output", options.output / f"{name}.json", "--overwrite",
         )  # fmt: skip
-        for line in json.loads(results.read_text())["results"]:
-            print(f"{name}: {line}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The harness itself: ratios within rounds, goals, workers, counts of operations."""
 
+import os
 import time
 
 import pytest
@@ -65,29 +66,30 @@ def test_what_does_not_fit_into_memory_leaves_the_rounds():
 
 
 def busy(megabytes, seconds):
-    """Work for a worker."""
+    """Work for a worker; preparing it takes more memory, which is none of the work's."""
+    bytearray(2_000_000 * megabytes)
 
     def work():
         held = bytearray(megabytes * 1_000_000)
         start = time.process_time()
         while time.process_time() - start < seconds:
             held[0] += 1 if held[0] < 255 else -255
-        return {"held": float(len(held))}
+        return {"held": float(len(held)), "told": float(os.environ.get("AAM_TOLD", 0))}
 
     return work
 
 
 def test_a_worker_has_its_own_clock_memory_and_environment():
     worker = Worker(
-        "benchmarks.test_harness:busy", environment={"MALLOC_MMAP_MAX_": "0"}, megabytes=50,
+        "benchmarks.test_harness:busy", environment={"AAM_TOLD": "3"}, megabytes=50,
         seconds=0.05,
     )  # fmt: skip
     try:
         rounds = Rounds({"worker": worker})
         rounds()
-        assert worker() == {"held": 50e6}
+        assert worker() == {"held": 50e6, "told": 3.0}
         assert 45 < worker.memory.growth < 80
-        assert 0.05 <= worker.processor < 1 and worker.faults < 50e6 / 4096 + 500
+        assert 0.05 <= worker.processor < 1 and worker.faults > 10
         assert rounds.timings["worker"].processor[0] >= 0.05
     finally:
         worker.close()

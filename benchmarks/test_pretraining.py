@@ -16,6 +16,7 @@ def test_the_parts_of_ibd(real_data):
         "new-subjects": 77,
     }
     assert len(set().union(*found.values())) == 428
+    assert found["random"][0] == "2538.1002501"
     metadata = read_metadata(real_data / "ibd" / "metadata.tsv")
     subjects = {name: set(metadata.select(ids).text(SUBJECT)) for name, ids in found.items()}
     assert not subjects["new-subjects"] & (subjects["train"] | subjects["random"])
