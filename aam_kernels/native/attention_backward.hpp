@@ -80,8 +80,7 @@ static __attribute__((noinline)) void probability_tile(const BackwardScratch& sc
                                                        const Dropout& dropout, int64_t depth,
                                                        int64_t row, int64_t column) {
     Floats sums[ROWS][VECTORS];
-    for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < VECTORS; ++v) sums[r][v] = Floats{};
+    zero(sums);
     multiply<ROWS, VECTORS>({scratch.query + row * DIM_ROW, DIM_ROW, 1},
                             scratch.keys_packed + column * depth, VECTORS * WIDTH, depth, sums);
     for (int r = 0; r < ROWS; ++r) {
@@ -102,8 +101,7 @@ static __attribute__((noinline)) void grad_score_tile(const BackwardScratch& scr
                                                       int64_t depth, int64_t row,
                                                       int64_t column) {
     Floats sums[ROWS][VECTORS];
-    for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < VECTORS; ++v) sums[r][v] = Floats{};
+    zero(sums);
     multiply<ROWS, VECTORS>({scratch.grad_output + row * DIM_ROW, DIM_ROW, 1},
                             scratch.values_packed + column * depth, VECTORS * WIDTH, depth, sums);
     for (int r = 0; r < ROWS; ++r) {
@@ -150,8 +148,7 @@ static __attribute__((noinline)) void grad_query_tile(const float* scores, const
                                                       bool first, float* to, int64_t to_row,
                                                       int64_t columns) {
     Floats sums[ROWS][VECTORS];
-    for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < VECTORS; ++v) sums[r][v] = Floats{};
+    zero(sums);
     multiply<ROWS, VECTORS>({scores, SCORES_ROW, 1}, keys, keys_row, count, sums);
     for (int r = 0; r < ROWS; ++r) {
         for (int v = 0; v < VECTORS; ++v) {

@@ -73,24 +73,23 @@ struct ForwardBlock {
     bool first, last;  // tile of keys
 };
 
-template <int ROWS, int VECTORS>
+// `inside`: the elements of the last vector that are keys.
+template <int ROWS, int VECTORS, bool PARTIAL>
 static __attribute__((noinline)) void score_tile(const float* query, const float* panel,
-                                                 int64_t depth, int64_t real, float* scores,
+                                                 int64_t depth, Ints inside, float* scores,
                                                  Floats* largest) {
     Floats sums[ROWS][VECTORS];
-    for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < VECTORS; ++v) sums[r][v] = Floats{};
+    zero(sums);
     multiply<ROWS, VECTORS>({query, DIM_ROW, 1}, panel, VECTORS * WIDTH, depth, sums);
-    if (real < VECTORS * WIDTH) {
-        const Ints inside = lane_numbers() < static_cast<int32_t>(real - (VECTORS - 1) * WIDTH);
-        for (int r = 0; r < ROWS; ++r)
-            sums[r][VECTORS - 1] = select(inside, sums[r][VECTORS - 1], all(-INFINITY));
-    }
     for (int r = 0; r < ROWS; ++r) {
+        Floats top = largest[r];
         for (int v = 0; v < VECTORS; ++v) {
-            store(scores + r * SCORES_ROW + v * WIDTH, sums[r][v]);
-            largest[r] = larger(largest[r], sums[r][v]);
+            Floats x = sums[r][v];
+            if (PARTIAL && v == VECTORS - 1) x = select(inside, x, all(-INFINITY));
+            store(scores + r * SCORES_ROW + v * WIDTH, x);
+            top = larger(top, x);
         }
+        largest[r] = top;
     }
 }
 
@@ -132,8 +131,7 @@ template <int ROWS, int VECTORS>
 static __attribute__((noinline)) void value_tile(const float* scores, int64_t row,
                                                  const ValueTile& tile) {
     Floats sums[ROWS][VECTORS];
-    for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < VECTORS; ++v) sums[r][v] = Floats{};
+    zero(sums);
     if (tile.from) {
         const float* from = tile.from + row * tile.from_row;
         for (int r = 0; r < ROWS; ++r)
@@ -185,12 +183,15 @@ static inline void forward_block(const HeadForward& call, const ForwardScratch& 
     for (int r = 0; r < QUERY_ROWS; ++r) largest[r] = all(-INFINITY);
     for (int64_t column = 0; column < block.keys; column += PANEL) {
         const int64_t real = least(PANEL, block.keys - column);
+        const int64_t last = (real - 1) % WIDTH + 1;
+        const Ints inside = lane_numbers() < static_cast<int32_t>(last);
         exactly<PANEL_VECTORS>((real + WIDTH - 1) / WIDTH, [&]<int VECTORS>() {
             in_blocks<BLOCK_ROWS>(block.rows, [&]<int ROWS>(int64_t row) {
-                score_tile<ROWS, VECTORS>(scratch.query + row * DIM_ROW,
-                                          scratch.keys + column * call.head_dim, call.head_dim,
-                                          real, scratch.scores + row * SCORES_ROW + column,
-                                          largest + row);
+                const auto tile = last == WIDTH ? score_tile<ROWS, VECTORS, false>
+                                                : score_tile<ROWS, VECTORS, true>;
+                tile(scratch.query + row * DIM_ROW, scratch.keys + column * call.head_dim,
+                     call.head_dim, inside, scratch.scores + row * SCORES_ROW + column,
+                     largest + row);
             });
         });
     }

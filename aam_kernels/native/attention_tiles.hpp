@@ -47,6 +47,12 @@ AAM_INLINE void in_blocks(int64_t rows, const Work& work) {
     }
 }
 
+template <int ROWS, int VECTORS>
+AAM_INLINE void zero(Floats (&sums)[ROWS][VECTORS]) {
+    for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v) sums[r][v] = Floats{};
+}
+
 #if AAM_WIDTH == 16
 #define AAM_LANES(LANE)                                                                         \
     LANE(0), LANE(1), LANE(2), LANE(3), LANE(4), LANE(5), LANE(6), LANE(7), LANE(8), LANE(9),   \

@@ -64,6 +64,8 @@ constexpr int64_t panels_of(int64_t columns) { return (columns + PANEL - 1) / PA
 template <int ROWS, int VECTORS>
 AAM_INLINE void multiply(const Matrix& a, const float* b, int64_t b_row, int64_t depth,
                          Floats (&sums)[ROWS][VECTORS]) {
+    // Told that the loop runs, the compiler keeps no sums in memory for the case that it doesn't.
+    if (depth < 1) __builtin_unreachable();
     const float* left = a.data;
     for (int64_t k = 0; k < depth; ++k) {
         Floats right[VECTORS];
