@@ -49,7 +49,7 @@ sanitize: $(STAMP)  ## run the kernels' C++ tests under sanitizers: addresses, u
 	    for tests in native_tests thread_tests; do \
 	        echo "$$tests with -fsanitize=$$sanitizers"; build/sanitize-$$sanitizers/$$tests || exit 1; done || exit 1; done
 
-bench: setup  ## time everything against its baselines (half an hour on 2 cores; ARGS="-m kernels": 3 minutes)
+bench: setup  ## time everything against its baselines (half an hour on 2 cores; ARGS="-m kernels": 2 minutes)
 	$(BIN)/python -m pytest benchmarks --benchmark $(ARGS)
 
 gpu-check:  ## check and time everything on this machine's GPU, with the torch of PYTHON=... (8 minutes)

@@ -30,7 +30,7 @@ from benchmarks.worker import Worker, prepare
 from tests.conftest import real_data, require_tool  # noqa: F401
 
 RESULTS = Path(__file__).parent / "results"
-SECONDS_A_CASE = {"smoke": 0.0, "quick": 4.0, "full": 60.0}
+SECONDS_A_CASE = {"smoke": 0.0, "quick": 3.0, "full": 60.0}
 COMPARISONS = pytest.StashKey[list[Comparison]]()
 MALLOC = {
     "MALLOC_MMAP_MAX_": "0",
@@ -57,6 +57,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.stash[COMPARISONS] = []
     config.addinivalue_line("markers", "kernels: attention, pooling and layer, in 2 minutes")
+    config.addinivalue_line("markers", "scaling: the layer by threads, tokens and variant")
     config.addinivalue_line("markers", "steps: whole training steps and inference; takes long")
     if config.getoption("benchmark") and config.getoption("numprocesses", None):
         raise pytest.UsageError("--benchmark times one case at a time: leave out -n")

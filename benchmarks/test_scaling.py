@@ -8,7 +8,7 @@ from benchmarks.comparison import Goal, Work
 from benchmarks.kernels import layer_work
 from benchmarks.machine import PEAK
 
-pytestmark = pytest.mark.kernels
+pytestmark = pytest.mark.scaling
 IMPL = available_impls("cpu")["encoder_layer"][0]
 LAYER, MULTIPLY_ADDS = "benchmarks.kernels:layer_call", "benchmarks.machine:multiply_adds"
 
