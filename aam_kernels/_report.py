@@ -79,6 +79,8 @@ class VerificationReport:
 
     device: str
     environment: str = ""
+    kernels: str = ""
+    """On a CPU: which of the compiled kernels run there and on whose threads, or why none do."""
     checks: list[Check] = field(default_factory=list)
     timings: list[Timing] = field(default_factory=list)
     backends: list[BackendCheck] = field(default_factory=list)
@@ -100,6 +102,7 @@ class VerificationReport:
         content = {
             "device": self.device,
             "environment": self.environment,
+            "kernels": self.kernels,
             "passed": self.passed,
             "lost": self.lost,
             "checks": [asdict(check) for check in self.checks],
@@ -130,7 +133,7 @@ class VerificationReport:
                 )
             )
         widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-        lines = [self.device]
+        lines = [line for line in (self.device, self.kernels) if line]
         for row in rows:
             cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
             lines.append("  ".join(cells).rstrip())

@@ -26,7 +26,7 @@ from aam_kernels._accuracy import compare, error
 from aam_kernels._composed import widened
 from aam_kernels._problems import PROBLEMS, Problem, problems_of
 from aam_kernels._report import TIMED_WIDTH, Check, Timing, VerificationReport, grouped
-from aam_kernels._runtime import record, trust
+from aam_kernels._runtime import native, record, trust
 from aam_kernels._runtime.device import device_key, environment
 from aam_kernels._runtime.dispatch import available_impls
 from aam_kernels._timing import median_seconds
@@ -74,7 +74,8 @@ def verify(
         device = torch.device("cuda", torch.cuda.current_device())
     available = _available(device)
     _check_names(operations, impls, available)
-    report = VerificationReport(device_key(device), environment(device))
+    kernels = native.description() if device.type == "cpu" else ""
+    report = VerificationReport(device_key(device), environment(device), kernels)
     with trust.suspended():
         _check_all(report, operations or tuple(available), impls, available, dtypes, device, quick)
         if times and not report.lost:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from aam_kernels._runtime import native
+
 PACKAGE = Path(__file__).parent.parent
 
 
@@ -27,6 +29,8 @@ def environment(device: torch.device) -> str:
     parts = [device_key(device)]
     if device.type == "cuda":
         parts += [_architecture(device), f"driver {_driver()}", f"triton {triton_version()}"]
+    elif device.type == "cpu":
+        parts.append(native.description())
     return ", ".join([*parts, f"aam_kernels {fingerprint()}"])
 
 

@@ -1,14 +1,23 @@
 """What stands between torch and the compiled kernels: the choice, dtypes, strides, gaps."""
 
+import json
+import re
 import warnings
 
 import pytest
 import torch
 
-from aam_kernels import EncoderLayerWeights, available_impls, encoder_layer, ragged_attention
+from aam_kernels import (
+    EncoderLayerWeights,
+    available_impls,
+    encoder_layer,
+    ragged_attention,
+    verify,
+)
 from aam_kernels._runtime import dispatch, native
 from aam_kernels._runtime.grouping import Sequences
 from aam_kernels._runtime.trust import case_of
+from aam_kernels._verification import main
 from aam_kernels.pooling import cpu as pooling
 from aam_kernels.pooling import reference
 from tests.kernels.contract import CPU, offsets_of
@@ -138,3 +147,19 @@ def test_a_variant_that_cannot_run_is_one_clear_error(compiled, monkeypatch):
         compiled.select(None)
         encoder_layer(x, offsets, weights, num_heads=4, impl="cpu")
     monkeypatch.delenv("AAM_KERNELS_CPU")
+
+
+def test_verify_says_which_kernels_run(compiled):
+    report = verify("cpu", operations=("pooling",), dtypes=(torch.float32,), quick=True)
+    assert report.passed and {check.impl for check in report.checks} == {"cpu", "sdpa", "math"}
+    line = report.table().splitlines()[1]
+    assert line == report.kernels == json.loads(report.to_json())["kernels"]
+    assert f"{compiled.selected()} ({compiled.width()} floats a vector)" in line
+    assert compiled.threads_of() in line and line in report.environment
+
+
+def test_verify_says_why_none_run(absent, capsys):
+    assert main(["--device", "cpu", "--operation", "pooling", "--quick", "--no-times"]) == 0
+    table = capsys.readouterr().out
+    assert REASON in table.splitlines()[1]
+    assert "sdpa" in table and not re.search(r"pooling +cpu", table)
