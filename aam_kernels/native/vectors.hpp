@@ -9,6 +9,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__AVX__)
+#include <immintrin.h>  // masked loads and stores: vector types have none
+#endif
+
 #ifndef AAM_WIDTH
 #error "AAM_WIDTH, the floats of a vector, is set where a variant is compiled"
 #endif
@@ -38,6 +42,25 @@ AAM_INLINE Floats all(float x) { return x - Floats{}; }
 AAM_INLINE Ints all(int32_t x) { return x - Ints{}; }
 
 // The first `count` (1 to WIDTH) elements; the others read as 0 and are not touched in memory.
+#if AAM_WIDTH == 16 && defined(__AVX512F__)
+AAM_INLINE Floats load_part(const float* from, int64_t count) {
+    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
+}
+AAM_INLINE void store_part(float* to, Floats x, int64_t count) {
+    _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), x);
+}
+#elif AAM_WIDTH == 8 && defined(__AVX__)
+AAM_INLINE __m256i first_lanes(int64_t count) {
+    const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+    return reinterpret_cast<__m256i>(lanes < static_cast<int32_t>(count));
+}
+AAM_INLINE Floats load_part(const float* from, int64_t count) {
+    return _mm256_maskload_ps(from, first_lanes(count));
+}
+AAM_INLINE void store_part(float* to, Floats x, int64_t count) {
+    _mm256_maskstore_ps(to, first_lanes(count), x);
+}
+#else
 AAM_INLINE Floats load_part(const float* from, int64_t count) {
     Floats x{};
     memcpy(&x, from, static_cast<size_t>(count) * sizeof(float));
@@ -46,6 +69,7 @@ AAM_INLINE Floats load_part(const float* from, int64_t count) {
 AAM_INLINE void store_part(float* to, Floats x, int64_t count) {
     memcpy(to, &x, static_cast<size_t>(count) * sizeof(float));
 }
+#endif
 
 AAM_INLINE Ints bits(Floats x) { return reinterpret_cast<Ints>(x); }
 AAM_INLINE Floats from_bits(Ints x) { return reinterpret_cast<Floats>(x); }
