@@ -7,7 +7,7 @@ NATIVE := build/native
 LOCK   := $(if $(shell command -v flock),flock build/native.lock)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native demo test sanitize bench gpu-check lint format docs kernel-report clean
+.PHONY: help setup native wheel demo test sanitize bench gpu-check lint format docs kernel-report clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -32,9 +32,17 @@ native: $(STAMP)  ## compile the CPU kernels into aam_kernels/ (seconds after a 
 	else echo "no C++ compiler (c++ or CXX): the CPU kernels are not built, torch's own serve instead"; fi
 
 $(NATIVE)/build.ninja: aam_kernels/native/CMakeLists.txt $(STAMP)
-	@PATH="$(abspath $(BIN)):$$PATH" cmake --fresh -G Ninja -S aam_kernels/native -B $(NATIVE) --log-level=WARNING \
+	@PATH="$(abspath $(BIN)):$$PATH" cmake -G Ninja -S aam_kernels/native -B $(NATIVE) --log-level=WARNING \
 	    -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DAAM_OUTPUT=$(abspath aam_kernels) >/dev/null
 	@touch $@
+
+wheel: setup  ## build a wheel into dist/ that runs on older processors and distributions too
+	@rm -rf build/wheel-* build/wheels
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheels \
+	    --config-settings=cmake.define.AAM_STATIC_RUNTIME=ON .
+	AAM_REQUIRE_TOOLS=1 AAM_NATIVE_BUILD="$$(echo build/wheel-*)" $(BIN)/python -m pytest -q tests/kernels/native/test_objects.py
+	@if [ "$$(uname)" = Linux ]; then PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --only-plat --wheel-dir dist build/wheels/*.whl; \
+	else mkdir -p dist && cp build/wheels/*.whl dist; fi
 
 demo: setup  ## simulate a community, pretrain, fine-tune, predict and write a report, in minutes
 	$(BIN)/python -m aam.train demo
