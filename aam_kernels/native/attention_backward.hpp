@@ -51,7 +51,7 @@ struct BackwardScratch {
 static inline int64_t backward_scratch(Pieces pieces, int64_t key_length, int64_t head_dim,
                                        BackwardScratch& scratch) {
     const int64_t dim = rounded_up(head_dim, WIDTH);
-    const int64_t tile = rounded_up(least(key_length, KEY_TILE), WIDTH);
+    const int64_t tile = rounded_up(least(key_length, key_tile(key_length)), WIDTH);
     scratch.keys_packed = pieces.take(tile * head_dim);
     scratch.values_packed = pieces.take(tile * head_dim);
     scratch.keys = pieces.take(tile * dim);
@@ -243,8 +243,9 @@ static inline void head_backward(const HeadBackward& call, float* memory) {
     backward_scratch({memory}, call.key_length, call.head_dim, scratch);
     const int64_t dim = rounded_up(call.head_dim, WIDTH);
     const int64_t blocks = (call.length + GRAD_ROWS - 1) / GRAD_ROWS;
-    for (int64_t first = 0; first < call.key_length; first += KEY_TILE) {
-        const int64_t keys = least(KEY_TILE, call.key_length - first);
+    const int64_t tile = key_tile(call.key_length);
+    for (int64_t first = 0; first < call.key_length; first += tile) {
+        const int64_t keys = least(tile, call.key_length - first);
         const Matrix key = {call.key.data + first * call.key.row, call.key.row};
         const Matrix value = {call.value.data + first * call.value.row, call.value.row};
         pack_transposed(key, keys, call.head_dim, scratch.keys_packed);

@@ -48,7 +48,7 @@ struct ForwardScratch {
 static inline int64_t forward_scratch(Pieces pieces, int64_t length, int64_t key_length,
                                       int64_t head_dim, ForwardScratch& scratch) {
     const int64_t dim = rounded_up(head_dim, WIDTH);
-    const int64_t tile = rounded_up(least(key_length, KEY_TILE), WIDTH);
+    const int64_t tile = rounded_up(least(key_length, key_tile(key_length)), WIDTH);
     const int64_t carried = key_length > KEY_TILE ? length : 0;
     scratch.keys = pieces.take(tile * head_dim);
     scratch.values = pieces.take(tile * dim);
@@ -257,8 +257,9 @@ static inline void head_forward(const HeadForward& call, float* memory) {
     forward_scratch({memory}, call.length, call.key_length, call.head_dim, scratch);
     const int64_t dim = rounded_up(call.head_dim, WIDTH);
     const int64_t blocks = (call.length + QUERY_ROWS - 1) / QUERY_ROWS;
-    for (int64_t first = 0; first < call.key_length; first += KEY_TILE) {
-        const int64_t keys = least(KEY_TILE, call.key_length - first);
+    const int64_t tile = key_tile(call.key_length);
+    for (int64_t first = 0; first < call.key_length; first += tile) {
+        const int64_t keys = least(tile, call.key_length - first);
         const Matrix key = {call.key.data + first * call.key.row, call.key.row};
         const Matrix value = {call.value.data + first * call.value.row, call.value.row};
         pack_transposed(key, keys, call.head_dim, scratch.keys);

@@ -11,12 +11,19 @@ namespace {
 
 // Keys at a time. Up to here softmax is exact in two passes; more keys are taken tile by tile.
 constexpr int64_t KEY_TILE = 512;
+static_assert(KEY_TILE % PANEL == 0);
 // Row strides known when compiled cost no address arithmetic; an odd number of cache lines keeps
 // rows out of each other's cache sets.
 constexpr int64_t SCORES_ROW = KEY_TILE + 16;
 constexpr int64_t MAX_HEAD_DIM = 128;
 constexpr int64_t DIM_ROW = MAX_HEAD_DIM + 16;
 constexpr int64_t CACHE_LINE = 16;  // floats
+
+// Tiles as equal as whole panels allow: a last tile of one key would cost as much as one of many.
+constexpr int64_t key_tile(int64_t keys) {
+    const int64_t tiles = most(1, (keys + KEY_TILE - 1) / KEY_TILE);
+    return rounded_up((keys + tiles - 1) / tiles, PANEL);
+}
 
 // As many rows as leave registers for VECTORS sums each.
 template <int VECTORS>
