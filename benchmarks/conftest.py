@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import machine
 from benchmarks.comparison import (
@@ -171,6 +172,8 @@ def compare(request, timing) -> Callable[..., tuple[dict[str, Any], Comparison |
         for _ in range(rounds):
             one_round()
         names = [reference] if isinstance(reference, str) else reference
+        if "thread" not in title:
+            title += f", {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
         comparison = Comparison(
             title, fastest(one_round.timings, names), one_round.timings, work, goals=list(goals),
             notes=notes | one_round.refused,
