@@ -2,8 +2,8 @@
 //
 // A block of up to six rows times a panel of PANEL columns is summed over the whole depth in
 // registers; what happens to the finished sums (bias, dropout, residual, ...) is a function given
-// by the caller, so that no intermediate result goes through memory. Every element is summed in
-// the order of the depth, whatever the tile: results do not depend on how rows are cut.
+// by the caller, so that no intermediate result goes through memory. The order in which an element
+// is summed depends on the depth alone: results do not depend on how rows are cut.
 
 #pragma once
 
@@ -118,30 +118,34 @@ static inline void product_rows(const Matrix& a, int64_t row, int64_t end, const
     }
 }
 
-// A panel deeper than this leaves a core's L2: it is taken in parts, whose sums wait in memory
-// for one another. No more rows than this then go together, so that they wait in L1.
-constexpr int64_t DEPTH_PART = 1024;
+// A sum of many terms is made of sums of this many: its error grows with the root of a part and
+// not of the whole. A part of a panel also fits a core's L1, and so do the sums that wait for the
+// next part, of as many rows as go together.
+constexpr int64_t DEPTH_PART = 128;
 constexpr int64_t ROWS_OF_PARTS = 48;
 
 template <int VECTORS, class Finish>
 static inline void product_panel(const Matrix& a, int64_t rows, const float* b, int64_t b_row,
                                  int64_t depth, int64_t column, const Finish& finish) {
-    if (depth <= DEPTH_PART) {
+    if (depth < 2 * DEPTH_PART) {
         product_rows<VECTORS>(a, 0, rows, b, b_row, depth, column, finish);
         return;
     }
     alignas(64) float waiting[ROWS_OF_PARTS * PANEL];
     for (int64_t first = 0; first < rows; first += ROWS_OF_PARTS) {
         const int64_t end = least(rows, first + ROWS_OF_PARTS);
-        memset(waiting, 0, sizeof waiting);
         const auto wait = [&](int64_t row, int64_t at, Floats sum) {
+            store(waiting + (row - first) * PANEL + at - column, sum);
+        };
+        const auto add = [&](int64_t row, int64_t at, Floats sum) {
             float* place = waiting + (row - first) * PANEL + at - column;
             store(place, load(place) + sum);
         };
-        int64_t part = 0;
-        for (; part + DEPTH_PART < depth; part += DEPTH_PART)
+        product_rows<VECTORS>(a, first, end, b, b_row, DEPTH_PART, column, wait);
+        int64_t part = DEPTH_PART;
+        for (; part + 2 * DEPTH_PART <= depth; part += DEPTH_PART)
             product_rows<VECTORS>({a.data + part * a.step, a.row, a.step}, first, end,
-                                  b + part * b_row, b_row, DEPTH_PART, column, wait);
+                                  b + part * b_row, b_row, DEPTH_PART, column, add);
         const auto last = [&](int64_t row, int64_t at, Floats sum) {
             finish(row, at, load(waiting + (row - first) * PANEL + at - column) + sum);
         };
