@@ -121,6 +121,7 @@ class Comparison:
                 "share_of_fma_peak_by_model_operations": self._model_share(name),
                 "share_of_copy_bandwidth": self.ratio(name, COPY, of="bytes"),
                 "megabytes": self.memory[name].growth if name in self.memory else None,
+                "peak_megabytes": self.memory[name].peak if name in self.memory else None,
                 "page_faults": self.faults.get(name),
                 "each_round": asdict(timing),
             }
@@ -238,7 +239,7 @@ def format_seconds(seconds: float) -> str:
 def format_comparison(comparison: Comparison) -> str:
     """One case as a table; columns of which nothing was measured are left out."""
     table = [["", "wall", "CPU", "speed", "by CPU", "of FMA", "by CPU", "3 x forward", "of copy"]]
-    table[0] += ["MB", "page faults"]
+    table[0] += ["MB", "whole process", "page faults"]
     for row in comparison.rows():
         name, clocks = row["contestant"], (row["wall_seconds"], row["processor_seconds"])
         seconds = [name, *map(format_seconds, clocks)]
@@ -246,7 +247,7 @@ def format_comparison(comparison: Comparison) -> str:
             work = comparison.work[name]
             rates = [f"{(work.operations + work.bytes) / clock / 1e9:.0f}" for clock in clocks]
             unit = "GB/s" if name == COPY else "GF/s"
-            table.append([*seconds, *(f"{rate} {unit}" for rate in rates), *[""] * 6])
+            table.append([*seconds, *(f"{rate} {unit}" for rate in rates), *[""] * 7])
             continue
         speeds = [_times(row["speed"]), _times(row["speed_by_processor"])]
         table.append(
@@ -257,8 +258,7 @@ def format_comparison(comparison: Comparison) -> str:
                 _percent(row["share_of_fma_peak_by_processor"]),
                 _percent(row["share_of_fma_peak_by_model_operations"]),
                 _percent(row["share_of_copy_bandwidth"]),
-                "" if row["megabytes"] is None else f"{row['megabytes']:,.0f}",
-                "" if row["page_faults"] is None else f"{row['page_faults']:,}",
+                *(_whole(row[key]) for key in ("megabytes", "peak_megabytes", "page_faults")),
             ]
         )
     rounds = len(next(iter(comparison.timings.values())).wall)
@@ -295,6 +295,10 @@ def aligned(table: list[list[str]], left: int = 1) -> list[str]:
         ).rstrip()
         for row in table
     ]  # fmt: skip
+
+
+def _whole(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}"
 
 
 def _times(value: float | None) -> str:
