@@ -36,10 +36,9 @@ $(NATIVE)/build.ninja: aam_kernels/native/CMakeLists.txt $(STAMP)
 	    -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DAAM_OUTPUT=$(abspath aam_kernels) >/dev/null
 	@touch $@
 
-wheel: setup  ## build a wheel into dist/ that runs on older processors and distributions too
+wheel: setup  ## build a wheel into dist/ that runs on older processors too
 	@rm -rf build/wheel-* build/wheels
-	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheels \
-	    --config-settings=cmake.define.AAM_STATIC_RUNTIME=ON .
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheels .
 	AAM_REQUIRE_TOOLS=1 AAM_NATIVE_BUILD="$$(echo build/wheel-*)" $(BIN)/python -m pytest -q tests/kernels/native/test_objects.py
 	@if [ "$$(uname)" = Linux ]; then PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --only-plat --wheel-dir dist build/wheels/*.whl; \
 	else mkdir -p dist && cp build/wheels/*.whl dist; fi
