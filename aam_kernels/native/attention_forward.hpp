@@ -36,6 +36,9 @@ struct HeadForward {
 };
 
 constexpr int64_t QUERY_ROWS = 2 * BLOCK_ROWS;
+// Keys whose products are summed by themselves: errors grow with the length of a sum, and that of
+// an output makes the gradients of its row's scores add up to something other than 0.
+constexpr int64_t SUMMED_KEYS = 160;
 
 struct ForwardScratch {
     float *keys, *values;  // of a tile: Panels (head_dim, keys), and rows `dim` apart
@@ -132,14 +135,41 @@ static __attribute__((noinline)) void value_tile(const float* scores, int64_t ro
                                                  const ValueTile& tile) {
     Floats sums[ROWS][VECTORS];
     zero(sums);
-    if (tile.from) {
-        const float* from = tile.from + row * tile.from_row;
+    const float* left = scores + row * SCORES_ROW;
+    const int64_t rest = (tile.keys - 1) % SUMMED_KEYS + 1;
+    const int64_t before = tile.keys - rest;
+    if (tile.from || before > 0) {
+        alignas(64) float waiting[ROWS * VECTORS * WIDTH];
         for (int r = 0; r < ROWS; ++r)
-            for (int v = 0; v < VECTORS; ++v)
-                sums[r][v] = load(from + r * tile.from_row + v * WIDTH) * tile.before[row + r];
+            for (int v = 0; v < VECTORS; ++v) {
+                Floats x{};
+                if (tile.from)
+                    x = load(tile.from + (row + r) * tile.from_row + v * WIDTH) *
+                        tile.before[row + r];
+                store(waiting + (r * VECTORS + v) * WIDTH, x);
+            }
+        const auto collect = [&](bool store_back) {
+            for (int r = 0; r < ROWS; ++r)
+                for (int v = 0; v < VECTORS; ++v) {
+                    float* place = waiting + (r * VECTORS + v) * WIDTH;
+                    sums[r][v] += load(place);
+                    if (store_back) store(place, sums[r][v]);
+                }
+        };
+        for (int64_t key = 0; key < before; key += SUMMED_KEYS) {
+            multiply<ROWS, VECTORS>({left + key, SCORES_ROW, 1},
+                                    tile.values + key * tile.values_row, tile.values_row,
+                                    SUMMED_KEYS, sums);
+            collect(true);
+            zero(sums);
+        }
+        multiply<ROWS, VECTORS>({left + before, SCORES_ROW, 1},
+                                tile.values + before * tile.values_row, tile.values_row, rest,
+                                sums);
+        collect(false);
+    } else {
+        multiply<ROWS, VECTORS>({left, SCORES_ROW, 1}, tile.values, tile.values_row, rest, sums);
     }
-    multiply<ROWS, VECTORS>({scores + row * SCORES_ROW, SCORES_ROW, 1}, tile.values,
-                            tile.values_row, tile.keys, sums);
     float* to = tile.to + row * tile.to_row;
     for (int r = 0; r < ROWS; ++r)
         for (int v = 0; v < VECTORS; ++v)
