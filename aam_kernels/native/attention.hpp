@@ -29,14 +29,15 @@ struct HeadsOfSequences {
             const int64_t turn = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
             if (turn >= 2 * items()) return items();
             const int64_t item = turn < items() ? turn : turn - items();
-            if ((scores(item / call.heads) > large) == (turn < items())) return item;
+            if (is_large(item) == (turn < items())) return item;
         }
     }
+    bool is_large(int64_t item) const { return scores(item / call.heads) > large; }
     int64_t items() const { return call.queries.count * call.heads; }
 };
 
 // head_of(call, sequence, head) makes what run(head, memory) does. A thread knows its next head
-// while it computes one, except at the end, where it would keep it from others.
+// while it computes one, except where it would keep it from others: large ones, and at the end.
 template <class Call, class Make, class Run>
 static inline void for_heads(HeadsOfSequences<Call>& heads, int thread, const Make& head_of,
                              const Run& run) {
@@ -49,7 +50,7 @@ static inline void for_heads(HeadsOfSequences<Call>& heads, int thread, const Ma
     while (item < items) {
         auto head = make(item);
         int64_t next = items;
-        const bool early = item + ahead < items;
+        const bool early = item + ahead < items && !heads.is_large(item);
         if (early) next = heads.take();
         auto next_head = head;
         if (next < items) {
@@ -83,7 +84,8 @@ static inline void run_heads(const Call& call, const Size& size,
     aam::in_parallel(threads, run, &heads);
 }
 
-static inline HeadForward head_of(const aam::AttentionForward& call, int64_t sequence, int64_t head) {
+static inline HeadForward head_of(const aam::AttentionForward& call, int64_t sequence,
+                                   int64_t head) {
     const int64_t query = call.queries.start(sequence), key = call.keys.start(sequence);
     const auto rows = [&](const aam::Heads& x, int64_t start) {
         return Matrix{x.data + start * x.row + head * x.head, x.row};
@@ -116,7 +118,8 @@ static void attention_forward(const aam::AttentionForward& call) {
     });
 }
 
-static inline HeadBackward head_of(const aam::AttentionBackward& call, int64_t sequence, int64_t head) {
+static inline HeadBackward head_of(const aam::AttentionBackward& call, int64_t sequence,
+                                   int64_t head) {
     const int64_t query = call.queries.start(sequence), key = call.keys.start(sequence);
     const auto rows = [&](const aam::Heads& x, int64_t start) {
         return Matrix{x.data + start * x.row + head * x.head, x.row};

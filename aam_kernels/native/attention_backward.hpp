@@ -119,16 +119,19 @@ static __attribute__((noinline)) void grad_score_tile(const BackwardScratch& scr
     }
 }
 
-// to (keys, columns) += scores (rows, keys) transposed times b (rows, columns).
+// to (keys, columns) += scores (rows, keys) transposed times b (rows, columns). A block is summed
+// by itself first: errors grow with the number of blocks, not of rows.
 template <int ROWS, int VECTORS>
 static __attribute__((noinline)) void outer_tile(const float* scores, int64_t rows,
                                                  const float* b, float* to, int64_t to_row) {
     Floats sums[ROWS][VECTORS];
-    for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < VECTORS; ++v) sums[r][v] = load(to + r * to_row + v * WIDTH);
+    zero(sums);
     multiply<ROWS, VECTORS>({scores, 1, SCORES_ROW}, b, DIM_ROW, rows, sums);
     for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < VECTORS; ++v) store(to + r * to_row + v * WIDTH, sums[r][v]);
+        for (int v = 0; v < VECTORS; ++v) {
+            float* place = to + r * to_row + v * WIDTH;
+            store(place, load(place) + sums[r][v]);
+        }
 }
 static inline void outer(const float* scores, int64_t rows, int64_t keys, const float* b,
                          int64_t dim, float* to) {
@@ -216,10 +219,15 @@ static inline void backward_block(const HeadBackward& call, const BackwardScratc
     for (int64_t d = 0; d < dim; d += PANEL) {
         exactly<PANEL_VECTORS>(least(PANEL, dim - d) / WIDTH, [&]<int VECTORS>() {
             in_blocks<ROWS_OF<VECTORS>>(rows, [&]<int ROWS>(int64_t r) {
-                grad_query_tile<ROWS, VECTORS>(
-                    scratch.grad_scores + r * SCORES_ROW, scratch.keys + d, dim, keys, call.scale,
-                    block.first, call.grad_query + (row + r) * call.grad_query_row + d,
-                    call.grad_query_row, head_dim - d);
+                float* to = call.grad_query + (row + r) * call.grad_query_row + d;
+                const int64_t parts = (keys + SUMMED_KEYS - 1) / SUMMED_KEYS;
+                for (int64_t part = 0; part < parts; ++part) {
+                    const int64_t key = keys * part / parts;
+                    grad_query_tile<ROWS, VECTORS>(
+                        scratch.grad_scores + r * SCORES_ROW + key, scratch.keys + key * dim + d,
+                        dim, keys * (part + 1) / parts - key, call.scale,
+                        block.first && part == 0, to, call.grad_query_row, head_dim - d);
+                }
             });
         });
     }

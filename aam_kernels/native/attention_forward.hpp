@@ -35,11 +35,6 @@ struct HeadForward {
     }
 };
 
-constexpr int64_t QUERY_ROWS = 2 * BLOCK_ROWS;
-// Keys whose products are summed by themselves: errors grow with the length of a sum, and that of
-// an output makes the gradients of its row's scores add up to something other than 0.
-constexpr int64_t SUMMED_KEYS = 160;
-
 struct ForwardScratch {
     float *keys, *values;  // of a tile: Panels (head_dim, keys), and rows `dim` apart
     int32_t* columns;      // dropout's factors

@@ -19,6 +19,11 @@ constexpr int64_t MAX_HEAD_DIM = 128;
 constexpr int64_t DIM_ROW = MAX_HEAD_DIM + 16;
 constexpr int64_t CACHE_LINE = 16;  // floats
 
+constexpr int64_t QUERY_ROWS = 2 * BLOCK_ROWS;
+// Keys whose products are summed by themselves: errors grow with the length of a sum, and that of
+// an output makes the gradients of its row's scores add up to something other than 0.
+constexpr int64_t SUMMED_KEYS = 160;
+
 // Tiles as equal as whole panels allow: a last tile of one key would cost as much as one of many.
 constexpr int64_t key_tile(int64_t keys) {
     const int64_t tiles = most(1, (keys + KEY_TILE - 1) / KEY_TILE);
