@@ -163,10 +163,18 @@ void test_dropout() {
     const char* lost = "0011101100100010100010000110100001100110001000101110001011000010";
     for (int64_t j = 0; j < 64; ++j)  // of seed, row 11, head 1, columns from 5 on
         CHECK(reference::Mask({0.3, 123456789123456789u}).keeps(11, 5 + j, 1) == (lost[j] == '0'));
+    // A product that equals the bound stays; it goes as soon as p is 2^-32 larger.
+    const uint32_t product = reference::row_factor(7, 3, 1) * reference::column_factor(5);
+    const double edge = (static_cast<double>(static_cast<int32_t>(product)) + 0x1p31) * 0x1p-32;
     constexpr int64_t COLUMNS = 192;
     float x[COLUMNS], y[COLUMNS];
     for (int64_t j = 0; j < COLUMNS; ++j) x[j] = static_cast<float>(j + 1);
-    for (const Variant& variant : variants())
+    for (const Variant& variant : variants()) {
+        check::at("dropout, %s, at the bound", variant.kernels->name);
+        variant.inside->keep(reference::Mask{edge, 7}.for_kernels(), 3, 1, x, y, COLUMNS);
+        CHECK(y[5] == x[5]);
+        variant.inside->keep(reference::Mask{edge + 0x1p-32, 7}.for_kernels(), 3, 1, x, y, COLUMNS);
+        CHECK(y[5] == 0.0f);
         for (const double p : {0.1, 0.5, 0.999, 1e-3})
             for (const uint64_t seed : {uint64_t{0}, uint64_t{7}, ~uint64_t{0}, uint64_t{1} << 40})
                 for (const uint32_t head : {0u, 3u, 0x10001u, 0x10003u}) {
@@ -180,4 +188,5 @@ void test_dropout() {
                             CHECK(y[j] == (mask.keeps(row, j, head) ? x[j] : 0.0f));
                     }
                 }
+    }
 }

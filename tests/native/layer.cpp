@@ -91,7 +91,7 @@ void run(const Case& test) {
     static int64_t number = 0;
     check::Random random(static_cast<uint64_t>(++number));
     const int64_t dim = test.dim, hidden = test.hidden, heads = test.heads;
-    const Packed packed(test.lengths, false);
+    const Packed packed(test.lengths, false, test.spread ? 3 : 0);
     const HeadsTensor x = matrix(packed, dim, test.spread), output = matrix(packed, dim);
     const HeadsTensor grad_output = matrix(packed, dim, test.spread);
     const HeadsTensor qkv = matrix(packed, 3 * dim), attended = matrix(packed, dim);
@@ -196,6 +196,10 @@ void test_layer() {
     run({"hidden 1", few, 32, 1, 2, 0.1, 2, false, 2});
     run({"long", {700, 3, 300}, 32, 48, 1, 0.1, 4, false, 2});
     run({"many short ones", Lengths(120, 3), 32, 40, 2, 0.1, 5, false, 3});
+    // Pieces of gradients that are finished long before the first one.
+    Lengths uneven(12, 160);
+    uneven[0] = 1000;
+    run({"pieces out of order", uneven, 32, 16, 4, 0, 0, false, 2});
     run({"dim 16", few, 16, 32, 2, 0, 0, false, 2});
     run({"no sequences", {}, 32, 64, 4});
     run({"only empty ones", {0, 0}, 32, 64, 4});

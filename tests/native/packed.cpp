@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-Packed::Packed(const std::vector<int64_t>& lengths, bool gaps)
+Packed::Packed(const std::vector<int64_t>& lengths, bool gaps, int64_t after)
     : count_(static_cast<int64_t>(lengths.size())), gaps_(gaps), offsets_((count_ + 1) * 4),
       lengths_(count_ * 4) {
     auto* offset = static_cast<int32_t*>(offsets_.data());
@@ -15,7 +15,7 @@ Packed::Packed(const std::vector<int64_t>& lengths, bool gaps)
         rows_ = static_cast<int64_t>(inside_.size());
     }
     offset[count_] = static_cast<int32_t>(rows_);
-    rows_ += 2;
+    rows_ += after;
     inside_.resize(static_cast<size_t>(rows_), false);
 }
 
@@ -37,7 +37,7 @@ static int64_t head_of(const Packed& packed, int64_t head_dim, Layout layout) {
 HeadsTensor::HeadsTensor(const Packed& packed, int64_t heads, int64_t head_dim, Layout layout)
     : packed_(packed), heads_(heads), head_dim_(head_dim),
       row_(row_of(packed, heads, head_dim, layout)), head_(head_of(packed, head_dim, layout)),
-      data_((packed.rows() - 1) * row_ + (heads - 1) * head_ + head_dim) {}
+      data_(packed.rows() ? (packed.rows() - 1) * row_ + (heads - 1) * head_ + head_dim : 0) {}
 
 template <class Function>
 void HeadsTensor::each(const Function& function) const {

@@ -9,10 +9,11 @@
 #include "references.hpp"
 
 // Offsets in guarded memory. With gaps, up to three rows between sequences belong to none, and
-// `lengths` says so; a few rows after the last sequence belong to none either way.
+// `lengths` says so. `after`: rows after the last sequence, which belong to none either way; without
+// them a tensor ends with the last sequence, and reading past that ends the program.
 class Packed {
   public:
-    Packed(const std::vector<int64_t>& lengths, bool gaps);
+    Packed(const std::vector<int64_t>& lengths, bool gaps, int64_t after);
 
     int64_t rows() const { return rows_; }
     aam::Sequences sequences() const;

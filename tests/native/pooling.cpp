@@ -33,7 +33,7 @@ void run(const Case& test) {
     static int64_t number = 0;
     check::Random random(static_cast<uint64_t>(++number));
     const int64_t dim = test.dim, count = static_cast<int64_t>(test.lengths.size());
-    const Packed packed(test.lengths, test.gaps);
+    const Packed packed(test.lengths, test.gaps, test.gaps ? 2 : 0);
     const HeadsTensor values = matrix(packed, dim, test.spread), grad_values = matrix(packed, dim);
     const HeadsTensor scores = matrix(packed, 1, test.spread), grad_scores = matrix(packed, 1);
     const check::Floats grad_pooled(count * dim), pooled(count * dim), lse(count);
