@@ -74,24 +74,30 @@ static inline int64_t head_backward_scratch(int64_t, int64_t key_length, int64_t
     return backward_scratch({nullptr}, key_length, head_dim, scratch);
 }
 
-// P, negative where dropped. Columns past the last key hold anything: nobody reads them.
+// P, negative where dropped and 0 past the last key, whose vector has its keys `inside`. Adds each
+// row's P to its total.
 template <int ROWS, int VECTORS, bool DROPS>
 static __attribute__((noinline)) void probability_tile(const BackwardScratch& scratch,
                                                        const Dropout& dropout, int64_t depth,
-                                                       int64_t row, int64_t column) {
+                                                       int64_t row, int64_t column, Ints inside,
+                                                       Floats* totals) {
     Floats sums[ROWS][VECTORS];
     zero(sums);
     multiply<ROWS, VECTORS>({scratch.query + row * DIM_ROW, DIM_ROW, 1},
                             scratch.keys_packed + column * depth, VECTORS * WIDTH, depth, sums);
     for (int r = 0; r < ROWS; ++r) {
+        Floats total = totals[r];
         for (int v = 0; v < VECTORS; ++v) {
             Floats x = exp2_or_zero(sums[r][v] - scratch.lse[row + r]);
+            if (v == VECTORS - 1) x = select(inside, x, Floats{});
+            total += x;
             if constexpr (DROPS) {
                 const Ints columns = load(scratch.columns + column + v * WIDTH);
                 x = keep(dropout, scratch.rows[row + r], columns, x + x) - x;
             }
             store(scratch.kept + (row + r) * SCORES_ROW + column + v * WIDTH, x);
         }
+        totals[r] = total;
     }
 }
 
@@ -144,10 +150,12 @@ static inline void outer(const float* scores, int64_t rows, int64_t keys, const 
     }
 }
 
-// to (rows, columns) = scores (rows, keys) times keys, times scale; added where not the first.
+// to (rows, columns) = scores (rows, keys) times keys, times a factor a row; added where not the
+// first.
 template <int ROWS, int VECTORS>
 static __attribute__((noinline)) void grad_query_tile(const float* scores, const float* keys,
-                                                      int64_t keys_row, int64_t count, float scale,
+                                                      int64_t keys_row, int64_t count,
+                                                      const float* factors,
                                                       bool first, float* to, int64_t to_row,
                                                       int64_t columns) {
     Floats sums[ROWS][VECTORS];
@@ -156,7 +164,7 @@ static __attribute__((noinline)) void grad_query_tile(const float* scores, const
     for (int r = 0; r < ROWS; ++r) {
         for (int v = 0; v < VECTORS; ++v) {
             float* place = to + r * to_row + v * WIDTH;
-            Floats x = sums[r][v] * scale;
+            Floats x = sums[r][v] * factors[r];
             if (!first) x += load_up_to(place, columns - v * WIDTH);
             store_up_to(place, x, columns - v * WIDTH);
         }
@@ -186,6 +194,21 @@ static inline void backward_rows(const HeadBackward& call, const BackwardScratch
     }
 }
 
+// A row of P adds up to 1 but for the rounding of its logsumexp, an error that all its elements
+// share and that sums over queries therefore show. Where all keys are at hand it is mended: not in
+// P, but in what P (and dS, which is P times something) will be multiplied with.
+static inline float normalise(const BackwardScratch& scratch, int64_t row, int64_t dim,
+                              Floats total) {
+    const float factor = 1.0f / sum_of(total);
+    for (int64_t d = 0; d < dim; d += WIDTH) {
+        float *query = scratch.query + row * DIM_ROW + d;
+        float *grad_output = scratch.grad_output + row * DIM_ROW + d;
+        store(query, load(query) * factor);
+        store(grad_output, load(grad_output) * factor);
+    }
+    return factor;
+}
+
 // Query rows [row, row + rows) against a tile of keys.
 struct BackwardBlock {
     int64_t row, rows, keys;
@@ -199,20 +222,29 @@ static inline void backward_block(const HeadBackward& call, const BackwardScratc
     const int64_t head_dim = call.head_dim, dim = rounded_up(head_dim, WIDTH);
     backward_rows(call, scratch, row, rows);
     const int64_t panels = panels_of(keys);
+    Floats totals[GRAD_ROWS];
+    for (int64_t r = 0; r < rows; ++r) totals[r] = Floats{};
     for (int64_t column = 0; column < keys; column += PANEL) {
-        const int64_t vectors = (least(PANEL, keys - column) + WIDTH - 1) / WIDTH;
+        const int64_t real = least(PANEL, keys - column), vectors = (real + WIDTH - 1) / WIDTH;
+        const Ints inside = lane_numbers() < static_cast<int32_t>((real - 1) % WIDTH + 1);
         exactly<PANEL_VECTORS>(vectors, [&]<int VECTORS>() {
             in_blocks<BLOCK_ROWS>(rows, [&]<int ROWS>(int64_t r) {
                 if (call.next && block.last) {
                     const int64_t part = row * panels + column / PANEL * rows + r;
                     call.next->bring_near(part, part + ROWS, call.length * panels);
                 }
-                probability_tile<ROWS, VECTORS, DROPS>(scratch, call.dropout, head_dim, r, column);
+                probability_tile<ROWS, VECTORS, DROPS>(scratch, call.dropout, head_dim, r, column,
+                                                       inside, totals + r);
             });
             in_blocks<BLOCK_ROWS>(rows, [&]<int ROWS>(int64_t r) {
                 grad_score_tile<ROWS, VECTORS, DROPS>(scratch, head_dim, r, column);
             });
         });
+    }
+    float factors[GRAD_ROWS];
+    for (int64_t r = 0; r < rows; ++r) {
+        factors[r] = call.scale;
+        if (block.first && block.last) factors[r] *= normalise(scratch, r, dim, totals[r]);
     }
     outer(scratch.kept, rows, keys, scratch.grad_output, dim, scratch.grad_value);
     outer(scratch.grad_scores, rows, keys, scratch.query, dim, scratch.grad_key);
@@ -225,7 +257,7 @@ static inline void backward_block(const HeadBackward& call, const BackwardScratc
                     const int64_t key = keys * part / parts;
                     grad_query_tile<ROWS, VECTORS>(
                         scratch.grad_scores + r * SCORES_ROW + key, scratch.keys + key * dim + d,
-                        dim, keys * (part + 1) / parts - key, call.scale,
+                        dim, keys * (part + 1) / parts - key, factors + r,
                         block.first && part == 0, to, call.grad_query_row, head_dim - d);
                 }
             });
