@@ -1,4 +1,4 @@
-"""The layer through the compiled CPU kernels (`aam_kernels/native/layer.hpp`).
+"""The layer through the compiled CPU kernels (`aam_kernels/native/layer_forward.hpp`).
 
 A few sequences at a time go through the whole layer in cache, forward and backward. With nothing
 kept the backward pass makes a chunk's activations again, by the same arithmetic: gradients are
