@@ -191,6 +191,8 @@ struct LayerInputs {
             throw std::invalid_argument("heads: expected a divisor of the width " +
                                         std::to_string(dim) + ", got " + std::to_string(heads));
         head_dim_from(dim / heads);
+        if (hidden == 0)
+            throw std::invalid_argument("weights[8]: expected at least one hidden feature, got 0");
         if (saved_.is_none()) return;
         const std::vector<nb::handle> given = elements(saved_, "saved", 5);
         const int64_t widths[] = {3 * dim, dim, heads, dim, hidden};
