@@ -174,7 +174,7 @@ def test_a_layer_of_a_width_that_is_not_served(compiled):
 def test_a_layer_without_hidden_features(compiled):
     empty = weights()
     empty[8], empty[9], empty[10] = torch.ones(0, DIM), torch.ones(0), torch.ones(DIM, 0)
-    refused(compiled, "layer_forward", ValueError, "at least one hidden feature, got 0",
+    refused(compiled, "layer_forward", ValueError, "weights[8]: expected at least one",
             weights=empty)  # fmt: skip
 
 
