@@ -21,7 +21,7 @@ class OrderedSum {
         for (int i = 0; i < places_; ++i) free_[i] = true;
     }
     static int places_of(int threads) {
-        const int places = threads == 1 ? 1 : threads + 1;
+        const int places = threads == 1 ? 1 : threads + 2;
         return places < MOST_PLACES ? places : MOST_PLACES;
     }
     static int64_t size(int64_t length, int threads) { return length * (places_of(threads) + 1); }
