@@ -116,5 +116,5 @@ def select(name: str | None) -> None:
 def threads_of() -> str:
     """Whose threads the kernels run on, in words."""
 
-def multiply_adds(rounds: int, name: str | None = None) -> float:
+def multiply_adds(rounds: int, name: str | None = None, threads: int = 1) -> float:
     """Runs multiply-adds that wait for nothing but registers, and gives their number."""

@@ -11,6 +11,8 @@ from typing import Any
 from benchmarks.machine import COPY, PEAK
 from benchmarks.worker import Memory, Worker, processor_seconds
 
+SETTLED = 0.02  # seconds until idle OpenMP threads of the call before no longer spin on a core
+
 Contestants = Mapping[str, Callable[[], Any]]
 
 
@@ -192,6 +194,7 @@ class Rounds:
         """Run one round."""
         names = list(self.contestants)
         for name in names if self.count % 2 == 0 else reversed(names):
+            time.sleep(SETTLED)
             wall, processor = time.perf_counter(), processor_seconds()
             if not self._run(name):
                 continue

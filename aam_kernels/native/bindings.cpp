@@ -249,10 +249,21 @@ std::vector<std::string> names(const std::vector<const Kernels*>& variants) {
     return list;
 }
 
-double multiply_adds(int64_t rounds, const std::optional<std::string>& name) {
-    const Kernels& kernels = name ? variant(*name) : selected();
+double multiply_adds(int64_t rounds, const std::optional<std::string>& name, int64_t threads) {
+    struct Work {
+        const Kernels& kernels;
+        int64_t rounds;
+    } work{name ? variant(*name) : selected(), positive(rounds, "rounds")};
+    const int count = threads_from(threads);
     const nb::gil_scoped_release released;
-    return kernels.multiply_adds(positive(rounds, "rounds"));
+    in_parallel(
+        count,
+        [](void* context, int) {
+            const Work& work = *static_cast<const Work*>(context);
+            work.kernels.multiply_adds(work.rounds);
+        },
+        &work);
+    return 10.0 * work.kernels.width * static_cast<double>(rounds) * count;
 }
 
 }  // namespace
@@ -293,5 +304,7 @@ NB_MODULE(_native, module) {
         "Uses a variant from now on; None: what AAM_KERNELS_CPU says, else the best.");
     module.def("threads_of", &threads_of, "Whose threads the kernels run on, in words.");
     module.def("multiply_adds", &multiply_adds, "rounds"_a, "name"_a = nb::none(),
-               "Runs multiply-adds that wait for nothing but registers, and gives their number.");
+               "threads"_a = 1,
+               "Runs multiply-adds that wait for nothing but registers, `rounds` of them on every "
+               "thread, and gives their number.");
 }
