@@ -169,7 +169,8 @@ struct LayerTensors {
 
     template <class Pointers>
     Pointers pointers() const {
-        return {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9), at(10), at(11)};
+        return {at(0), at(1), at(2), at(3), at(4),  at(5),
+                at(6), at(7), at(8), at(9), at(10), at(11)};
     }
 
     static constexpr size_t COUNT = 12;

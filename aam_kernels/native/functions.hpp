@@ -81,8 +81,8 @@ AAM_INLINE int32_t column_factor(uint32_t column) {
 }
 // x where kept, else 0. `columns` holds column factors.
 AAM_INLINE Floats keep(const Dropout& dropout, int32_t row, Ints columns, Floats x) {
-    const Ints product = reinterpret_cast<Ints>(reinterpret_cast<Words>(columns) * static_cast<uint32_t>(row));
-    return select(product < dropout.below, Floats{}, x);
+    const Words product = reinterpret_cast<Words>(columns) * static_cast<uint32_t>(row);
+    return select(reinterpret_cast<Ints>(product) < dropout.below, Floats{}, x);
 }
 
 }  // namespace

@@ -296,7 +296,8 @@ static void backward_thread(void* context, int thread) {
         }
         Parts grads{work.sum.place_data(place)};
         const GradParts total(grads, work.shape);
-        for (int64_t chunk = work.chunks.piece[piece]; chunk < work.chunks.piece[piece + 1]; ++chunk)
+        const int64_t end = work.chunks.piece[piece + 1];
+        for (int64_t chunk = work.chunks.piece[piece]; chunk < end; ++chunk)
             work.chunk(chunk, made, total);
         work.sum.finished(piece, place);
     }

@@ -129,7 +129,8 @@ struct Chunks {
         first[0] = piece[0] = 0;
         for (int64_t i = 0; i < sequences.count; ++i) {
             const int64_t length = sequences.length(i);
-            if (rows > 0 && rows + length > CHUNK_ROWS + CHUNK_ROWS / 2) close(i, rows, piece_rows, left);
+            if (rows > 0 && rows + length > CHUNK_ROWS + CHUNK_ROWS / 2)
+                close(i, rows, piece_rows, left);
             rows += length;
             longest = most(longest, length);
             if (rows >= CHUNK_ROWS) close(i + 1, rows, piece_rows, left);
@@ -145,7 +146,9 @@ struct Chunks {
         piece_rows += rows;
         left -= rows;
         rows = 0;
-        const int64_t target = most(LEAST_PIECE_ROWS, least(MOST_PIECE_ROWS, (left + piece_rows) / 6));
+        // Smaller and smaller pieces: the threads end at nearly the same time.
+        const int64_t sixth = (left + piece_rows) / 6;
+        const int64_t target = most(LEAST_PIECE_ROWS, least(MOST_PIECE_ROWS, sixth));
         if (piece_rows >= target) {
             piece[++pieces] = count;
             piece_rows = 0;

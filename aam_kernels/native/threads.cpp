@@ -168,7 +168,8 @@ void in_parallel(int threads, void (*work)(void* context, int thread), void* con
 }
 
 std::string threads_of() {
-    if (forked.load(std::memory_order_relaxed)) return "own threads, started for every call (this process was forked)";
+    if (forked.load(std::memory_order_relaxed))
+        return "own threads, started for every call (this process was forked)";
     if (find_openmp()) return "torch's OpenMP threads (" + openmp_name + ")";
     return "own threads, started for every call (torch's OpenMP runtime was not found)";
 }
