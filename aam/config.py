@@ -53,6 +53,11 @@ class TableOptions:
     dropout)."""
     allow_missing: bool = False
     """Go on when some samples have no metadata or distance; what is dropped is counted."""
+    on_disk: Literal["auto", "always", "never"] = "auto"
+    """Keep the counts and sequences in an index on disk, built once, instead of in memory; auto:
+    large HDF5 tables only."""
+    index_dir: Path | None = None
+    """Folder of that index; beside the table if not given."""
 
 
 @dataclass(kw_only=True)
@@ -181,10 +186,20 @@ class FinetunePenaltyOptions(PenaltyOptions):
 class OptimizerOptions:
     """How weights are changed."""
 
-    batch_size: int = 8
-    """Samples a step."""
-    accumulate: int = 1
-    """Steps whose gradients are summed before the weights change."""
+    batch_size: int | None = None
+    """Samples a step: 8, or, where a memory option is given, as many as fit. With
+    --effective-batch-size: most samples of one of its pieces."""
+    effective_batch_size: int | None = None
+    """Samples a step whatever the memory: it is computed in pieces that fit, and the loss and
+    its gradient are exactly those of the whole."""
+    max_memory_gb: float | None = None
+    """Memory to fill, GB (10^9 bytes): of the device, or of the process on a CPU; for each
+    device where there are several."""
+    max_memory_fraction: float | None = None
+    """The same as a share of what is free at the start; 0.85 if neither is given."""
+    oversize: Literal["chunk", "error", "subsample"] = "chunk"
+    """A sample too large for the memory is computed in pieces (exact), is an error, or keeps
+    only the ASVs that fit."""
     epochs: int = 20
     """Passes over the training samples."""
     max_steps: int | None = None
@@ -215,11 +230,24 @@ class RunOptions:
     overwrite: bool = False
     """Replace a run that is already there."""
     resume_from: Path | None = None
-    """Folder of a run (or one of its checkpoints) to continue."""
+    """Folder of a run (or one of its checkpoints) to continue; auto: the run in --output-dir if
+    there is one, else a new one (for jobs that are queued again)."""
+    checkpoint_minutes: float = 10.0
+    """Longest time between two checkpoints."""
+    memory_profile: bool = False
+    """Write what takes the memory of a step, as a table and a figure."""
     seed: int = 0
     """Seed of the split, rarefaction, initial weights, order and masks."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    devices: int = 1
+    """Devices (processes on a CPU) of this machine that share every step."""
+    num_nodes: int = 1
+    """Machines that share every step; start the same command on each, by torchrun or SLURM."""
+    data_parallel: bool = False
+    """Use all devices of this machine."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """What several devices hold: all of the model, or a part of its weights each."""
     attn_implementation: Literal["auto", "math", "sdpa", "triton", "cpu"] = "auto"
     """Attention kernels; an explicit choice never falls back."""
     gradient_checkpointing: bool = True
@@ -349,8 +377,12 @@ class InspectConfig:
     metadata_column: str | None = None
     """Metadata column to predict."""
     distances: DistanceOptions = field(default_factory=DistanceOptions)
-    batch_size: int = 8
-    """Samples a step."""
+    batch_size: int | None = None
+    """Samples a step: 8, or, where a memory option is given, as many as fit."""
+    max_memory_gb: float | None = None
+    """Memory to plan for, GB (10^9 bytes)."""
+    max_memory_fraction: float | None = None
+    """The same as a share of what is free."""
     seed: int = 0
     """Seed of the split and of rarefaction."""
 

@@ -49,7 +49,12 @@ LIMITS: dict[str, tuple[float, float]] = {
     "mask_probability": (0, 1),
     "masked_share": (0, 1),
     "batch_size": (1, math.inf),
-    "accumulate": (1, math.inf),
+    "effective_batch_size": (2, math.inf),
+    "max_memory_gb": (0, math.inf),
+    "max_memory_fraction": (0, 1),
+    "devices": (1, math.inf),
+    "num_nodes": (1, math.inf),
+    "checkpoint_minutes": (0, math.inf),
     "epochs": (1, math.inf),
     "max_steps": (1, math.inf),
     "lr": (0, math.inf),
@@ -63,7 +68,10 @@ LIMITS: dict[str, tuple[float, float]] = {
     "pretrain_steps": (1, math.inf),
     "finetune_steps": (1, math.inf),
 }
-OPEN_BELOW = {"validation_fraction", "quantile", "lr", "clip", "mask_probability", "masked_share"}
+OPEN_BELOW = {
+    "validation_fraction", "quantile", "lr", "clip", "mask_probability", "masked_share",
+    "max_memory_gb", "max_memory_fraction", "checkpoint_minutes",
+}  # fmt: skip
 OPEN_ABOVE = {"validation_fraction", "quantile", "dropout", "mask_probability"}
 
 
