@@ -16,7 +16,7 @@ from torch.nn.functional import gelu, layer_norm, linear
 
 from aam_kernels._accuracy import Error, error
 from aam_kernels._problems import Problem, offsets_of
-from aam_kernels._runtime.dropout import feature_dropped
+from aam_kernels._runtime.dropout import feature_dropped, resolve_seed
 
 
 def widened(
@@ -57,11 +57,11 @@ def _layer(problem: Problem, w: Mapping[str, Tensor], x: Tensor) -> Tensor:
     from aam_kernels.attention.api import ragged_attention
     from aam_kernels.encoder_layer.weights import BRANCH_SITE, HIDDEN_SITE, OUTPUT_SITE
 
-    seed = torch.tensor(problem.seed, device=x.device)
+    seed = resolve_seed(problem.seed, problem.dropout_p, x.device)
     rows, width = torch.arange(x.shape[0], device=x.device), x.shape[1:]
 
     def drop(values: Tensor, site: int) -> Tensor:
-        if problem.dropout_p == 0.0:
+        if seed is None:
             return values
         lost = feature_dropped(seed, rows, values.shape[1], site, problem.dropout_p)
         return values.masked_fill(lost, 0.0) / (1.0 - problem.dropout_p)

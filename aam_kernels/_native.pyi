@@ -24,6 +24,8 @@ def attention_forward(
     scale: float,
     dropout_p: float,
     seed: int,
+    first_row: int,  # of a larger packed batch, that row 0 of the queries is
+    first_key_row: int,
     threads: int,
 ) -> None: ...
 def attention_backward(
@@ -43,6 +45,8 @@ def attention_backward(
     scale: float,
     dropout_p: float,
     seed: int,
+    first_row: int,
+    first_key_row: int,
     threads: int,
 ) -> None: ...
 def pooling_forward(
@@ -75,6 +79,7 @@ def layer_forward(
     heads: int,
     dropout_p: float,
     seed: int,
+    first_row: int,
     threads: int,
 ) -> None: ...
 def layer_backward(
@@ -88,6 +93,7 @@ def layer_backward(
     heads: int,
     dropout_p: float,
     seed: int,
+    first_row: int,
     threads: int,
 ) -> None: ...
 def compiled() -> list[str]:

@@ -20,6 +20,7 @@ from aam_kernels._composed import widened
 from aam_kernels._problems import Problem, offsets_of
 from aam_kernels._runtime import trust
 from aam_kernels._runtime.dispatch import implementation
+from aam_kernels._runtime.dropout import resolve_seed
 from aam_kernels._runtime.grouping import Sequences
 from aam_kernels._runtime.trust import EDGES, Case
 
@@ -109,7 +110,7 @@ def _run(
 ) -> dict[str, Tensor]:
     """Output and gradients by an implementation's own functions."""
     device = x["grad"].device
-    seed = torch.tensor(problem.seed, device=device) if problem.dropout_p else None
+    seed = resolve_seed(problem.seed, problem.dropout_p, device)
     longest = max(problem.lengths) if known else -1
     if problem.operation == "encoder_layer":
         return _run_layer(module, problem, x, seed, longest, keep)

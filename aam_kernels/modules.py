@@ -89,8 +89,8 @@ class SelfAttention(nn.Module):
         self.out_proj.reset_parameters()
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Ragged) -> Ragged:
-        """(total, dim) -> (total, dim); the sequences stay."""
+    def forward(self, x: Ragged, first_row: int = 0) -> Ragged:
+        """(total, dim) -> (total, dim); the sequences stay. ``first_row``: `ragged_attention`."""
         projected = nn.functional.linear(x.values, self.in_proj_weight, self.in_proj_bias)
         query, key, value = projected.unflatten(1, (3, self.num_heads, -1)).unbind(1)
         attended = ragged_attention(
@@ -100,6 +100,7 @@ class SelfAttention(nn.Module):
             x.offsets,
             max_length=x.max_length,
             dropout_p=self.dropout if self.training else 0.0,
+            first_row=first_row,
             impl=self.impl,
         )
         return x.with_values(self.out_proj(attended.flatten(1)))
@@ -174,8 +175,8 @@ class TransformerEncoder(nn.Module):
         )
         self.norm = nn.LayerNorm(dim, eps=norm_eps)
 
-    def forward(self, x: Ragged) -> Ragged:
-        """(total, dim) -> (total, dim); the sequences stay."""
+    def forward(self, x: Ragged, first_row: int = 0) -> Ragged:
+        """(total, dim) -> (total, dim); the sequences stay. ``first_row``: `encoder_layer`."""
         values = x.values
         dropout_p = self.dropout if self.training else 0.0
         for layer in self.layers:
@@ -185,6 +186,7 @@ class TransformerEncoder(nn.Module):
                 layer.weights(),
                 num_heads=self.num_heads,
                 dropout_p=dropout_p,
+                first_row=first_row,
                 max_length=x.max_length,
                 recompute=self.recompute,
                 impl=self.impl,

@@ -16,9 +16,13 @@ covers the 32-bit numbers evenly, and for two rows (or columns) is two sequences
 fixed odd number of 24 random bits, as independent as those of two multiplicative generators. Means,
 variances and correlations of rows, columns and rectangles are those of independent draws (tests).
 
-``q`` and ``k`` are rows of the packed tensors. Dropout on token features uses the same hash with
-``head = 0x10000 + site``, ``q`` the token row and ``k`` the feature index. The mixer is lowbias32
-of Chris Wellons' hash-prospector (public domain).
+``q`` and ``k`` are rows of a packed batch, counted from ``first_row`` (keys: ``first_key_row``),
+the row that a call's first one is: a part of a batch has the masks of the whole. Dropout on token
+features uses the same hash with ``head = 0x10000 + site``, ``q`` the token row and ``k`` the
+feature index. The mixer is lowbias32 of Chris Wellons' hash-prospector (public domain).
+
+Every ``seed`` below is what `resolve_seed` makes, (3,) int64: the seed, ``first_row`` and
+``first_key_row``. Rows are handed in as those of the call's tensors, and counted on from there.
 
 torch has no unsigned 32-bit arithmetic worth the name, so signed int32 is used, whose products
 and sums wrap to the same bits; logical shifts are arithmetic ones with the sign bits masked off.
@@ -56,16 +60,32 @@ def mix_(x: Tensor) -> Tensor:
 
 
 def resolve_seed(
-    seed: int | Tensor | None, dropout_p: float, device: torch.device
+    seed: int | Tensor | None,
+    dropout_p: float,
+    device: torch.device,
+    first_row: int = 0,
+    first_key_row: int | None = None,
 ) -> Tensor | None:
-    """Turns a user's seed into a 0-d int64 tensor on ``device``; None when nothing is dropped.
+    """Seed, first row and first key row as (3,) int64 on ``device``; None when nothing is dropped.
 
     A missing seed is drawn from torch's default generator, so ``torch.manual_seed`` reproduces it.
+    One tensor, because a compiled graph then takes another first row without being made again.
+
+    Args:
+        seed: an int, an integer tensor of one element or None.
+        dropout_p: probability of dropping.
+        device: where the tensors of the call are.
+        first_row: the row of a larger packed batch that the call's row 0 is.
+        first_key_row: the same of the keys; None: ``first_row``.
 
     Raises:
         TypeError: the seed is neither an int, an integer tensor nor None.
-        ValueError: ``dropout_p`` is outside [0, 1), or a seed tensor has more than one element.
+        ValueError: ``dropout_p`` is outside [0, 1), a seed tensor has more than one element, or
+            a first row is negative.
     """
+    for name, row in (("first_row", first_row), ("first_key_row", first_key_row or 0)):
+        if row < 0:
+            raise ValueError(f"{name} must be at least 0, got {row}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
     if isinstance(seed, Tensor):
@@ -78,13 +98,21 @@ def resolve_seed(
     if dropout_p == 0.0:
         return None
     if seed is None:
+        drawn = torch.randint(0, 1 << 62, (1,), dtype=torch.int64)
         # A small copy from pageable memory is staged at once: safe, and nothing waits.
-        return torch.randint(0, 1 << 62, (), dtype=torch.int64).to(device, non_blocking=True)
-    if isinstance(seed, Tensor):
-        return seed.reshape(()).to(device=device, dtype=torch.int64)
-    seed &= (1 << 64) - 1
-    signed = seed - (1 << 64) if seed >= 1 << 63 else seed
-    return torch.full((), signed, dtype=torch.int64, device=device)
+        return _with_rows(drawn, first_row, first_key_row).to(device, non_blocking=True)
+    if not isinstance(seed, Tensor):
+        seed &= (1 << 64) - 1
+        signed = seed - (1 << 64) if seed >= 1 << 63 else seed
+        seed = torch.full((1,), signed, dtype=torch.int64, device=device)
+    seed = seed.reshape(1).to(device=device, dtype=torch.int64)
+    return _with_rows(seed, first_row, first_key_row)
+
+
+def _with_rows(seed: Tensor, first_row: int, first_key_row: int | None) -> Tensor:
+    if first_key_row is None:
+        return torch.constant_pad_nd(seed, (0, 2), first_row)
+    return torch.constant_pad_nd(_with_rows(seed, first_row, None)[:2], (0, 1), first_key_row)
 
 
 def drop_below(dropout_p: float) -> int:
@@ -96,7 +124,7 @@ def row_factors(seed: Tensor, query_rows: Tensor, num_heads: int, first_head: in
     """Factor of every (row, head).
 
     Args:
-        seed: () int64.
+        seed: (3,) int64.
         query_rows: (...,) integer rows of the packed query tensor.
         num_heads: number of heads.
         first_head: number of the first one.
@@ -104,11 +132,11 @@ def row_factors(seed: Tensor, query_rows: Tensor, num_heads: int, first_head: in
     Returns:
         (..., num_heads) int32, odd, in [2**23, 2**24).
     """
-    low = (seed & 0xFFFFFFFF).to(torch.int32)
-    high = (seed >> 32).to(torch.int32)
+    low, first_row, _ = (seed & 0xFFFFFFFF).to(torch.int32).unbind()
+    high = (seed[0] >> 32).to(torch.int32)
     word = mix_(low.bitwise_xor(mix_(high)))
     heads = torch.arange(first_head, first_head + num_heads, dtype=torch.int32, device=seed.device)
-    rows = query_rows.to(torch.int32).mul(signed32(QUERY_FACTOR)).unsqueeze(-1)
+    rows = (query_rows.to(torch.int32) + first_row).mul_(signed32(QUERY_FACTOR)).unsqueeze(-1)
     mixed = mix_((rows + heads.mul_(signed32(HEAD_FACTOR))).bitwise_xor_(word))
     return mixed.bitwise_right_shift_(8).bitwise_and_(_LOW_24).bitwise_or_(_ODD_24)
 
@@ -118,9 +146,14 @@ def token_factors(seed: Tensor, token_rows: Tensor, site: int) -> Tensor:
     return row_factors(seed, token_rows, 1, FEATURE_HEAD + site).squeeze(-1)
 
 
-def column_factors(key_rows: Tensor) -> Tensor:
-    """Factor of every key row (or feature index): (...,) -> (...,) int32, odd, < 2**24."""
-    x = (key_rows & _LOW_24).to(torch.int32).mul_(_COLUMN_FIRST)
+def key_factors(seed: Tensor, key_rows: Tensor) -> Tensor:
+    """Factor of every row of the packed key tensor: (...,) -> (...,) int32, odd, < 2**24."""
+    return column_factors(key_rows + (seed[2] & _LOW_24))
+
+
+def column_factors(columns: Tensor) -> Tensor:
+    """Factor of every key row or feature index: (...,) -> (...,) int32, odd, < 2**24."""
+    x = (columns & _LOW_24).to(torch.int32).mul_(_COLUMN_FIRST)
     x.bitwise_xor_((x >> 15) & 0x1FFFF).bitwise_and_(_LOW_24).mul_(_COLUMN_SECOND)
     return x.bitwise_right_shift_(8).bitwise_and_(_LOW_24).bitwise_or_(_ODD_24)
 
@@ -149,7 +182,7 @@ def attention_dropped(
     """The attention probabilities to drop.
 
     Args:
-        seed: () int64.
+        seed: (3,) int64.
         query_rows: (..., query_length) rows of the packed query tensor.
         key_rows: (..., key_length) rows of the packed key tensor.
         num_heads: number of heads.
@@ -159,7 +192,7 @@ def attention_dropped(
         (..., num_heads, query_length, key_length) bool, True where dropped.
     """
     rows = row_factors(seed, query_rows, num_heads).movedim(-1, -2).unsqueeze(-1)
-    columns = column_factors(key_rows).unsqueeze(-2).unsqueeze(-2)
+    columns = key_factors(seed, key_rows).unsqueeze(-2).unsqueeze(-2)
     return dropped(rows, columns, dropout_p)
 
 
@@ -182,7 +215,7 @@ def feature_dropout_(
         token_rows: (tokens,) rows in the packed tensor that the op was called with.
         site: number of the dropout site within the operation.
         dropout_p: probability of dropping; 0 leaves ``x`` alone.
-        seed: () int64 tensor, see `resolve_seed`.
+        seed: (3,) int64, see `resolve_seed`.
 
     Returns:
         ``x``.

@@ -52,12 +52,12 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
-def seed_of(seed: Tensor | None, dropout_p: float) -> int:
-    """The seed as a number, which is looked at only where something is dropped."""
+def seed_of(seed: Tensor | None, dropout_p: float) -> list[int]:
+    """Seed, first row and first key row, which are looked at only where something is dropped."""
     if dropout_p == 0.0:
-        return 0
+        return [0, 0, 0]
     assert seed is not None
-    return int(seed)
+    return seed.tolist()
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:

@@ -23,6 +23,8 @@ def ragged_attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
+    first_row: int = 0,
+    first_key_row: int | None = None,
     return_lse: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -45,6 +47,9 @@ def ragged_attention(
         dropout_p: probability of dropping an attention weight, in [0, 1).
         seed: of the dropout mask, a pure function of (seed, query row, key row, head); an int or
             a 0-d int64 tensor. None: drawn from torch's default generator.
+        first_row: the row of a larger packed batch that row 0 of ``query`` is: with the same
+            seed, dropout of a part is then that of the whole.
+        first_key_row: the same of ``key``; None: ``first_row``.
         return_lse: also return the logsumexp of the scaled scores.
         impl: "auto", "triton", "cpu", "sdpa" or "math". A name is honoured or refused.
 
@@ -76,7 +81,7 @@ def ragged_attention(
         key_offsets,
         None,
         None,
-        resolve_seed(seed, dropout_p, query.device),
+        resolve_seed(seed, dropout_p, query.device, first_row, first_key_row),
         known_length("max_length", max_length),
         known_length("max_key_length", max_key_length),
         scale,

@@ -30,7 +30,7 @@ def forward(
         lse.fill_(float("-inf"))
     native.kernels().attention_forward(
         *(capsule(rows(x)) for x in (query, key, value)), capsule(output), capsule(lse),
-        *where(sequences), scale, dropout_p, seed_of(seed, dropout_p), torch.get_num_threads(),
+        *where(sequences), scale, dropout_p, *seed_of(seed, dropout_p), torch.get_num_threads(),
     )  # fmt: skip
     return rounded(output, query.dtype), lse
 
@@ -54,7 +54,7 @@ def backward(
     inputs = (grad_output, query, key, value, output)
     native.kernels().attention_backward(
         *(capsule(rows(x)) for x in inputs), capsule(dense(lse)), *map(capsule, grads),
-        *where(sequences), scale, dropout_p, seed_of(seed, dropout_p), torch.get_num_threads(),
+        *where(sequences), scale, dropout_p, *seed_of(seed, dropout_p), torch.get_num_threads(),
     )  # fmt: skip
     grad_query, grad_key, grad_value = (rounded(grad, query.dtype) for grad in grads)
     return grad_query, grad_key, grad_value

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from aam_kernels._runtime.dropout import column_factors, kept, row_factors
+from aam_kernels._runtime.dropout import kept, key_factors, row_factors
 
 
 def forward(
@@ -36,7 +36,7 @@ def forward(
     """Returns output and logsumexp."""
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = query.new_empty(query.shape[:-1])
-    factors = row_factors(seed, query_rows, query.shape[2]), column_factors(key_rows)
+    factors = row_factors(seed, query_rows, query.shape[2]), key_factors(seed, key_rows)
     for block, heads, rows in _blocks(query, key, budget):
         q, k, v = (_heads_first(x[block, :, heads]) for x in (query, key, value))
         scores = _scores(q[:, rows], k, scale)
@@ -68,7 +68,7 @@ def backward(
     grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     grad_key = torch.zeros_like(key, memory_format=torch.contiguous_format)
     grad_value = torch.zeros_like(value, memory_format=torch.contiguous_format)
-    factors = row_factors(seed, query_rows, query.shape[2]), column_factors(key_rows)
+    factors = row_factors(seed, query_rows, query.shape[2]), key_factors(seed, key_rows)
     keep_scale = 1.0 / (1.0 - dropout_p)
     for block, heads, rows in _blocks(query, key, budget):
         q, k, v, grad, out = (

@@ -20,6 +20,7 @@ def encoder_layer(
     num_heads: int,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
+    first_row: int = 0,
     max_length: int | None = None,
     recompute: bool = True,
     impl: str = "auto",
@@ -40,6 +41,8 @@ def encoder_layer(
         dropout_p: probability of dropping, in [0, 1).
         seed: an int or a 0-d int64 tensor; every mask is a pure function of (seed, site, row,
             feature or key, head). None: drawn from torch's default generator.
+        first_row: the row of a larger packed batch that row 0 of ``x`` is: with the same seed,
+            dropout of a part is then that of the whole.
         max_length: bound on the lengths. Given, no GPU is waited for.
         recompute: True keeps ``x`` alone for backward (4 D bytes a token in float32) and makes
             the rest again, to the bit. False keeps 4 (6 D + F + heads) bytes a token on a CPU;
@@ -68,7 +71,7 @@ def encoder_layer(
         *weights,
         num_heads,
         float(dropout_p),
-        resolve_seed(seed, dropout_p, x.device),
+        resolve_seed(seed, dropout_p, x.device, first_row),
         known_length("max_length", max_length),
         impl,
         recompute,

@@ -47,7 +47,7 @@ def forward(
         chunk: the sequences.
         num_heads: heads.
         dropout_p: probability of dropping an attention probability.
-        seed: () int64, None without dropout.
+        seed: (3,) int64, None without dropout.
         rows: (chunk rows,) int64 rows in the packed tensor, None without dropout.
         known: the output and (on a GPU) the logsumexp, where they were kept and only the second
             result is wanted.

@@ -38,7 +38,7 @@ def forward(
     native.kernels().layer_forward(
         capsule(rows(x)), capsule(output), None if saved is None else [*map(capsule, saved)],
         [capsule(dense(weight)) for weight in weights], capsule(offsets.contiguous()), num_heads,
-        dropout_p, seed_of(seed, dropout_p), torch.get_num_threads(),
+        dropout_p, *seed_of(seed, dropout_p)[:2], torch.get_num_threads(),
     )  # fmt: skip
     return rounded(output, x.dtype), saved
 
@@ -67,7 +67,7 @@ def backward(
         capsule(rows(grad_output)), capsule(rows(x)),
         [capsule(dense(part)) for part in saved] if kept else None, capsule(grads[0]),
         [*map(capsule, grads[1:])], [capsule(dense(weight)) for weight in weights],
-        capsule(offsets.contiguous()), num_heads, dropout_p, seed_of(seed, dropout_p),
+        capsule(offsets.contiguous()), num_heads, dropout_p, *seed_of(seed, dropout_p)[:2],
         torch.get_num_threads(),
     )  # fmt: skip
     return [

@@ -12,6 +12,7 @@ from torch import Tensor
 from aam_kernels._runtime.dropout import (
     column_factors,
     drop_below,
+    key_factors,
     row_factors,
     token_factors,
 )
@@ -37,10 +38,10 @@ def attention_factors(
         rows: (sequences, length) rows in the packed tensor.
         num_heads: heads.
         dropout_p: probability of dropping.
-        seed: () int64.
+        seed: (3,) int64, see `aam_kernels._runtime.dropout`.
     """
     row_parts = row_factors(seed, rows, num_heads).transpose(1, 2).contiguous()
-    columns = column_factors(rows)
+    columns = key_factors(seed, rows)
     factors = torch.empty_like(like).unflatten(0, (rows.shape[0], num_heads))
     for part, row_part, column_part in zip(factors, row_parts, columns, strict=True):
         _factors(part.flatten(0, 1), row_part.flatten(), column_part, dropout_p)

@@ -133,7 +133,7 @@ int64_t positive(int64_t value, const char* name) {
     return value;
 }
 
-Dropout dropout(double p, int64_t seed) {
+Dropout dropout(double p, int64_t seed, int64_t first_row, int64_t first_key_row) {
     if (!(p >= 0.0 && p < 1.0))
         throw std::invalid_argument("dropout_p: expected a number in [0, 1), got " +
                                     std::to_string(p));
@@ -141,7 +141,8 @@ Dropout dropout(double p, int64_t seed) {
     const uint32_t low = static_cast<uint32_t>(bits), high = static_cast<uint32_t>(bits >> 32);
     const int64_t below = static_cast<int64_t>(floor(p * 4294967296.0)) - (int64_t{1} << 31);
     return {p > 0.0, static_cast<int32_t>(below), static_cast<float>(1.0 / (1.0 - p)),
-            mix(low ^ mix(high))};
+            mix(low ^ mix(high)), static_cast<uint32_t>(first_row),
+            static_cast<uint32_t>(first_key_row)};
 }
 
 }  // namespace aam

@@ -62,7 +62,7 @@ std::vector<nanobind::handle> elements(nanobind::handle list, const char* name, 
 // A count of threads or heads. Throws ValueError below 1.
 int64_t positive(int64_t value, const char* name);
 
-// Throws ValueError outside [0, 1).
-Dropout dropout(double p, int64_t seed);
+// Throws ValueError where p is outside [0, 1). Rows count modulo 2^32.
+Dropout dropout(double p, int64_t seed, int64_t first_row, int64_t first_key_row);
 
 }  // namespace aam

@@ -103,8 +103,8 @@ static inline HeadForward head_of(const aam::AttentionForward& call, int64_t seq
     work.head_dim = call.head_dim;
     work.scale = call.scale;
     work.dropout = call.dropout;
-    work.first_query = static_cast<uint32_t>(query);
-    work.first_key = static_cast<uint32_t>(key);
+    work.first_query = call.dropout.first_row + static_cast<uint32_t>(query);
+    work.first_key = call.dropout.first_key_row + static_cast<uint32_t>(key);
     work.head = static_cast<uint32_t>(head);
     return work;
 }
@@ -146,8 +146,8 @@ static inline HeadBackward head_of(const aam::AttentionBackward& call, int64_t s
     work.head_dim = call.head_dim;
     work.scale = call.scale;
     work.dropout = call.dropout;
-    work.first_query = static_cast<uint32_t>(query);
-    work.first_key = static_cast<uint32_t>(key);
+    work.first_query = call.dropout.first_row + static_cast<uint32_t>(query);
+    work.first_key = call.dropout.first_key_row + static_cast<uint32_t>(key);
     work.head = static_cast<uint32_t>(head);
     return work;
 }

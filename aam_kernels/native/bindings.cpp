@@ -78,14 +78,16 @@ struct AttentionInputs {
 void attention_forward(nb::handle query, nb::handle key, nb::handle value, nb::handle output_,
                        nb::handle lse_, nb::handle offsets, nb::handle lengths,
                        nb::handle key_offsets, nb::handle key_lengths, float scale,
-                       double dropout_p, int64_t seed, int64_t threads) {
+                       double dropout_p, int64_t seed, int64_t first_row, int64_t first_key_row,
+                       int64_t threads) {
     const AttentionInputs in(query, key, value, offsets, lengths, key_offsets, key_lengths);
     const Tensor output(output_, "output", {in.rows, in.heads, in.head_dim}, Layout::Rows);
     const Tensor lse(lse_, "lse", {in.rows, in.heads});
     run(selected().attention_forward,
         AttentionForward{in.query.heads(), in.key.heads(), in.value.heads(), output.heads_out(),
                          lse.floats(), in.queries.sequences(), in.key_sequences(), in.heads,
-                         in.head_dim, scale, dropout(dropout_p, seed), threads_from(threads)});
+                         in.head_dim, scale, dropout(dropout_p, seed, first_row, first_key_row),
+                         threads_from(threads)});
 }
 
 void attention_backward(nb::handle grad_output_, nb::handle query, nb::handle key,
@@ -93,7 +95,7 @@ void attention_backward(nb::handle grad_output_, nb::handle query, nb::handle ke
                         nb::handle grad_query_, nb::handle grad_key_, nb::handle grad_value_,
                         nb::handle offsets, nb::handle lengths, nb::handle key_offsets,
                         nb::handle key_lengths, float scale, double dropout_p, int64_t seed,
-                        int64_t threads) {
+                        int64_t first_row, int64_t first_key_row, int64_t threads) {
     const AttentionInputs in(query, key, value, offsets, lengths, key_offsets, key_lengths);
     const auto like_query = {in.rows, in.heads, in.head_dim};
     const auto like_key = {in.key_rows, in.heads, in.head_dim};
@@ -108,7 +110,8 @@ void attention_backward(nb::handle grad_output_, nb::handle query, nb::handle ke
                           output.heads(), lse.floats(), grad_query.heads_out(),
                           grad_key.heads_out(), grad_value.heads_out(), in.queries.sequences(),
                           in.key_sequences(), in.heads, in.head_dim, scale,
-                          dropout(dropout_p, seed), threads_from(threads)});
+                          dropout(dropout_p, seed, first_row, first_key_row),
+                          threads_from(threads)});
 }
 
 void pooling_forward(nb::handle values_, nb::handle scores_, nb::handle pooled_, nb::handle lse_,
@@ -218,18 +221,19 @@ struct LayerInputs {
 
 void layer_forward(nb::handle x, nb::handle output_, nb::handle saved, nb::handle weights,
                    nb::handle offsets, int64_t heads, double dropout_p, int64_t seed,
-                   int64_t threads) {
+                   int64_t first_row, int64_t threads) {
     const LayerInputs in(x, saved, weights, offsets, heads);
     const Tensor output(output_, "output", {in.rows, in.dim});
     run(selected().layer_forward,
         LayerForward{in.x.floats(), in.x.stride(0), output.floats(), in.saved(),
                      in.weights.pointers<LayerWeights>(), in.sequences.sequences(), in.dim,
-                     in.hidden, in.heads, dropout(dropout_p, seed), threads_from(threads)});
+                     in.hidden, in.heads, dropout(dropout_p, seed, first_row, first_row),
+                     threads_from(threads)});
 }
 
 void layer_backward(nb::handle grad_output_, nb::handle x, nb::handle saved, nb::handle grad_x_,
                     nb::handle grads_, nb::handle weights, nb::handle offsets, int64_t heads,
-                    double dropout_p, int64_t seed, int64_t threads) {
+                    double dropout_p, int64_t seed, int64_t first_row, int64_t threads) {
     const LayerInputs in(x, saved, weights, offsets, heads);
     const Tensor grad_output(grad_output_, "grad_output", {in.rows, in.dim}, Layout::Rows);
     std::optional<Tensor> grad_x;
@@ -241,7 +245,7 @@ void layer_backward(nb::handle grad_output_, nb::handle x, nb::handle saved, nb:
                       in.saved(), grad_x ? grad_x->floats() : nullptr,
                       grads.pointers<LayerGrads>(), in.weights.pointers<LayerWeights>(),
                       in.sequences.sequences(), in.dim, in.hidden, in.heads,
-                      dropout(dropout_p, seed), threads_from(threads)});
+                      dropout(dropout_p, seed, first_row, first_row), threads_from(threads)});
 }
 
 std::vector<std::string> names(const std::vector<const Kernels*>& variants) {
@@ -273,21 +277,23 @@ NB_MODULE(_native, module) {
     module.doc() = "The CPU kernels, compiled: see aam_kernels/native.";
     module.def("attention_forward", &attention_forward, "query"_a, "key"_a, "value"_a, "output"_a,
                "lse"_a, "offsets"_a, "lengths"_a.none(), "key_offsets"_a.none(),
-               "key_lengths"_a.none(), "scale"_a, "dropout_p"_a, "seed"_a, "threads"_a);
+               "key_lengths"_a.none(), "scale"_a, "dropout_p"_a, "seed"_a, "first_row"_a,
+               "first_key_row"_a, "threads"_a);
     module.def("attention_backward", &attention_backward, "grad_output"_a, "query"_a, "key"_a,
                "value"_a, "output"_a, "lse"_a, "grad_query"_a, "grad_key"_a, "grad_value"_a,
                "offsets"_a, "lengths"_a.none(), "key_offsets"_a.none(), "key_lengths"_a.none(),
-               "scale"_a, "dropout_p"_a, "seed"_a, "threads"_a);
+               "scale"_a, "dropout_p"_a, "seed"_a, "first_row"_a, "first_key_row"_a,
+               "threads"_a);
     module.def("pooling_forward", &pooling_forward, "values"_a, "scores"_a, "pooled"_a, "lse"_a,
                "offsets"_a, "lengths"_a.none(), "threads"_a);
     module.def("pooling_backward", &pooling_backward, "grad_pooled"_a, "values"_a, "scores"_a,
                "pooled"_a, "lse"_a, "grad_values"_a, "grad_scores"_a, "offsets"_a,
                "lengths"_a.none(), "threads"_a);
     module.def("layer_forward", &layer_forward, "x"_a, "output"_a, "saved"_a.none(), "weights"_a,
-               "offsets"_a, "heads"_a, "dropout_p"_a, "seed"_a, "threads"_a);
+               "offsets"_a, "heads"_a, "dropout_p"_a, "seed"_a, "first_row"_a, "threads"_a);
     module.def("layer_backward", &layer_backward, "grad_output"_a, "x"_a, "saved"_a.none(),
                "grad_x"_a.none(), "grads"_a, "weights"_a, "offsets"_a, "heads"_a, "dropout_p"_a,
-               "seed"_a, "threads"_a);
+               "seed"_a, "first_row"_a, "threads"_a);
     module.def(
         "compiled", [] { return names(compiled()); },
         "Names of the variants in this build, best first.");

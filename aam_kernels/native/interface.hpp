@@ -17,6 +17,8 @@ struct Dropout {
     int32_t below;  // floor(p * 2^32) - 2^31
     float scale;    // 1 / (1 - p)
     uint32_t word;  // mix(low32(seed) ^ mix(high32(seed)))
+    // The rows of a larger packed batch that the first row of queries (or tokens) and of keys are.
+    uint32_t first_row, first_key_row;
 };
 
 struct Sequences {

@@ -234,7 +234,8 @@ struct BackwardWork {
                 part.head_dim = s.head_dim;
                 part.scale = 1.0f / sqrtf(static_cast<float>(s.head_dim));
                 part.dropout = call.dropout;
-                part.first_query = part.first_key = static_cast<uint32_t>(start + row);
+                part.first_query = part.first_key =
+                    call.dropout.first_row + static_cast<uint32_t>(start + row);
                 part.head = static_cast<uint32_t>(head);
                 head_backward(part, made.attention);
             }

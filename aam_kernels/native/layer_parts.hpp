@@ -159,9 +159,10 @@ struct Chunks {
 // Row factors of one dropout site for `rows` tokens from `first` on.
 static inline void fill_row_factors(const Dropout& dropout, int64_t first, int64_t rows,
                                     uint32_t site, int32_t* factors) {
+    const uint32_t place = dropout.first_row + static_cast<uint32_t>(first);
     for (int64_t row = 0; dropout.on && row < rows; ++row)
         factors[row] =
-            row_factor(dropout, static_cast<uint32_t>(first + row), FEATURE_HEAD + site);
+            row_factor(dropout, place + static_cast<uint32_t>(row), FEATURE_HEAD + site);
 }
 
 // out = a panels + bias
@@ -205,7 +206,8 @@ static void attend(const LayerShape& s, const aam::Sequences& sequences, int64_t
             call.head_dim = s.head_dim;
             call.scale = 1.0f / sqrtf(static_cast<float>(s.head_dim));
             call.dropout = dropout;
-            call.first_query = call.first_key = static_cast<uint32_t>(sequences.start(i));
+            call.first_query = call.first_key =
+                dropout.first_row + static_cast<uint32_t>(sequences.start(i));
             call.head = static_cast<uint32_t>(head);
             head_forward(call, scratch);
         }

@@ -7,6 +7,12 @@ from hypothesis import strategies as st
 from aam_kernels._runtime import dropout
 from tests.kernels.contract import numpy_dropped
 
+
+def placed(seed, first_row=0, first_key_row=None):
+    """A seed as operators get it."""
+    return dropout.resolve_seed(seed, 0.5, torch.device("cpu"), first_row, first_key_row)
+
+
 seeds = st.integers(-(1 << 63), (1 << 63) - 1)
 rows = st.lists(st.integers(0, 1 << 34), min_size=1, max_size=5)
 
@@ -15,7 +21,7 @@ rows = st.lists(st.integers(0, 1 << 34), min_size=1, max_size=5)
 @given(seeds, rows, rows, st.integers(1, 4), st.floats(0.0, 0.999))
 def test_attention_mask_equals_unsigned_twin(seed, queries, keys, heads, p):
     mask = dropout.attention_dropped(
-        torch.tensor(seed), torch.tensor(queries), torch.tensor(keys), heads, p
+        placed(seed), torch.tensor(queries), torch.tensor(keys), heads, p
     )
     assert np.array_equal(mask.numpy(), numpy_dropped(seed, queries, keys, range(heads), p))
 
@@ -23,7 +29,7 @@ def test_attention_mask_equals_unsigned_twin(seed, queries, keys, heads, p):
 @settings(max_examples=80, deadline=None)
 @given(seeds, rows, st.integers(1, 9), st.integers(0, 7), st.floats(0.0, 0.999))
 def test_feature_mask_equals_unsigned_twin(seed, tokens, features, site, p):
-    mask = dropout.feature_dropped(torch.tensor(seed), torch.tensor(tokens), features, site, p)
+    mask = dropout.feature_dropped(placed(seed), torch.tensor(tokens), features, site, p)
     twin = numpy_dropped(seed, tokens, range(features), [0x10000 + site], p)[0]
     assert np.array_equal(mask.numpy(), twin)
 
@@ -39,7 +45,7 @@ def test_known_bits():
 def test_share_of_dropped_elements(p):
     size = 400
     mask = dropout.attention_dropped(
-        torch.tensor(3), torch.arange(size), torch.arange(size), 4, p
+        placed(3), torch.arange(size), torch.arange(size), 4, p
     ).double()
     deviation = (p * (1 - p) / mask.numel()) ** 0.5
     assert abs(mask.mean().item() - p) < 4 * deviation
@@ -56,7 +62,7 @@ def test_share_of_dropped_elements(p):
 
 def test_neighbours_are_independent():
     mask = (
-        dropout.attention_dropped(torch.tensor(11), torch.arange(600), torch.arange(600), 1, 0.5)[
+        dropout.attention_dropped(placed(11), torch.arange(600), torch.arange(600), 1, 0.5)[
             0
         ].double()
         - 0.5
@@ -64,7 +70,7 @@ def test_neighbours_are_independent():
     for other in (mask.roll(1, 0), mask.roll(1, 1), mask.roll((1, 1), (0, 1)), mask.T):
         assert abs((mask * other).mean().item()) * 4 < 4 / 600
     seed_after = (
-        dropout.attention_dropped(torch.tensor(12), torch.arange(600), torch.arange(600), 1, 0.5)[
+        dropout.attention_dropped(placed(12), torch.arange(600), torch.arange(600), 1, 0.5)[
             0
         ].double()
         - 0.5
@@ -86,7 +92,7 @@ def test_rows_columns_and_rectangles_are_as_independent_as_random_draws(p):
     found = []
     for seed in range(seeds):
         rows = torch.arange(size) + 977 * seed
-        mask = dropout.attention_dropped(torch.tensor(seed), rows, rows, 2, p).double()
+        mask = dropout.attention_dropped(placed(seed), rows, rows, 2, p).double()
         z = (mask - p) / (p * (1 - p)) ** 0.5
         corners = z[0, :-1, :-1] * z[0, 1:, :-1] * z[0, :-1, 1:] * z[0, 1:, 1:]
         heads = torch.stack([z[0].flatten(), z[1].flatten()])
@@ -109,7 +115,7 @@ def test_rows_columns_and_rectangles_are_as_independent_as_random_draws(p):
 
 def test_high_word_of_the_seed_counts():
     one, other = (
-        dropout.attention_dropped(torch.tensor(s), torch.arange(50), torch.arange(50), 1, 0.5)
+        dropout.attention_dropped(placed(s), torch.arange(50), torch.arange(50), 1, 0.5)
         for s in (5, 5 + (1 << 32))
     )
     assert 0.4 < (one != other).double().mean() < 0.6
@@ -119,7 +125,7 @@ def test_feature_dropout_blocks_and_backward():
     # More rows than a block holds; applied twice it is its own backward.
     x = torch.rand(3000, 64) + 1
     token_rows = torch.arange(100, 3100)
-    seed = torch.tensor(9)
+    seed = placed(9)
     dropped = dropout.feature_dropout_(x.clone(), token_rows, 2, 0.25, seed)
     mask = dropout.feature_dropped(seed, token_rows, 64, 2, 0.25)
     assert torch.equal(dropped == 0, mask)
@@ -132,9 +138,13 @@ def test_feature_dropout_blocks_and_backward():
 def test_resolve_seed():
     device = torch.device("cpu")
     assert dropout.resolve_seed(5, 0.0, device) is None
-    assert dropout.resolve_seed(-1, 0.5, device).item() == -1
-    assert dropout.resolve_seed((1 << 64) - 1, 0.5, device).item() == -1
-    assert dropout.resolve_seed(torch.tensor([7]), 0.5, device).shape == ()
+    assert dropout.resolve_seed(-1, 0.5, device).tolist() == [-1, 0, 0]
+    assert dropout.resolve_seed((1 << 64) - 1, 0.5, device, 3).tolist() == [-1, 3, 3]
+    assert dropout.resolve_seed(torch.tensor([7]), 0.5, device, 1 << 40, 0).tolist() == [
+        7,
+        1 << 40,
+        0,
+    ]
     torch.manual_seed(4)
     drawn = dropout.resolve_seed(None, 0.5, device)
     torch.manual_seed(4)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from aam_kernels import EncoderLayerWeights, encoder_layer
+from aam_kernels._runtime.dropout import resolve_seed
 from aam_kernels.encoder_layer import ops
 from aam_kernels.encoder_layer.saved import Saved
 from tests.kernels.contract import require
@@ -29,7 +30,7 @@ def problem():
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 def test_opcheck(problem, impl, dropout_p, recompute):
     x, offsets, weights = problem
-    seed = torch.tensor(3) if dropout_p else None
+    seed = resolve_seed(3, dropout_p, x.device)
     how = (HEADS, dropout_p, seed, 5, impl)
     torch.library.opcheck(ops.encoder_layer, (x, offsets, *weights, *how, recompute))
     plain = [weight.detach() for weight in weights]

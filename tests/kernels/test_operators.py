@@ -31,7 +31,7 @@ def test_opcheck_attention(case, impl):
         KEY_OFFSETS if case == "cross" else None,
         torch.tensor([2, 0, 3], dtype=torch.int32) if case == "gaps" else None,
         None,
-        torch.tensor(5) if case == "dropout" else None,
+        torch.tensor([5, 7, 9]) if case == "dropout" else None,
         4,
         -1,
         None,

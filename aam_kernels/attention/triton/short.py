@@ -242,7 +242,7 @@ def _example(
     sequences = Sequences(offsets, max_length=length, max_key_length=length)
     output = torch.empty(total, heads, width, dtype=dtype, device=device)
     lse = torch.empty(total, heads, device=device)
-    seed = torch.zeros((), dtype=torch.int64, device=device)
+    seed = torch.zeros(3, dtype=torch.int64, device=device)
     rest = (sequences, width**-0.5, 0.1, seed, length, length)
     if not grad:
         return lambda: forward(query, key, value, output, lse, *rest)

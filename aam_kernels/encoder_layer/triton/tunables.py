@@ -123,7 +123,7 @@ class _Example:
             *norm, *attention, *norm, self.ffn_in, self.ffn_in_bias, self.ffn_out, some(width)
         )
         offsets = torch.tensor([0, _TOKENS], dtype=torch.int32, device=device)
-        seed = torch.zeros((), dtype=torch.int64, device=device)
+        seed = torch.zeros(3, dtype=torch.int64, device=device)
         self.launcher = Launcher(offsets, 0.1, seed)
 
     def product(self) -> object:

@@ -14,7 +14,8 @@ def attention():
     x = {name: torch.ones(5, 2, 8) for name in ("query", "key", "value", "output")}
     return {
         **x, "lse": torch.ones(5, 2), "offsets": OFFSETS, "lengths": None, "key_offsets": None,
-        "key_lengths": None, "scale": 1.0, "dropout_p": 0.0, "seed": 0, "threads": 1,
+        "key_lengths": None, "scale": 1.0, "dropout_p": 0.0, "seed": 0, "first_row": 0,
+        "first_key_row": 0, "threads": 1,
     }  # fmt: skip
 
 
@@ -46,7 +47,8 @@ def layer():
     return {
         "x": torch.ones(5, DIM), "output": torch.ones(5, DIM),
         "saved": [torch.ones(5, width) for width in widths], "weights": weights(),
-        "offsets": OFFSETS, "heads": HEADS, "dropout_p": 0.0, "seed": 0, "threads": 1,
+        "offsets": OFFSETS, "heads": HEADS, "dropout_p": 0.0, "seed": 0, "first_row": 0,
+        "threads": 1,
     }  # fmt: skip
 
 

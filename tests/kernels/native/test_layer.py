@@ -83,7 +83,7 @@ def test_what_is_kept_a_token(compiled, recompute):
     own = {t.untyped_storage().data_ptr() for t in (*weights, offsets)}
     found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
     tokens = 259
-    seed = 8
+    seed = 3 * 8  # and the first rows
     size = sum(nbytes for place, nbytes in found.items() if place not in own) - seed
     assert size == tokens * (512 if recompute else 512 + 4 * (5 * 128 + 512 + 4))
     assert size <= tokens * (512 if recompute else 5.2 * 1024)

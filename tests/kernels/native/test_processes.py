@@ -19,7 +19,7 @@ query = torch.randn(32, 2, 16)
 def compute(threads=2):
     output, lse = torch.empty_like(query), torch.empty(32, 2)
     native.kernels().attention_forward(
-        query, query, query, output, lse, offsets, None, None, None, 0.25, 0.1, 3, threads
+        query, query, query, output, lse, offsets, None, None, None, 0.25, 0.1, 3, 0, 0, threads
     )
     return output
 

@@ -8,6 +8,7 @@ import torch
 
 from aam_kernels._problems import Problem, attention_problems
 from aam_kernels._runtime.configurations import ARCHITECTURES, Configuration, forced
+from aam_kernels._runtime.dropout import resolve_seed
 from aam_kernels._runtime.grouping import Sequences
 from aam_kernels._verification import check_problem
 from aam_kernels.attention import reference
@@ -175,7 +176,7 @@ def test_scores_far_below_zero():
 def test_dropout_is_that_of_math(cross):
     key_lengths = (70, 3, 0, 150) if cross else None
     q, k, v, do, sequences = draw((17, 0, 33, 151), heads=3, key_lengths=key_lengths, tail=1)
-    seed = torch.tensor(-(1 << 40) + 3)
+    seed = resolve_seed(-(1 << 40) + 3, 0.3, q.device)
     where = (sequences, 0.25, 0.3, seed)
     expected = reference.forward(q, k, v, *where)
     wanted = reference.backward(do, q, k, v, *expected, *where)

@@ -8,6 +8,7 @@ import torch
 
 from aam_kernels._problems import Problem, attention_problems
 from aam_kernels._runtime.configurations import Configuration, forced
+from aam_kernels._runtime.dropout import resolve_seed
 from aam_kernels._runtime.grouping import Sequences
 from aam_kernels._verification import check_problem
 from aam_kernels.attention.reference import backward as math_backward
@@ -154,7 +155,7 @@ def test_dropout_is_that_of_math(cross):
     lengths = (17, 0, 33, 151)
     q, k, v, do, sequences = draw(lengths, heads=3, key_lengths=key_lengths, tail=1)
     v = torch.eye(16).repeat(v.shape[0] // 16 + 1, 1)[: len(v), None].expand_as(v).contiguous()
-    seed = torch.tensor(-(1 << 40) + 3)
+    seed = resolve_seed(-(1 << 40) + 3, 0.3, q.device)
     expected, _ = math_forward(q, k, v, sequences, 0.25, 0.3, seed)
     with configured():
         output, _, *grads = both(q, k, v, do, sequences, 0.25, 0.3, seed)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from aam_kernels._runtime.configurations import Configuration
+from aam_kernels._runtime.dropout import resolve_seed
 from aam_kernels.encoder_layer.reference import _Layer
 from aam_kernels.encoder_layer.weights import EncoderLayerWeights
 from profiling.whole_layer_launches import run_feed_forward_half, run_half_layer
@@ -48,7 +49,7 @@ def assert_close(found, true):
 @pytest.mark.parametrize("form", FORMS)
 def test_half_layer(form, whole):
     x, offsets, weights = problem()
-    seed = torch.tensor(7)
+    seed = resolve_seed(7, 0.2, x.device)
     rows = 32 if form == "in turn" else 16  # of 37: the last tile by half
     chosen = Configuration({**FORMS[form], "BLOCK_ROWS": rows, "BLOCK_HIDDEN": 32}, {})
     for dropout_p in (0.0, 0.2):
@@ -63,7 +64,7 @@ def test_half_layer(form, whole):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 def test_feed_forward_half(dropout_p):
     x, offsets, weights = problem()
-    seed = torch.tensor(7)
+    seed = resolve_seed(7, 0.2, x.device)
     mid, out = expected(x, offsets, weights, dropout_p, seed)
     mid = torch.cat([mid.bfloat16(), x[-3:]])
     chosen = Configuration({"BLOCK_ROWS": 32, "BLOCK_HIDDEN": 32}, {})
