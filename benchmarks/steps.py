@@ -26,7 +26,8 @@ from aam.model import CommunityEncoder
 from aam.model.encoder import EncoderShape
 from aam.training.evaluation import sample_embeddings
 from aam.training.loop import Trainer
-from aam.training.objectives import DistanceLoss, PretrainObjective
+from aam.training.losses import DistanceLoss
+from aam.training.objectives import PretrainObjective
 from benchmarks.baselines.padded_transformer import (
     STACKS,
     Labelled,
@@ -50,10 +51,14 @@ class Jaccard:
 
     def pairwise(self, rows: np.ndarray) -> np.ndarray:
         """(n, n) share of features that only one of two samples has."""
-        present = self.present[rows]
-        shared = (present @ present.T).toarray()
-        richness = np.diag(shared)
-        return 1 - shared / (richness[:, None] + richness[None] - shared)
+        return self.cross(rows, rows)
+
+    def cross(self, rows_a: np.ndarray, rows_b: np.ndarray) -> np.ndarray:
+        """(n, m) the same of two lists of samples."""
+        a, b = self.present[rows_a], self.present[rows_b]
+        shared = (a @ b.T).toarray()
+        richness = a.sum(axis=1)[:, None] + b.sum(axis=1)[None]
+        return 1 - shared / (richness - shared)
 
 
 @dataclass(frozen=True)
@@ -160,8 +165,8 @@ def trainer_step(
         seed=0,
     )
     return _in_turn(
-        lambda: trainer.step([data.batches[0][: SHORT[0]]]),
-        [lambda rows=rows: trainer.step([rows]) for rows in data.batches],
+        lambda: trainer.step(data.batches[0][: SHORT[0]]),
+        [lambda rows=rows: trainer.step(rows) for rows in data.batches],
     )
 
 

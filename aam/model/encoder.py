@@ -80,12 +80,14 @@ class AsvEncoder(nn.Module):
         self.pool = AttentionPool(dim, impl=kernels.get("impl", "auto"))
         self.nucleotide_head = nn.Linear(dim, VOCABULARY)
 
-    def forward(self, tokens: Ragged, *, dropout: bool = True) -> Ragged:
+    def forward(self, tokens: Ragged, *, dropout: bool = True, first_row: int = 0) -> Ragged:
         """Encode every nucleotide.
 
         Args:
             tokens: values (nucleotides,) uint8, one row an ASV.
             dropout: False switches it off in training mode too.
+            first_row: where these tokens begin among all those of a step: its dropout is that of
+                the whole, whatever the parts.
 
         Returns:
             Values (nucleotides, dim).
@@ -94,10 +96,10 @@ class AsvEncoder(nn.Module):
         embedded = nn.functional.embedding(sites, self.nucleotide_vectors())
         hidden = Ragged(embedded, tokens.offsets, tokens.max_length)
         if dropout or not self.training:
-            return self.stack(hidden)
+            return self.stack(hidden, first_row)
         self.stack.eval()
         try:
-            return self.stack(hidden)
+            return self.stack(hidden, first_row)
         finally:
             self.stack.train()
 
@@ -130,12 +132,13 @@ class SampleEncoder(nn.Module):
             self.position_embedding = nn.Embedding(shape.token_limit + SLOT_POSITIONS, dim)
         self.stack = make_stack(shape, kernels, dropout)
 
-    def forward(self, asv_slots: Ragged, counts: Tensor) -> Ragged:
+    def forward(self, asv_slots: Ragged, counts: Tensor, first_row: int = 0) -> Ragged:
         """Encode samples.
 
         Args:
             asv_slots: values (slots, dim), ASV vectors of each sample.
             counts: (slots,) reads.
+            first_row: where these slots begin among all those of a step.
 
         Returns:
             Values (slots, dim).
@@ -152,7 +155,7 @@ class SampleEncoder(nn.Module):
                 x = x * (1 + scale) + shift
         if hasattr(self, "position_embedding"):
             x = x + self.position_embedding(positions_in_rows(asv_slots))
-        return self.stack(Ragged(x, asv_slots.offsets, asv_slots.max_length))
+        return self.stack(Ragged(x, asv_slots.offsets, asv_slots.max_length), first_row)
 
 
 class UnifracEncoder(nn.Module):
@@ -183,9 +186,9 @@ class UnifracEncoder(nn.Module):
             requires_grad=not shape.distance_scale,
         )
 
-    def forward(self, encoded: Encoded, slots: Ragged) -> Tensor:
+    def forward(self, encoded: Encoded, slots: Ragged, first_row: int = 0) -> Tensor:
         """Sample embeddings z, (samples, width)."""
-        pooled = self.pool(self.stack(encoded.samples))
+        pooled = self.pool(self.stack(encoded.samples, first_row))
         if not self.lineages:
             return pooled
         present = self.mean_projection(encoded.asv_vectors)[slots.values]
@@ -254,24 +257,30 @@ class CommunityEncoder(nn.Module):
         self.sample_encoder = SampleEncoder(shape, kernels, sample_dropout)
         self.unifrac_encoder = UnifracEncoder(shape, kernels, sample_dropout)
 
-    def encode_asvs(self, tokens: Ragged, *, dropout: bool = True) -> Tensor:
-        """One vector an ASV, (asvs, dim)."""
-        return self.asv_encoder.pool(self.asv_encoder(tokens, dropout=dropout))
+    def encode_asvs(self, tokens: Ragged, *, dropout: bool = True, first_row: int = 0) -> Tensor:
+        """One vector an ASV, (asvs, dim); arguments as in `AsvEncoder.forward`."""
+        return self.asv_encoder.pool(self.asv_encoder(tokens, dropout=dropout, first_row=first_row))
 
-    def encode_samples(self, asv_vectors: Tensor, slots: Ragged, counts: Tensor) -> Encoded:
+    def encode_samples(
+        self, asv_vectors: Tensor, slots: Ragged, counts: Tensor, first_row: int = 0
+    ) -> Encoded:
         """Gather each sample's ASV vectors and encode the samples.
 
         Args:
             asv_vectors: (asvs, dim).
             slots: values (slots,) int64, the row of `asv_vectors` in each slot.
             counts: (slots,) reads.
+            first_row: where these slots begin among all those of a step.
         """
         gathered = Ragged(asv_vectors[slots.values], slots.offsets, slots.max_length)
-        return Encoded(asv_vectors, gathered, self.sample_encoder(gathered, counts))
+        return Encoded(asv_vectors, gathered, self.sample_encoder(gathered, counts, first_row))
 
-    def embed(self, asv_vectors: Tensor, slots: Ragged, counts: Tensor) -> Tensor:
-        """Sample embeddings z, (samples, width)."""
-        return self.unifrac_encoder(self.encode_samples(asv_vectors, slots, counts), slots)
+    def embed(
+        self, asv_vectors: Tensor, slots: Ragged, counts: Tensor, first_row: int = 0
+    ) -> Tensor:
+        """Sample embeddings z, (samples, width); arguments as in `encode_samples`."""
+        encoded = self.encode_samples(asv_vectors, slots, counts, first_row)
+        return self.unifrac_encoder(encoded, slots, first_row)
 
 
 def positions_in_rows(ragged: Ragged) -> Tensor:

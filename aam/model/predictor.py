@@ -56,25 +56,35 @@ class Predictor(nn.Module):
             self.count_stack = make_stack(encoder.shape, kernels, dropout)
             self.count_head = nn.Linear(dim, 1)
 
-    def forward(self, encoded: Encoded, categories: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        encoded: Encoded,
+        categories: Tensor | None = None,
+        samples: slice = slice(None),
+        *,
+        first_row: int = 0,
+    ) -> Tensor:
         """Predict the target.
 
         Args:
-            encoded: the base encoder's view of the batch.
+            encoded: the base encoder's view of a batch, or of some samples of a step.
             categories: (samples, columns) int64, 0 = unknown; needed if the model has columns.
+                Of all samples of the step: the dropout of its parts is then that of the whole.
+            samples: which of the step's samples these are.
+            first_row: where their slots begin among all those of the step.
 
         Returns:
             (samples, outputs): a transformed number, or class logits.
         """
-        samples = encoded.samples
+        hidden = encoded.samples
         if self.shape.category_sizes:
             assert categories is not None
-            samples = self.fusion(samples, self.categories(categories))
-        return self.head(self.norm(self.pool(self.stack(samples))))
+            hidden = self.fusion(hidden, self.categories(categories)[samples])
+        return self.head(self.norm(self.pool(self.stack(hidden, first_row))))
 
-    def count_logits(self, samples: Ragged) -> Tensor:
+    def count_logits(self, samples: Ragged, first_row: int = 0) -> Tensor:
         """Logits of the relative abundances, (slots,): their softmax over a sample predicts it."""
-        return self.count_head(self.count_stack(samples).values)[:, 0]
+        return self.count_head(self.count_stack(samples, first_row).values)[:, 0]
 
 
 def category_codes(values: Sequence[str | None], classes: Sequence[str]) -> list[int]:

@@ -14,7 +14,7 @@ from aam.config import PenaltyOptions
 from aam.data.dataset import Batch, SampleDataset
 from aam.model import CommunityEncoder, Predictor
 from aam.training import metrics
-from aam.training.objectives import mask_tokens, nucleotide_logits
+from aam.training.masking import mask_tokens, nucleotide_logits
 
 ASV_CHUNK = 512  # sequences encoded at a time: bounds memory, not the result
 SAMPLE_CHUNK = 64  # samples encoded at a time

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aam.batching import EpochPlan
 from aam.config import FinetuneConfig, to_dict
 from aam.data.dataset import SampleDataset
 from aam.data.facts import DataFact, name_some
@@ -25,7 +24,9 @@ from aam.training import baselines
 from aam.training.checkpoint import MODEL_FILE, load_encoder, read_model, save_model
 from aam.training.evaluation import encode_asvs, predict_outputs, target_metrics
 from aam.training.loop import Trainer
-from aam.training.objectives import DistanceLoss, FinetuneObjective, make_target_loss
+from aam.training.losses import DistanceLoss, TargetLoss
+from aam.training.memory import make_plan
+from aam.training.objectives import FinetuneObjective
 from aam.training.predictions import in_units, prediction_cells, prediction_header
 from aam.training.prepare import (
     Samples,
@@ -62,7 +63,7 @@ class Task:
     keys: list[str] | None  # categories of each sample, for zscore-category
     train_rows: np.ndarray
     validation_rows: np.ndarray
-    target_loss: Any
+    target_loss: TargetLoss
     scaled: np.ndarray  # (samples,) what the model learns
     frozen_asvs: Tensor | None
 
@@ -119,7 +120,7 @@ def finetune(config: FinetuneConfig) -> Path:
         categories=categories,
     ).to(fabric.device)
     tell(samples)
-    plan = EpochPlan(train_rows, config.optimizer.batch_size, config.run.seed)
+    plan = make_plan(train_rows, config.optimizer, config.run.seed)
     near = None if distances is None else distances.pairwise(train_rows[:16])
     description = {
         "command": "finetune",
@@ -136,7 +137,7 @@ def finetune(config: FinetuneConfig) -> Path:
     weights = None
     if classes and config.target.class_weights:
         weights = torch.as_tensor(class_weights(truth[train_rows].astype(np.int64), len(classes)))
-    target_loss = make_target_loss(config.target, _on(weights, fabric.device), bool(classes))
+    target_loss = TargetLoss(config.target, weights, bool(classes))
     unifrac = None if distances is None else DistanceLoss(distances)
     objective = FinetuneObjective(
         predictor, config.losses, target_loss, unifrac=unifrac, frozen_asvs=frozen
@@ -151,7 +152,7 @@ def finetune(config: FinetuneConfig) -> Path:
         keys,
         train_rows,
         samples.rows(parts.validation),
-        make_target_loss(config.target, weights, bool(classes)),
+        target_loss,
         scaled,
         frozen,
     )
@@ -186,10 +187,6 @@ def frozen_vectors(predictor: Predictor, dataset: SampleDataset) -> Tensor:
     predictor.encoder.requires_grad_(False)
     say(f"encoding {len(dataset.sequences)} distinct ASVs once (--freeze-base)")
     return encode_asvs(predictor.encoder, dataset, np.arange(len(dataset.sequences)))
-
-
-def _on(weights: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if weights is None else weights.to(device)
 
 
 def check_options(config: FinetuneConfig) -> None:

@@ -2,7 +2,8 @@
 
 All randomness of a step (masks, dropout, ASV sampling) is drawn from seeds that are a function
 of (seed, step), and the order of an epoch is a function of (seed, epoch). A resumed run
-therefore continues bit for bit without any saved generator.
+therefore continues bit for bit without any saved generator, and a step that ran out of memory is
+the same step when it is computed again in smaller pieces.
 """
 
 from __future__ import annotations
@@ -12,27 +13,43 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
-from aam.batching import EpochPlan
 from aam.config import OptimizerOptions
 from aam.data.dataset import SampleDataset
 from aam.errors import InputError
 from aam.training.checkpoint import FORMAT, load_state, save_state
+from aam.training.exchange import Exchange
+from aam.training.memory import MemoryGuard, step_size
+from aam.training.objectives import Objective
 from aam.training.progress import ProgressDisplay
 from aam.training.runs import CHECKPOINTS, Run, resume_checkpoint, say
-from aam.training.schedule import make_optimizer, set_learning_rate, warmup_cosine
+from aam.training.schedule import make_optimizer, make_state, set_learning_rate, warmup_cosine
+from aam.training.step import Step
 
 LOWER_IS_BETTER = ("loss", "mae", "mse")
 LAST, BEST = "last.pt", "best.pt"
 REGULAR_BEST = "best-before-end.pt"  # the best, where the validation at the end was better
 CHECKPOINT_SECONDS = 600.0  # between validations a long epoch saves this often
+
+
+class Plan(Protocol):
+    """Which samples share a step."""
+
+    @property
+    def rows(self) -> np.ndarray:
+        """All samples of an epoch, as rows of the dataset."""
+        ...
+
+    def batches(self, epoch: int) -> Sequence[np.ndarray]:
+        """The rows of each step of an epoch."""
+        ...
 
 
 @dataclass
@@ -42,6 +59,7 @@ class Progress:
     step: int = 0
     epoch: int = 0
     batch: int = 0  # batches of this epoch that are done
+    samples: int = 0  # samples seen in all epochs
     best: float | None = None
     best_step: int = 0
     not_better: int = 0  # validations since the best
@@ -58,12 +76,13 @@ class Trainer:
     def __init__(
         self,
         fabric: Any,
-        objective: nn.Module,
+        objective: Objective,
         dataset: SampleDataset,
-        plan: EpochPlan,
+        plan: Plan,
         options: OptimizerOptions,
         run: Run,
         *,
+        memory: MemoryGuard | None = None,
         validate: Callable[[], dict[str, float | None]],
         best_metric: str,
         description: dict[str, Any],
@@ -74,31 +93,41 @@ class Trainer:
 
         Args:
             fabric: a launched Lightning Fabric.
-            objective: module that turns a batch into loss terms.
+            objective: the loss, in stages.
             dataset: the samples.
-            plan: their order.
+            plan: which of them share a step.
             options: how weights change.
             run: where it is logged.
+            memory: chooses the pieces of a step; None: one piece, whatever it takes.
             validate: validation metrics of the current weights.
             best_metric: the metric that chooses the best checkpoint.
             description: kept in every checkpoint beside the weights.
             config: all options, kept in every checkpoint.
             seed: of masks and dropout.
         """
-        self.fabric, self.dataset, self.plan = fabric, dataset, plan
+        self.device = fabric.device
+        self.dataset, self.plan = dataset, plan
         self.options, self.run, self.validate = options, run, validate
         self.best_metric, self.description, self.config = best_metric, description, config
         self.seed = seed
-        self.objective = objective
-        optimizer = make_optimizer(objective, options.lr, options.weight_decay)
-        self.wrapped, self.optimizer = fabric.setup(objective, optimizer)
-        self.trainable = [p for p in objective.parameters() if p.requires_grad]
-        self.steps_per_epoch = math.ceil(len(plan) / options.accumulate)
-        self.scheduled_steps = options.epochs * self.steps_per_epoch
-        self.last_step = min(self.scheduled_steps, options.max_steps or self.scheduled_steps)
+        self.exchange = Exchange()
+        self.objective = objective.to(self.device)
+        self.exchange.same_weights(self.objective)
+        self.optimizer = make_optimizer(self.objective, options.lr, options.weight_decay)
+        make_state(self.optimizer)
+        self.compute = Step(self.objective, self.exchange)
+        self.memory = memory or MemoryGuard(self.device)
+        self.trainable = self.compute.parameters
+        self.scheduled_samples = options.epochs * len(plan.rows)
         self.progress = Progress()
         self._stop = False
         self._saved = time.monotonic()
+
+    @property
+    def scheduled_steps(self) -> int:
+        """Steps of the run, if all epochs are cut into as many as the first."""
+        steps = self.options.epochs * len(self.plan.batches(0))
+        return min(steps, self.options.max_steps or steps)
 
     def train(self, state: dict[str, Any] | None) -> None:
         """Train to the end, from a checkpoint if one is given, and load the best weights.
@@ -132,6 +161,7 @@ class Trainer:
             self.objective.load_state_dict(state["objective"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.progress = Progress(**state["progress"])
+            self.memory.load_state(state["memory"])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 "--resume-from: the checkpoint is of another model; use the run's own options"
@@ -173,73 +203,84 @@ class Trainer:
             InputError: the loss is no longer finite, or a checkpoint cannot be written.
         """
         at = self.progress
-        if at.step >= self.last_step or self._stopped_early():
+        if self._ended() or self._stopped_early():
             say(
-                f"step {at.step} of {self.last_step} is reached already, nothing is left to train; "
-                "a larger --max-steps goes on"
+                f"step {at.step} of {self.scheduled_steps} is reached already, nothing is left to "
+                "train; a larger --max-steps goes on"
             )
-        with ProgressDisplay(self.last_step, at.step) as display, self._stop_on_signal():
+        with (
+            ProgressDisplay(self.scheduled_steps, at.step) as display,
+            self._stop_on_signal(),
+        ):
             batches = self.plan.batches(at.epoch)
             while True:
                 if at.batch >= len(batches):
                     at.epoch, at.batch = at.epoch + 1, 0
                     batches = self.plan.batches(at.epoch)
-                ended = at.step >= self.last_step
+                ended = self._ended()
                 due = at.batch == 0 and at.epoch % self.options.validate_every == 0
                 if at.step > at.validated and (due or ended):
                     display.validated(at.step, self._validate(due))
-                if not self._stop and (ended or self._stopped_early()):
+                stop = self.exchange.any(self._stop, self.device)
+                if not stop and (ended or self._stopped_early()):
                     break
-                if not self._stop:
-                    chosen = batches[at.batch : at.batch + self.options.accumulate]
-                    display.update(at.step + 1, at.epoch, self.step(chosen))
-                if self._stop or time.monotonic() - self._saved > CHECKPOINT_SECONDS:
+                if not stop:
+                    display.update(at.step + 1, at.epoch, self.step(batches[at.batch]))
+                late = time.monotonic() - self._saved > CHECKPOINT_SECONDS
+                stop = self.exchange.any(self._stop, self.device)
+                if stop or self.exchange.any(late, self.device):
                     self.save(LAST)
-                if self._stop:
+                if stop:
                     raise Interrupted
         self.run.flush()
 
-    def step(self, batches: list[np.ndarray]) -> dict[str, float]:
+    def _ended(self) -> bool:
+        """Whether all epochs are done, or --max-steps."""
+        most = self.options.max_steps
+        return self.progress.epoch >= self.options.epochs or (
+            most is not None and self.progress.step >= most
+        )
+
+    def step(self, rows: np.ndarray) -> dict[str, float]:
         """One change of the weights.
 
         Args:
-            batches: rows of each micro-batch; their gradients are summed.
+            rows: the step's samples, as rows of the dataset.
 
         Returns:
-            What was measured: loss terms, learning rate, gradient norm, samples a second.
+            What was measured: loss terms, learning rate, gradient norm, samples a second, memory.
         """
         started = time.perf_counter()
         at = self.progress
-        self.wrapped.train()
+        self.objective.train()
         rate = self.options.lr * warmup_cosine(
-            at.step, self.scheduled_steps, self.options.warmup_fraction
+            at.samples, len(rows), self.scheduled_samples, self.options.warmup_fraction
         )
         set_learning_rate(self.optimizer, rate)
-        sums: dict[str, float] = {}
-        for part, rows in enumerate(batches):
-            torch.manual_seed(step_seed(self.seed, at.step, part))
-            batch = self.dataset.batch(rows).to(self.fabric.device)
-            with self.fabric.no_backward_sync(self.wrapped, enabled=part < len(batches) - 1):
-                terms = self.wrapped(batch)
-                self.fabric.backward(terms["loss"] / len(batches))
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach()) / len(batches)
+
+        def compute(pieces: int) -> dict[str, float]:
+            torch.manual_seed(step_seed(self.seed, at.step))
+            return self.compute(self.dataset.batch(rows).to(self.device), pieces)
+
+        size = step_size(self.dataset, rows, self.objective, self.exchange.size)
+        terms, memory = self.memory.run(size, compute)
         norm = float(nn.utils.clip_grad_norm_(self.trainable, self.options.clip))
-        if not math.isfinite(sums["loss"]) or not math.isfinite(norm):
+        if not math.isfinite(terms["loss"]) or not math.isfinite(norm):
             raise InputError(
-                f"step {at.step + 1}: loss {sums['loss']:g}, gradient norm {norm:g}: not finite; "
+                f"step {at.step + 1}: loss {terms['loss']:g}, gradient norm {norm:g}: not finite; "
                 "continue from the last checkpoint with a lower --lr"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         at.step += 1
-        at.batch += len(batches)
-        samples = sum(len(rows) for rows in batches)
+        at.batch += 1
+        at.samples += len(rows)
         measured = {
-            **sums,
+            **terms,
             "learning_rate": rate,
             "gradient_norm": norm,
-            "samples_per_second": samples / (time.perf_counter() - started),
+            "samples_per_second": len(rows) / (time.perf_counter() - started),
+            **memory,
         }
         self.run.log(at.step, at.epoch, "train", measured)
         return measured
@@ -251,9 +292,12 @@ class Trainer:
         checkpoint: a continued run would not have made it, and must equal an uninterrupted one.
         """
         at = self.progress
-        self.wrapped.eval()
-        with torch.no_grad():
-            measured = self.validate()
+        measured: dict[str, float | None] = {}
+        if self.exchange.rank == 0:
+            self.objective.eval()
+            with torch.no_grad():
+                measured = self.validate()
+        measured = self.exchange.tell(measured)
         self.run.log(at.step, at.epoch, "validation", measured)
         if self.best_metric not in measured:
             raise InputError(
@@ -297,6 +341,7 @@ class Trainer:
                 "objective": self.objective.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "progress": asdict(progress or self.progress),
+                "memory": self.memory.state(),
                 "description": self.description,
                 "config": self.config,
             },
@@ -326,6 +371,6 @@ class Trainer:
                 signal.signal(number, handler)
 
 
-def step_seed(seed: int, step: int, part: int = 0) -> int:
-    """A seed that differs for every (seed, step, micro-batch)."""
-    return int(np.random.SeedSequence([seed, step, part]).generate_state(1, np.uint64)[0] >> 1)
+def step_seed(seed: int, step: int) -> int:
+    """A seed that differs for every (seed, step)."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from aam.batching import EpochPlan
 from aam.config import PretrainConfig, to_dict
 from aam.data.dataset import SampleDataset
 from aam.data.phylogeny import UniFrac
@@ -26,7 +25,9 @@ from aam.training.evaluation import (
     sample_embeddings,
 )
 from aam.training.loop import Trainer
-from aam.training.objectives import DistanceLoss, FaithLoss, PretrainObjective
+from aam.training.losses import DistanceLoss, FaithLoss
+from aam.training.memory import make_plan
+from aam.training.objectives import PretrainObjective
 from aam.training.prepare import (
     Samples,
     attach_distances,
@@ -127,7 +128,7 @@ def pretrain(config: PretrainConfig) -> Path:
     dataset = make_dataset(samples, config.data).to(fabric.device)
     tell(samples)
     train_rows = samples.rows(parts.train)
-    plan = EpochPlan(train_rows, config.optimizer.batch_size, config.run.seed)
+    plan = make_plan(train_rows, config.optimizer, config.run.seed)
 
     torch.manual_seed(config.run.seed)
     encoder = CommunityEncoder(

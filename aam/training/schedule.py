@@ -36,13 +36,37 @@ def make_optimizer(module: nn.Module, lr: float, weight_decay: float) -> torch.o
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr)
 
 
-def warmup_cosine(step: int, total: int, warmup_fraction: float) -> float:
-    """Share of the highest learning rate at a step (0, 1, ...) of a run of `total` steps."""
-    warmup = max(1, round(warmup_fraction * total))
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+def warmup_cosine(done: float, coming: float, total: float, warmup_fraction: float) -> float:
+    """Share of the highest learning rate at a step.
+
+    Counted in samples, because steps may differ in size.
+
+    Args:
+        done: samples seen before the step.
+        coming: samples of the step.
+        total: samples that the run will see, all epochs together.
+        warmup_fraction: share of the run in which the rate rises.
+    """
+    warmup = warmup_fraction * total
+    if done + coming <= warmup or done == 0:
+        return min(1.0, (done + coming) / warmup) if warmup else 1.0
+    progress = min(1.0, max(0.0, done - warmup) / max(1.0, total - warmup))
     return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Make the optimizer's state before the first step, which must not fail half-way.
+
+    A step without gradients and learning rate makes it all zero; its count begins again.
+    """
+    parameters = [one for group in optimizer.param_groups for one in group["params"]]
+    for one in parameters:
+        one.grad = torch.zeros_like(one)
+    set_learning_rate(optimizer, 0.0)
+    optimizer.step()
+    for state in optimizer.state.values():
+        state["step"].zero_()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -10,7 +10,10 @@ from aam.data.phylogeny import UniFrac
 from aam.data.table import read_table
 from aam.model import CommunityEncoder
 from aam.model.encoder import EncoderShape
-from aam.training.objectives import DistanceLoss, PretrainObjective
+from aam.training.exchange import Exchange
+from aam.training.losses import DistanceLoss
+from aam.training.objectives import PretrainObjective
+from aam.training.step import Step
 from tests.kernels.contract import require
 
 STEPS = 12
@@ -61,14 +64,12 @@ def test_training_goes_the_same_way_with_dropout_and_masks(dataset, real_data):
 
 def loss_curve(impl, dataset, distances):
     model = twin(impl, embedding_dim=32, num_heads=2, num_layers=2, dropout=0.1)
-    objective = PretrainObjective(model, PenaltyOptions(), DistanceLoss(distances))
+    step = Step(PretrainObjective(model, PenaltyOptions(), DistanceLoss(distances)), Exchange())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
     for step in range(STEPS):
         torch.manual_seed(step)  # the same masks and dropout seeds
-        loss = objective(dataset.batch(np.arange(4)))["loss"]
         optimizer.zero_grad()
-        loss.backward()
+        losses.append(step(dataset.batch(np.arange(4)))["loss"])
         optimizer.step()
-        losses.append(float(loss.detach()))
     return losses

@@ -13,16 +13,52 @@ from aam.model import CommunityEncoder, Predictor
 from aam.model.encoder import EncoderShape
 from aam.model.predictor import PredictorShape
 from aam.training.loop import step_seed
-from aam.training.schedule import SCALE_LR_FACTOR, make_optimizer, set_learning_rate, warmup_cosine
+from aam.training.schedule import (
+    SCALE_LR_FACTOR,
+    make_optimizer,
+    make_state,
+    set_learning_rate,
+    warmup_cosine,
+)
 
 
 def test_warmup_then_cosine():
-    rates = [warmup_cosine(step, 100, 0.1) for step in range(100)]
+    rates = [warmup_cosine(step, 1, 100, 0.1) for step in range(100)]
     assert rates[:10] == pytest.approx(np.arange(1, 11) / 10)
     expected = [0.5 * (1 + math.cos(math.pi * k / 90)) for k in range(90)]
     assert rates[10:] == pytest.approx(expected)
-    assert warmup_cosine(100, 100, 0.1) == pytest.approx(0)
-    assert warmup_cosine(0, 1, 0.05) == 1.0  # the shortest run still learns
+    assert warmup_cosine(100, 1, 100, 0.1) == pytest.approx(0)
+    assert warmup_cosine(0, 1, 1, 0.05) == 1.0  # the shortest run still learns
+    assert warmup_cosine(0, 8, 100, 0.0) == 1.0
+
+
+def test_the_rate_follows_the_samples_seen_whatever_the_sizes_of_the_steps():
+    sizes, seen, total = [3, 17, 2, 40, 38], 0, 100
+    for size in sizes:
+        expected = (seen + size) / 30 if seen + size <= 30 else None
+        rate = warmup_cosine(seen, size, total, 0.3)
+        if expected is None:
+            done = max(0, seen - 30) / 70
+            expected = 0.5 * (1 + math.cos(math.pi * done))
+        assert rate == pytest.approx(expected)
+        seen += size
+
+
+def test_state_made_before_the_first_step_changes_nothing():
+    torch.manual_seed(0)
+    models = [nn.Linear(4, 3), nn.Linear(4, 3)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [make_optimizer(model, 1e-2, 0.1) for model in models]
+    make_state(optimizers[1])
+    assert torch.equal(models[0].weight, models[1].weight)
+    assert models[1].weight.grad is None
+    for _ in range(3):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            set_learning_rate(optimizer, 1e-2)
+            optimizer.zero_grad()
+            model(torch.ones(2, 4)).square().sum().backward()
+            optimizer.step()
+    assert torch.equal(models[0].weight, models[1].weight)
 
 
 def test_only_weight_matrices_decay_and_the_scale_is_faster():
@@ -51,7 +87,7 @@ def test_only_weight_matrices_decay_and_the_scale_is_faster():
 
 
 def test_step_seeds_differ():
-    seeds = {step_seed(s, t, p) for s in range(5) for t in range(50) for p in range(4)}
+    seeds = {step_seed(s, t) for s in range(5) for t in range(200)}
     assert len(seeds) == 1000 and all(0 <= one < 2**63 for one in seeds)
 
 
@@ -69,7 +105,11 @@ def test_the_logged_rate_is_the_schedule_and_lasts_the_run(aam, tmp_path):
     words = ("--epochs", 2, "--lr", 1e-3, "--warmup-fraction", 0.3, "--max-steps", 6)
     assert aam("pretrain", *words, "--output-dir", run) == 0
     rates = read(run, "train", "learning_rate")
-    expected = {step + 1: 1e-3 * warmup_cosine(step, 10, 0.3) for step in range(6)}
+    sizes = [4, 4, 4, 4, 3, 4]
+    seen = np.cumsum([0, *sizes])
+    expected = {
+        step + 1: 1e-3 * warmup_cosine(seen[step], sizes[step], 38, 0.3) for step in range(6)
+    }
     assert rates == pytest.approx(expected)
 
 
@@ -96,17 +136,6 @@ def test_early_stopping_ends_after_validations_without_a_better_one(aam, tmp_pat
     measured = list(read(run, "validation", "mantel_r").values())
     assert len(measured) < 30
     assert measured.index(max(measured)) == len(measured) - 3
-
-
-def test_accumulated_gradients_are_those_of_both_batches(aam, tmp_path):
-    """One accumulated step has the mean loss of its parts."""
-    words = ("pretrain", "--epochs", 1, "--nucleotide-penalty", 0, "--lr", 1e-12)
-    words = (*words, "--mixed-samples", 0)  # drawn anew for every part of every step
-    for name, more in (("one", ()), ("two", ("--accumulate", 2))):
-        assert aam(*words, *more, "--output-dir", tmp_path / name) == 0
-    one = list(read(tmp_path / "one", "train", "loss").values())
-    two = list(read(tmp_path / "two", "train", "loss").values())
-    assert two == pytest.approx([np.mean(one[:2]), np.mean(one[2:4]), one[4]], rel=1e-4)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(aam, tmp_path, capsys):

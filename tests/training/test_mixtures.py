@@ -8,7 +8,8 @@ import torch
 from aam.data.dataset import SampleDataset
 from aam.data.phylogeny import METRICS, UniFrac
 from aam.data.table import FeatureTable, read_table
-from aam.training.objectives import DistanceLoss, mix_samples
+from aam.training.losses import DistanceLoss
+from aam.training.mixtures import add_mixtures, mix_samples
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_distances_of_mixtures_are_those_of_a_table_that_holds_them(
     torch.manual_seed(1)
     unifrac = UniFrac(table, community.tree, metric)
     loss = DistanceLoss(unifrac, mixtures=1.5, columns=dataset.columns)
-    batch = loss.add_mixtures(dataset.batch([5, 2, 9, 0]))
+    batch = add_mixtures(dataset.batch([5, 2, 9, 0]), loss.mixtures)
     assert len(batch.slots) == 10 and len(batch) == 4
     assert torch.equal(batch.slots.offsets[:5], dataset.batch([5, 2, 9, 0]).slots.offsets)
 
@@ -79,8 +80,12 @@ def test_distances_of_mixtures_are_those_of_a_table_that_holds_them(
     written = FeatureTable(ids, table.feature_ids, sp.csr_array(counts), "mixtures")
     expected = UniFrac(written, community.tree, metric).all_pairs()
     # A table's UniFrac depends on its own tips only through the stem that all of them share.
-    np.testing.assert_allclose(loss.true(batch), expected, atol=1e-12)
-    np.testing.assert_array_equal(loss.true(batch)[:4, :4], unifrac.pairwise([5, 2, 9, 0]))
+    found = loss.truth(batch).between(0, 10)
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    np.testing.assert_array_equal(found[:4, :4], unifrac.pairwise([5, 2, 9, 0]))
+    for first, last in ((0, 3), (2, 6), (5, 10)):
+        part = loss.truth(batch).between(first, last)
+        np.testing.assert_allclose(part, expected[first:last, first:], atol=1e-12)
 
 
 def test_samples_of_one_asv_mix_to_something(community):

@@ -30,7 +30,7 @@ PRETRAIN = {
     "math": "--attn-implementation math --device cpu --nucleotide-embedding sum",
     "sdpa": "--attn-implementation sdpa",
     "optimizer": (
-        "--accumulate 2 --weight-decay 0 --warmup-fraction 0.5 --clip 0.1 --lr 1e-3 "
+        "--weight-decay 0 --warmup-fraction 0.5 --clip 0.1 --lr 1e-3 "
         "--early-stopping 1 --validate-every 2"
     ),
     "groups": "--metadata META --group-column subject --validation-fraction 0.4 --seed 3",

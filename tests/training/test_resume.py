@@ -16,8 +16,8 @@ PRETRAIN = ("--epochs", 3)
 FINETUNE = ("--metadata-column", "age", "--epochs", 3)
 VARIANTS = {
     "pretrain": ("pretrain", *PRETRAIN),
-    "pretrain accumulate random": (
-        "pretrain", *PRETRAIN, "--accumulate", 2, "--asv-sampling", "random", "--token-limit", 6,
+    "pretrain random": (
+        "pretrain", *PRETRAIN, "--asv-sampling", "random", "--token-limit", 6,
         "--mask-strategy", "span", "--validate-every", 2,
     ),
     "finetune": (
@@ -25,8 +25,8 @@ VARIANTS = {
         "--count-penalty", 0.1,
     ),
     "finetune freeze": ("finetune", *FINETUNE, "--freeze-base", "--pretrained-encoder", "PRE"),
-    "finetune accumulate random": (
-        "finetune", "--metadata-column", "diagnosis", "--epochs", 3, "--accumulate", 2,
+    "finetune random": (
+        "finetune", "--metadata-column", "diagnosis", "--epochs", 3,
         "--asv-sampling", "random", "--token-limit", 6,
     ),
 }  # fmt: skip
