@@ -265,7 +265,7 @@ def _with_dropout(
     if "seed_ptr" in values:
         # As the launchers do: no seed, or for the short-row kernels some other tensor.
         without = values["offsets_ptr"] if kernel.__name__.startswith("short_") else None
-        values["seed_ptr"] = torch.empty((), dtype=torch.int64) if dropout else without
+        values["seed_ptr"] = torch.empty(3, dtype=torch.int64) if dropout else without
     return (), values
 
 

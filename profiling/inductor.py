@@ -160,7 +160,8 @@ def _compile_all(tuner: Any, target: GPUTarget) -> None:
     """Every configuration that Inductor would try."""
     meta, kernel = tuner.triton_meta, tuner.fn
     for config in tuner.configs:
-        constants = {**meta["constants"], **config.kwargs}
+        own = {name: x for name, x in config.kwargs.items() if name in kernel.arg_names}
+        constants = {**meta["constants"], **own}
         constants = {name: x for name, x in constants.items() if not isinstance(name, int)}
         signature = {
             name: "constexpr" if name in constants else meta["signature"][name]
@@ -170,7 +171,8 @@ def _compile_all(tuner: Any, target: GPUTarget) -> None:
             place if isinstance(place, tuple) else (kernel.arg_names.index(place),): value
             for place, value in meta["configs"][0].items()
         }
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        options = {name: x for name, x in config.kwargs.items() if name not in own}
+        options |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
         source = ASTSource(kernel, signature, constants, attributes)
         triton.compile(source, target=target, options=options)
 

@@ -40,7 +40,7 @@ def mix(x):
 
 @triton.jit
 def seed_word(seed_ptr):
-    """The seed, a 0-d int64 tensor, as one uint32."""
+    """The seed as one uint32. ``seed_ptr``: (3,) int64, see `resolve_seed` in `dropout`."""
     seed = tl.load(seed_ptr)
     low = (seed & 0xFFFFFFFF).to(tl.uint32)
     high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
@@ -48,15 +48,27 @@ def seed_word(seed_ptr):
 
 
 @triton.jit
+def whole_row(seed_ptr, row):
+    """A query or token row of the call as one of the whole packed batch, uint32."""
+    return (tl.load(seed_ptr + 1) + row).to(tl.uint32)
+
+
+@triton.jit
+def whole_key_row(seed_ptr, row):
+    """The same of a key row."""
+    return (tl.load(seed_ptr + 2) + row).to(tl.uint32)
+
+
+@triton.jit
 def row_factors(word, rows, head):
-    """Of packed query rows (int32) of one head, or token rows and a dropout site: < 2**24, odd."""
+    """Of query rows of one head, or token rows and a dropout site: < 2**24, odd."""
     place = rows.to(tl.uint32) * 0x9E3779B1 + head.to(tl.uint32) * 0x85EBCA77
     return (mix(place ^ word) >> 8) | 0x800001
 
 
 @triton.jit
 def column_factors(columns):
-    """Of packed key rows (int32), or feature indices: < 2**24, odd."""
+    """Of key rows, or feature indices: < 2**24, odd."""
     x = (columns.to(tl.uint32) & 0xFFFFFF) * 0x9E3779
     x = ((x ^ (x >> 15)) & 0xFFFFFF) * 0xB5297B
     return (x >> 8) | 0x800001

@@ -65,6 +65,7 @@ def backward(
         grad_key.zero_()
         grad_value.zero_()
     dropout = dropout_p > 0
+    seed = seed if dropout else None
     planes = 4 if query.dtype == torch.float32 else 3 if dropout else 2
     terms = lse.new_empty(planes, heads, total)
     where = (sequences.offsets, key_offsets, sequences.lengths, key_lengths)
@@ -90,9 +91,9 @@ def backward(
         lse,
         grad_query,
         terms,
-        key_factors(key, sequences, max_key_length, dropout_p),
+        key_factors(key, sequences, max_key_length, seed),
         *where,
-        seed if dropout else None,
+        seed,
         count,
         total,
         blocks,
@@ -119,6 +120,7 @@ def backward(
         grad_key,
         grad_value,
         *where,
+        seed,
         count,
         total,
         key.shape[0],

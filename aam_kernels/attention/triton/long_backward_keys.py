@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from aam_kernels._runtime.kernel_functions import column_factors, dropped, narrow
+from aam_kernels._runtime.kernel_functions import column_factors, dropped, narrow, whole_key_row
 from aam_kernels.attention.triton.long_tiles import (
     at,
     fill_rows,
@@ -85,6 +85,7 @@ def long_backward_keys(
     key_offsets_ptr,
     lengths_ptr,
     key_lengths_ptr,
+    seed_ptr,
     count,
     total,
     total_key,
@@ -149,7 +150,8 @@ def long_backward_keys(
             )
             column_factor = tl.arange(0, BLOCK_N)
             if DROPOUT:
-                column_factor = column_factors(here + column_factor)
+                key_place = whole_key_row(seed_ptr, here)
+                column_factor = column_factors(key_place + column_factor)
             grad_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
             grad_value = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
             for PART in tl.static_range(2):  # the full blocks of queries, then the last

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from aam_kernels._runtime.kernel_functions import dropped, narrow, row_factors, seed_word
+from aam_kernels._runtime.kernel_functions import dropped, narrow, row_factors, seed_word, whole_row
 from aam_kernels.attention.triton.long_tiles import (
     at,
     fill_rows,
@@ -161,7 +161,8 @@ def long_backward_queries(
             tl.store(terms + plane, delta, mask=row < rows)
             row_factor = row
             if DROPOUT:
-                row_factor = row_factors(seed_word(seed_ptr), here + row, head)
+                query_place = whole_row(seed_ptr, here)
+                row_factor = row_factors(seed_word(seed_ptr), query_place + row, head)
                 bits = row_factor.to(tl.float32, bitcast=True)
                 tl.store(terms + 2 * plane, bits, mask=row < rows)
             row_sum = tl.zeros([BLOCK_M], tl.float32)

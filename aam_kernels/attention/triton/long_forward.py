@@ -35,6 +35,8 @@ from aam_kernels._runtime.kernel_functions import (
     narrow,
     row_factors,
     seed_word,
+    whole_key_row,
+    whole_row,
 )
 from aam_kernels.attention.triton.long_tiles import (
     at,
@@ -53,12 +55,13 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit(do_not_specialize=["blocks"])
-def long_key_factors(factors_ptr, offsets_ptr, lengths_ptr, blocks, BLOCK: tl.constexpr):
+def long_key_factors(factors_ptr, offsets_ptr, lengths_ptr, seed_ptr, blocks, BLOCK: tl.constexpr):
     """Dropout's factor of every key row: hashed where it is used, it would cost more than a key."""
     sequence = tl.program_id(0) // blocks
     first, length = span(offsets_ptr, lengths_ptr, sequence)
     row = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    factors = column_factors(first + row).to(tl.int32, bitcast=True)
+    place = whole_key_row(seed_ptr, first)
+    factors = column_factors(place + row).to(tl.int32, bitcast=True)
     tl.store(factors_ptr + slot(first, sequence) + row, factors, mask=row < length)
 
 
@@ -174,7 +177,8 @@ def long_forward(
             )
             row_factor = row
             if DROPOUT:
-                row_factor = row_factors(seed_word(seed_ptr), here + row, head)
+                query_place = whole_row(seed_ptr, here)
+                row_factor = row_factors(seed_word(seed_ptr), query_place + row, head)
             running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
             running_sum = tl.zeros([BLOCK_M], tl.float32)
             accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -252,9 +256,11 @@ def configured(kernel: str, query: Tensor, length: int) -> Configuration:
     return chosen
 
 
-def key_factors(key: Tensor, sequences: Sequences, max_key_length: int, dropout_p: float) -> Tensor:
+def key_factors(
+    key: Tensor, sequences: Sequences, max_key_length: int, seed: Tensor | None
+) -> Tensor:
     """Dropout factors of the keys, int32, at their `slot`; without dropout any int32 tensor."""
-    if dropout_p == 0:
+    if seed is None:
         return sequences.offsets
     offsets, lengths = sequences.key_side()
     count = offsets.shape[0] - 1
@@ -262,7 +268,14 @@ def key_factors(key: Tensor, sequences: Sequences, max_key_length: int, dropout_
     chosen = Configuration({"BLOCK": 256}, {"num_warps": 4})
     blocks = blocks_of(max_key_length, 256)
     launch(
-        long_key_factors, count * blocks, factors, offsets, lengths, blocks, configuration=chosen
+        long_key_factors,
+        count * blocks,
+        factors,
+        offsets,
+        lengths,
+        seed,
+        blocks,
+        configuration=chosen,
     )
     return factors
 
@@ -311,12 +324,13 @@ def forward(
         sequences: where rows lie.
         scale: factor on the scores.
         dropout_p: probability of dropping.
-        seed: () int64; None without dropout.
+        seed: (3,) int64; None without dropout.
         max_length: length of the longest row; what is longer ends in NaN.
         max_key_length: the same for keys.
     """
     total, heads, head_dim = query.shape
     count = sequences.offsets.shape[0] - 1
+    seed = seed if dropout_p > 0 else None
     if scale < 0:  # the maximum is taken before scaling
         query, scale = -query, -scale
     tail = tail_programs(total, sequences.lengths)
@@ -334,12 +348,12 @@ def forward(
         value,
         output,
         lse,
-        key_factors(key, sequences, max_key_length, dropout_p),
+        key_factors(key, sequences, max_key_length, seed),
         sequences.offsets,
         key_offsets,
         sequences.lengths,
         key_lengths,
-        seed if dropout_p > 0 else None,
+        seed,
         count,
         total,
         blocks,

@@ -19,6 +19,8 @@ from aam_kernels._runtime.kernel_functions import (
     narrow,
     row_factors,
     seed_word,
+    whole_key_row,
+    whole_row,
 )
 from aam_kernels.attention.triton.short_rows import (
     fill_rows,
@@ -69,10 +71,12 @@ def _differentiate(
         grad_values += (tl.full([tile_size(TILES, tile), D], 0.0, tl.float32),)
     if DROPOUT:
         word = seed_word(seed_ptr)
+        query_place = whole_row(seed_ptr, first)
+        key_place = whole_key_row(seed_ptr, key_first)
         zero = unknown_zero(keep_scale)
         for tile in tl.static_range(COUNT):
-            rows = key_first + tile_start(TILES, tile) + tl.arange(0, tile_size(TILES, tile))
-            columns += (column_factors(rows),)
+            rows = tile_start(TILES, tile) + tl.arange(0, tile_size(TILES, tile))
+            columns += (column_factors(key_place + rows),)
     queries = head_rows(query, first, head)
     outputs = head_rows(output, first, head)
     grad_outputs = head_rows(grad_output, first, head)
@@ -92,7 +96,7 @@ def _differentiate(
             q = -q
         if DROPOUT:
             delta = delta * keep
-            row = _once(row_factors(word, first + start + block, head))[None, :]
+            row = _once(row_factors(word, query_place + start + block, head))[None, :]
         dq = tl.full([BLOCK_M, D], 0.0, tl.float32)
         new_grad_keys = ()
         new_grad_values = ()

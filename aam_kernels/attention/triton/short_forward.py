@@ -18,6 +18,8 @@ from aam_kernels._runtime.kernel_functions import (
     narrow,
     row_factors,
     seed_word,
+    whole_key_row,
+    whole_row,
 )
 from aam_kernels.attention.triton.short_rows import (
     fill_rows,
@@ -72,10 +74,12 @@ def _attend(
     columns = ()
     if DROPOUT:
         word = seed_word(seed_ptr)
+        query_place = whole_row(seed_ptr, first)
+        key_place = whole_key_row(seed_ptr, key_first)
         zero = unknown_zero(keep_scale)
         for tile in tl.static_range(COUNT):
-            rows = key_first + tile_start(TILES, tile) + tl.arange(0, tile_size(TILES, tile))
-            columns += (column_factors(rows),)
+            rows = tile_start(TILES, tile) + tl.arange(0, tile_size(TILES, tile))
+            columns += (column_factors(key_place + rows),)
     block = tl.arange(0, BLOCK_M)
     for start in tl.range(0, length, BLOCK_M):
         left = length - start
@@ -97,7 +101,7 @@ def _attend(
         weight = tl.full([BLOCK_M, WIDTH], 0.0, tl.float32)
         accumulator = tl.full([BLOCK_M, D], 0.0, tl.float32)
         if DROPOUT:
-            row = row_factors(word, first + start + block, head)[:, None]
+            row = row_factors(word, query_place + start + block, head)[:, None]
         for tile in tl.static_range(COUNT):
             p = tl.exp2(scores[tile] * scale_log2 - top[:, None])
             weight += tl.sum(_narrower(p, WIDTH), 1)

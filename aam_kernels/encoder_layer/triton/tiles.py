@@ -13,6 +13,7 @@ from aam_kernels._runtime.kernel_functions import (
     narrow,
     row_factors,
     seed_word,
+    whole_row,
 )
 from aam_kernels.encoder_layer.weights import NORM_EPS
 
@@ -79,7 +80,8 @@ def row_statistics(pointer, first, block, rows_left, WIDTH: tl.constexpr, BLOCK:
 def drop_features(x, seed_ptr, first, block, columns, drop_below, SITE: tl.constexpr):
     """Zeros where a site drops (row, feature); the caller scales what is kept."""
     head = tl.full([], FEATURE_HEAD + SITE, tl.int32)
-    rows = row_factors(seed_word(seed_ptr), (first + block).to(tl.int32), head)
+    place = whole_row(seed_ptr, first)
+    rows = row_factors(seed_word(seed_ptr), place + block, head)
     drop = dropped(rows[:, None], column_factors(columns)[None, :], drop_below)
     return tl.where(drop, 0.0, x)
 

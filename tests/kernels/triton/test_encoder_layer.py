@@ -235,7 +235,7 @@ def test_at_most_a_third_of_the_padded_layers_bytes_are_kept():
 def test_opcheck():
     x, weights = make(16, 16, 9)
     offsets = torch.tensor([0, 4, 4, 9], dtype=torch.int32)
-    how = (1, 0.2, torch.tensor(3), 5, "triton")
+    how = (1, 0.2, torch.tensor([3, 7, 7]), 5, "triton")
     with small_blocks():
         torch.library.opcheck(ops.encoder_layer, (x, offsets, *weights, *how, False))
         plain = [weight.detach() for weight in weights]

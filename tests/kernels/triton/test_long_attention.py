@@ -206,7 +206,7 @@ def test_nothing_around_the_tensors_is_touched(gaps, dropout_p):
         outside[first : first + length] = False
     qkv[outside] = torch.nan
     do[outside] = torch.nan
-    where = (Sequences(offsets, lengths=real), 0.2, dropout_p, torch.tensor(5), 160, 160)
+    where = (Sequences(offsets, lengths=real), 0.2, dropout_p, torch.tensor([5, 7, 9]), 160, 160)
     with configured():
         long.forward(*qkv.unbind(1), output, lse, *where)
         long.backward(do, *qkv.unbind(1), output, lse, grads.unbind(1), *where)
