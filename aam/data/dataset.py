@@ -12,10 +12,14 @@ import torch
 from torch import Tensor
 
 from aam.data.facts import DataFact, name_some
-from aam.data.sequences import tokenize
 from aam.data.table import FeatureTable
+from aam.data.texts import Texts
+from aam.data.tokens import MappedTokens, ResidentTokens, offsets_of, ranges
 from aam.errors import InputError
 from aam_kernels import Ragged
+
+_ROWS_AT_ONCE = 4096
+"""Samples whose ASVs are looked up together."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class SampleDataset:
         sample_ids: ids, row by row, as in the table.
         sequences: distinct sequences, which ``Batch.asv_ids`` index.
         columns: ``(sequences,)`` column of each sequence in the table.
-        tokens: their tokens: values ``(total_tokens,)`` uint8, on the dataset's device.
+        tokens: their tokens, on the dataset's device or in a mapped file.
         asv_count: ``(samples,)`` int64, ASVs of each sample in a batch (at most ``token_limit``).
         sequence_lengths: ``(sequences,)`` int64, tokens of each sequence, START included.
         facts: sequences cut, samples cut at ``token_limit``.
@@ -114,24 +118,23 @@ class SampleDataset:
         counts = table.counts
         self.sequences = table.feature_ids
         self.columns = np.arange(len(self.sequences))
-        if asv_sampling != "first":
-            order = np.argsort(np.array(table.feature_ids, dtype=object))
-            self.sequences = tuple(table.feature_ids[column] for column in order)
-            self.columns = order
-            counts = counts[:, order]
+        if asv_sampling != "first" and not table.by_sequence:
+            self.columns = Texts.of(table.feature_ids).order()[0]
+            self.sequences = tuple(table.feature_ids[int(column)] for column in self.columns)
+            counts = counts[:, self.columns]
         counts.sort_indices()
         self._check_reads(counts, table.source)
-        self.tokens, number_cut = tokenize(self.sequences, max_bp)
-        offsets = self.tokens.offsets.numpy().astype(np.int64)
-        self.sequence_lengths = np.diff(offsets)
-        self._indptr = counts.indptr.astype(np.int64)
-        self._asvs = counts.indices.astype(np.int64)
-        self._counts = counts.data.astype(np.float32)
-        full = np.diff(self._indptr)
-        self.facts = self._describe(number_cut, max_bp, full)
+        self.tokens: ResidentTokens | MappedTokens = (
+            MappedTokens(self.sequences, max_bp)
+            if isinstance(self.sequences, Texts)
+            else ResidentTokens(self.sequences, max_bp)
+        )
+        self.sequence_lengths = self.tokens.lengths
+        self._row_starts = counts.indptr.astype(np.int64)
+        self._asvs, self._counts = counts.indices, counts.data  # of every entry
+        full = np.diff(self._row_starts)
+        self.facts = self._describe(max_bp, full)
         self.asv_count = np.minimum(full, token_limit)
-        if asv_sampling != "random" and (full > token_limit).any():
-            self._keep(self._choose())
         self._targets = _as_tensor(targets, len(self), "targets")
         self._categories = _as_tensor(categories, len(self), "categories")
 
@@ -142,7 +145,7 @@ class SampleDataset:
     @property
     def device(self) -> torch.device:
         """Where the tokens are held and batches are made."""
-        return self.tokens.values.device
+        return self.tokens.device
 
     def to(self, device: torch.device | str) -> SampleDataset:
         """Return the dataset with its tokens on ``device``; everything else stays here."""
@@ -170,13 +173,8 @@ class SampleDataset:
             raise IndexError(
                 f"rows must lie in 0..{len(self) - 1}, got {wanted.min()}..{wanted.max()}"
             )
-        starts, lengths = self._indptr[wanted], np.diff(self._indptr)[wanted]
-        entries = _ranges(starts, lengths)
-        if self.asv_sampling == "random" and (lengths > self.token_limit).any():
-            keys = torch.rand(len(entries), generator=generator, dtype=torch.float64).numpy()
-            kept = _lowest_of_each(keys, lengths, self.token_limit)
-            entries, lengths = entries[kept], np.minimum(lengths, self.token_limit)
-        asvs = self._asvs[entries]
+        entries, lengths = self._entries(wanted, generator)
+        asvs = self._asvs[entries].astype(np.int64)
         if self.share_asvs:
             asv_ids, slots = np.unique(asvs, return_inverse=True)
         else:
@@ -186,34 +184,63 @@ class SampleDataset:
             rows=picked,
             tokens=self.gather_tokens(asv_ids),
             asv_ids=torch.from_numpy(asv_ids),
-            slots=Ragged(torch.from_numpy(slots), _offsets(lengths), int(lengths.max(initial=0))),
-            counts=torch.from_numpy(self._counts[entries]),
+            slots=Ragged(torch.from_numpy(slots), offsets_of(lengths), int(lengths.max(initial=0))),
+            counts=torch.from_numpy(self._counts[entries].astype(np.float32)),
             targets=None if self._targets is None else self._targets[picked],
             categories=None if self._categories is None else self._categories[picked],
         )
         return batch.to(self.device)
 
+    def _entries(
+        self, rows: np.ndarray, generator: torch.Generator | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Entries of some samples, and how many each has: what the token limit leaves of them."""
+        starts = self._row_starts[rows]
+        lengths = self._row_starts[rows + 1] - starts
+        entries = ranges(starts, lengths)
+        if not (lengths > self.token_limit).any():
+            return entries, lengths
+        if self.asv_sampling == "random":
+            keys = torch.rand(len(entries), generator=generator, dtype=torch.float64).numpy()
+        elif self.asv_sampling == "abundance":
+            # Within a sample entries are ordered by sequence, and equal keys keep their order.
+            keys = -self._counts[entries].astype(np.int64)
+        else:
+            keys = np.arange(len(entries))
+        kept = _lowest_of_each(keys, lengths, self.token_limit)
+        return entries[kept], np.minimum(lengths, self.token_limit)
+
+    def entries(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ASVs of all samples, sample by sample, as the token limit leaves them.
+
+        With ``asv_sampling="random"`` all that may be drawn.
+
+        Returns:
+            Starts ``(samples + 1,)`` and indices of ``sequences`` ``(entries,)``.
+        """
+        if self.asv_sampling == "random" or (self.asv_count == np.diff(self._row_starts)).all():
+            return self._row_starts, self._asvs
+        starts = np.concatenate([[0], np.cumsum(self.asv_count)])
+        return starts, self._asvs[self._entries(np.arange(len(self)), None)[0]]
+
     def asvs_of(self, rows: np.ndarray) -> np.ndarray:
-        """Return the distinct ASVs of some samples, as sorted indices of ``sequences``."""
-        starts, lengths = self._indptr[rows], np.diff(self._indptr)[rows]
-        return np.unique(self._asvs[_ranges(starts, lengths)])
+        """Return the distinct ASVs of some samples, as sorted indices of ``sequences``.
+
+        With ``asv_sampling="random"`` all that may be drawn.
+        """
+        seen = np.zeros(len(self.sequences), dtype=bool)
+        for part in np.array_split(rows, max(1, len(rows) // _ROWS_AT_ONCE)):
+            if self.asv_sampling == "random":
+                starts = self._row_starts[part]
+                entries = ranges(starts, self._row_starts[part + 1] - starts)
+            else:
+                entries = self._entries(part, None)[0]
+            seen[self._asvs[entries]] = True
+        return np.flatnonzero(seen)
 
     def gather_tokens(self, asv_ids: np.ndarray) -> Ragged:
         """Return the tokens of ``sequences[asv_ids]``, one row each, uint8, on their device."""
-        lengths = self.sequence_lengths[asv_ids]
-        offsets = _offsets(lengths).to(self.device, non_blocking=True)
-        wanted = torch.from_numpy(np.asarray(asv_ids)).to(self.device, non_blocking=True)
-        if len(self.sequences) and (self.sequence_lengths == self.tokens.max_length).all():
-            # Amplicons cut to one length: whole rows are copied.
-            values = self.tokens.values.view(-1, self.tokens.max_length)[wanted].flatten()
-        else:
-            shift = self.tokens.offsets[wanted] - offsets[:-1]
-            total = int(lengths.sum())
-            values = self.tokens.values[
-                shift.repeat_interleave(offsets.diff(), output_size=total)
-                + torch.arange(total, device=self.device)
-            ]
-        return Ragged(values, offsets, int(lengths.max(initial=0)))
+        return self.tokens.gather(asv_ids)
 
     def _check_reads(self, counts: Any, source: str) -> None:
         empty = [self.sample_ids[row] for row in np.flatnonzero(np.diff(counts.indptr) == 0)]
@@ -223,11 +250,12 @@ class SampleDataset:
                 "or set --rarefy-depth"
             )
 
-    def _describe(self, number_cut: int, max_bp: int, full: np.ndarray) -> list[DataFact]:
+    def _describe(self, max_bp: int, full: np.ndarray) -> list[DataFact]:
         facts = []
+        texts = Texts.of(self.sequences)
+        number_cut = int((texts.lengths > max_bp).sum())
         if number_cut:
-            longest = max(map(len, self.sequences))
-            alike = len(self.sequences) - len({one[:max_bp] for one in self.sequences})
+            longest, alike = int(texts.lengths.max()), texts.cut(max_bp).order()[1]
             detail = f"longest {longest}, {alike} equal to another after the cut"
             facts.append(DataFact(f"sequences cut at {max_bp} bases", number_cut, detail, "cut"))
         over = full > self.token_limit
@@ -244,24 +272,6 @@ class SampleDataset:
             )
         return facts
 
-    def _choose(self) -> np.ndarray:
-        """Return which entries stay under ``token_limit``, in order."""
-        lengths = np.diff(self._indptr)
-        # Within a sample entries are ordered by sequence, so a stable sort breaks ties by it.
-        keys = -self._counts if self.asv_sampling == "abundance" else np.arange(len(self._counts))
-        return _lowest_of_each(keys, lengths, self.token_limit)
-
-    def _keep(self, entries: np.ndarray) -> None:
-        self._asvs, self._counts = self._asvs[entries], self._counts[entries]
-        self._indptr = np.concatenate([[0], np.cumsum(self.asv_count)])
-
-
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return starts[0]..starts[0]+lengths[0], then the same for 1, 2, ... in one array."""
-    ends = np.cumsum(lengths)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.repeat(starts - (ends - lengths), lengths) + np.arange(total)
-
 
 def _lowest_of_each(keys: np.ndarray, lengths: np.ndarray, most: int) -> np.ndarray:
     """Return, in order, the entries whose key is among the ``most`` lowest of their segment."""
@@ -270,13 +280,6 @@ def _lowest_of_each(keys: np.ndarray, lengths: np.ndarray, most: int) -> np.ndar
     starts = np.cumsum(lengths) - lengths
     rank = np.arange(len(keys)) - np.repeat(starts, lengths)
     return np.sort(order[rank < most])
-
-
-def _offsets(lengths: np.ndarray) -> Tensor:
-    """Return ``(n + 1,)`` int32 offsets of rows of these lengths."""
-    offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
-    np.cumsum(lengths, out=offsets[1:])
-    return torch.from_numpy(offsets)
 
 
 def _as_tensor(values: Any, rows: int, name: str) -> Tensor | None:

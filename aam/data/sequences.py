@@ -22,9 +22,9 @@ _DNA = re.compile(r"[ACGT]+", re.IGNORECASE)
 # What a sequence may hold besides A, C, G and T: IUPAC codes, RNA's U, gaps.
 _SEQUENCE_LIKE = re.compile(r"[ACGTURYSWKMBDHVN.\-]{10,}", re.IGNORECASE)
 
-_TOKEN_OF_BYTE = np.full(256, PAD, dtype=np.uint8)
+TOKEN_OF_BYTE = np.full(256, PAD, dtype=np.uint8)
 for _base, _token in (("A", A), ("C", C), ("G", G), ("T", T)):
-    _TOKEN_OF_BYTE[[ord(_base), ord(_base.lower())]] = _token
+    TOKEN_OF_BYTE[[ord(_base), ord(_base.lower())]] = _token
 
 
 def is_dna(name: str) -> bool:
@@ -54,7 +54,7 @@ def tokenize(sequences: Sequence[str], max_bp: int = 150) -> tuple[Ragged, int]:
     np.cumsum(lengths, out=offsets[1:])
     # One placeholder byte before each sequence leaves room for its START token.
     text = "".join("A" + one for one in kept).encode("ascii", errors="replace")
-    values = _TOKEN_OF_BYTE[np.frombuffer(text, dtype=np.uint8)]
+    values = TOKEN_OF_BYTE[np.frombuffer(text, dtype=np.uint8)]
     if not values.all():
         check_bases(kept, kept, "tokenize")
     values[offsets[:-1]] = START

@@ -13,10 +13,12 @@ import scipy.sparse as sp
 from aam.data.facts import name_some
 from aam.data.sequences import resolve_sequences
 from aam.data.table_files import RawTable, read_raw_table
+from aam.data.texts import Texts
 from aam.errors import InputError
 
 # numpy's limit for exact draws without replacement.
 _MOST_READS = 1_000_000_000
+_DIGEST_BLOCK = 2**16
 
 
 @dataclass(frozen=True)
@@ -26,17 +28,29 @@ class FeatureTable:
     Attributes:
         sample_ids: one string a sample, in the file's order.
         feature_ids: one string a feature; after ``read_table`` its DNA in upper case.
-        counts: ``(samples, features)`` int64, no explicit zeros, indices sorted in each row.
+        counts: ``(samples, features)`` integers, no explicit zeros, indices sorted in each row.
         source: the file it came from, for messages.
+        by_sequence: whether the features stand in the order of their ids.
     """
 
     sample_ids: tuple[str, ...]
-    feature_ids: tuple[str, ...]
+    feature_ids: Sequence[str]
     counts: sp.csr_array
     source: str
+    by_sequence: bool = False
 
     def select(self, sample_ids: Sequence[str]) -> FeatureTable:
         """Return these samples in this order, without the features that none of them has.
+
+        Raises:
+            InputError: an id is not in the table.
+        """
+        return _without_empty_features(
+            tuple(sample_ids), self.feature_ids, self.counts[self.rows_of(sample_ids)], self.source
+        )
+
+    def rows_of(self, sample_ids: Sequence[str]) -> np.ndarray:
+        """Return the row of each id, int64.
 
         Raises:
             InputError: an id is not in the table.
@@ -48,10 +62,22 @@ class FeatureTable:
                 f"{self.source}: {len(unknown)} samples are not in the table "
                 f"({name_some(unknown)}); it has {name_some(self.sample_ids)}"
             )
-        rows = np.fromiter((row_of[name] for name in sample_ids), np.int64, len(sample_ids))
-        return _without_empty_features(
-            tuple(sample_ids), self.feature_ids, self.counts[rows], self.source
-        )
+        return np.fromiter((row_of[name] for name in sample_ids), np.int64, len(sample_ids))
+
+    def digest(self) -> str:
+        """Return a digest of samples, features and counts, whatever the order of the features."""
+        sequences, counts = Texts.of(self.feature_ids), self.counts
+        if not self.by_sequence:
+            order = sequences.order()[0]
+            sequences, counts = sequences.take(order), counts[:, order]
+            counts.sort_indices()
+        digest = hashlib.sha256("\n".join(self.sample_ids).encode() + b"\0")
+        for low in range(0, len(sequences), _DIGEST_BLOCK):
+            digest.update("\n".join(sequences[low : low + _DIGEST_BLOCK]).encode() + b"\n")
+        for numbers in (counts.indptr, counts.indices, counts.data):
+            for low in range(0, len(numbers), _DIGEST_BLOCK):
+                digest.update(numbers[low : low + _DIGEST_BLOCK].astype(np.int64).tobytes())
+        return digest.hexdigest()
 
 
 def read_table(path: str | Path, *, sequences: str | Path | None = None) -> FeatureTable:
@@ -105,17 +131,8 @@ def rarefy(table: FeatureTable, depth: int, seed: int) -> tuple[FeatureTable, tu
     if depth < 1 or seed < 0:
         raise InputError(f"rarefaction needs depth >= 1 and seed >= 0, got {depth} and {seed}")
     reads = np.asarray(table.counts.sum(axis=1)).ravel()
+    check_depth(reads, depth, table.source)
     kept = np.flatnonzero(reads >= depth)
-    if kept.size == 0:
-        raise InputError(
-            f"{table.source}: rarefying to {depth} reads drops every one of {len(reads)} samples; "
-            f"the largest has {int(reads.max(initial=0))}: lower --rarefy-depth"
-        )
-    if reads.max() >= _MOST_READS:
-        raise InputError(
-            f"{table.source}: a sample has {int(reads.max())} reads; rarefaction takes less than "
-            f"{_MOST_READS}"
-        )
     counts = table.counts[kept]
     # Draws go through each sample's features in the order of their sequences.
     rank = np.argsort(np.argsort(np.array(table.feature_ids, dtype=object)))
@@ -123,13 +140,41 @@ def rarefy(table: FeatureTable, depth: int, seed: int) -> tuple[FeatureTable, tu
     for row, name in enumerate(names):
         start, stop = counts.indptr[row], counts.indptr[row + 1]
         order = start + np.argsort(rank[counts.indices[start:stop]])
-        generator = np.random.default_rng([seed, *_words_of(name)])
-        counts.data[order] = generator.multivariate_hypergeometric(
-            counts.data[order], depth, method="marginals"
-        )
+        counts.data[order] = draw_reads(counts.data[order], name, depth, seed)
     counts.eliminate_zeros()
     dropped = tuple(table.sample_ids[row] for row in np.flatnonzero(reads < depth))
     return _without_empty_features(tuple(names), table.feature_ids, counts, table.source), dropped
+
+
+def check_depth(reads: np.ndarray, depth: int, source: str) -> None:
+    """Check the samples' reads before a rarefaction.
+
+    Raises:
+        InputError: every sample has fewer than ``depth``, or one has more than can be drawn from.
+    """
+    most = int(reads.max(initial=0))
+    if most < depth:
+        raise InputError(
+            f"{source}: rarefying to {depth} reads drops every one of {len(reads)} samples; "
+            f"the largest has {most}: lower --rarefy-depth"
+        )
+    if most >= _MOST_READS:
+        raise InputError(
+            f"{source}: a sample has {most} reads; rarefaction takes less than {_MOST_READS}"
+        )
+
+
+def draw_reads(reads: np.ndarray, name: str, depth: int, seed: int) -> np.ndarray:
+    """Draw ``depth`` of a sample's reads without replacement.
+
+    Args:
+        reads: ``(features,)`` int64 reads of its features, in the order of their sequences.
+        name: the sample's id.
+        depth: at most the sum of ``reads``.
+        seed: not negative.
+    """
+    generator = np.random.default_rng([seed, *_words_of(name)])
+    return generator.multivariate_hypergeometric(reads, depth, method="marginals")
 
 
 def _words_of(name: str) -> np.ndarray:
@@ -138,7 +183,7 @@ def _words_of(name: str) -> np.ndarray:
 
 
 def _without_empty_features(
-    sample_ids: tuple[str, ...], feature_ids: tuple[str, ...], counts: sp.csr_array, source: str
+    sample_ids: tuple[str, ...], feature_ids: Sequence[str], counts: sp.csr_array, source: str
 ) -> FeatureTable:
     """Build the table from the features that have at least one read."""
     present = np.zeros(counts.shape[1], dtype=bool)

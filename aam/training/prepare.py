@@ -13,6 +13,7 @@ from aam.config import DistanceOptions, MetadataOptions, TableOptions
 from aam.data.dataset import SampleDataset
 from aam.data.distances import read_distances
 from aam.data.facts import DataFact, name_some
+from aam.data.index import TableIndex, open_index, size_in_memory
 from aam.data.matching import match_ids
 from aam.data.metadata import Metadata, read_metadata
 from aam.data.phylogeny import UniFrac
@@ -21,6 +22,9 @@ from aam.data.table import FeatureTable, rarefy, read_table
 from aam.data.tree import read_tree
 from aam.errors import InputError
 from aam.training.runs import refuse_breaks, say
+
+LARGE_TABLE = 500 * 10**6
+"""Bytes in memory from which on a table is kept on disk (--on-disk auto)."""
 
 
 @dataclass
@@ -95,34 +99,67 @@ def read_samples(
         InputError: a file cannot be used, an id is broken, or a sample has no metadata.
     """
     depth = options.rarefy_depth
-    table = read_table(options.table, sequences=options.sequences)
-    refuse_breaks(table.sample_ids, table.source, "sample ids")
+    index = open_on_disk(options, seed)
+    table = read_table(options.table, sequences=options.sequences) if index is None else index.table
+    ids = table.sample_ids if index is None else index.file_ids
+    refuse_breaks(ids, table.source, "sample ids")
     samples = Samples(table)
-    samples.facts.append(DataFact("samples in the table", len(table.sample_ids), table.source))
+    samples.facts.append(DataFact("samples in the table", len(ids), table.source))
+    kept = ids
     if metadata is not None:
         known = read_metadata(metadata)
         kept, facts = match_ids(
-            table.sample_ids,
+            ids,
             known.ids,
             allow_missing=options.allow_missing,
             table_source=str(options.table),
             metadata_source=str(metadata),
         )
         if keep_unmatched:
-            known, facts = _with_empty_rows(known, table.sample_ids, facts)
-            kept = table.sample_ids
+            known, facts = _with_empty_rows(known, ids, facts)
+            kept = ids
         samples.facts += facts
         samples.metadata = known
+    if index is not None:
+        enough, dropped = index.enough_reads(kept)
+        samples.keep(enough)
+    else:
         samples.keep(kept)
-    if depth:
-        samples.table, dropped = rarefy(samples.table, depth, seed)
-        if dropped:
-            what = f"samples with fewer than {depth} reads (--rarefy-depth)"
-            samples.facts.append(DataFact(what, len(dropped), name_some(dropped), "dropped"))
-        samples.keep(samples.ids)
+        dropped = ()
+        if depth:
+            samples.table, dropped = rarefy(samples.table, depth, seed)
+            samples.keep(samples.ids)
+    if dropped:
+        what = f"samples with fewer than {depth} reads (--rarefy-depth)"
+        samples.facts.append(DataFact(what, len(dropped), name_some(dropped), "dropped"))
     samples.facts.append(DataFact("samples used", len(samples.ids)))
     samples.facts.append(DataFact("distinct ASVs", len(samples.table.feature_ids)))
     return samples
+
+
+def open_on_disk(options: TableOptions, seed: int) -> TableIndex | None:
+    """The table's index on disk, or None where the table is to be read into memory.
+
+    Raises:
+        InputError: the table cannot be used, or cannot be indexed although --on-disk always.
+    """
+    if options.on_disk == "never":
+        return None
+    size = size_in_memory(options.table)
+    if options.on_disk == "auto" and (size is None or size < LARGE_TABLE):
+        return None
+    if size is None:
+        raise InputError(
+            f"--on-disk always: {options.table} is no BIOM 2.1 (HDF5) table: export it as one, "
+            "or read it with --on-disk auto"
+        )
+    how = {
+        "sequences": options.sequences,
+        "depth": options.rarefy_depth,
+        "seed": seed,
+        "by_sequence": options.asv_sampling != "first",
+    }
+    return open_index(options.table, how, options.index_dir, say)
 
 
 def _with_empty_rows(

@@ -11,13 +11,14 @@ from aam.config import to_dict
 from aam.data.splits import Split
 from aam.data.table import FeatureTable
 from aam.errors import InputError
+from aam.training import ranks
 from aam.training.checkpoint import load_state
 from aam.training.runs import resume_checkpoint
 
 # Options that a continued run may change: none of them changes a step that was already taken.
 # Files may have moved: what they hold is compared instead (see `fingerprint`).
 FREE = {
-    "data": {"table", "sequences"},
+    "data": {"table", "sequences", "on_disk", "index_dir"},
     "distances": {"tree", "unifrac_matrix", "unifrac_matrix_ids"},
     "metadata": {"metadata", "train_ids", "validation_ids"},
     "run": {
@@ -30,6 +31,12 @@ FREE = {
         "gradient_checkpointing",
         "compile_model",
         "attn_implementation",
+        "checkpoint_minutes",
+        "memory_profile",
+        "devices",
+        "num_nodes",
+        "data_parallel",
+        "strategy",
     },
     "optimizer": {"max_steps", "early_stopping", "validate_every"},
 }
@@ -71,10 +78,10 @@ def fingerprint(table: FeatureTable, parts: Split, *arrays: np.ndarray | None) -
             another machine's last bits are no difference.
     """
     digest = hashlib.sha256()
-    for ids in (table.sample_ids, table.feature_ids, parts.train, parts.validation):
+    digest.update(table.digest().encode())
+    for ids in (parts.train, parts.validation):
         digest.update("\n".join(ids).encode() + b"\0")
-    counts = table.counts
-    for array in (counts.indptr, counts.indices, counts.data, *arrays):
+    for array in arrays:
         if array is None:
             continue
         plain = np.asarray(array)
@@ -87,11 +94,14 @@ def fingerprint(table: FeatureTable, parts: Split, *arrays: np.ndarray | None) -
 
 
 def check_same_data(state: dict[str, Any] | None, config: Any, description: dict[str, Any]) -> None:
-    """Refuse to continue a run with other data.
+    """Refuse to continue a run with other data, and ranks that do not see the same.
 
     Raises:
-        InputError: the checkpoint's fingerprint is another one.
+        InputError: the checkpoint's fingerprint is another one, or some rank's is.
     """
+    ranks.agree("the configuration", _fixed(to_dict(config)))
+    ranks.agree("the data", description["fingerprint"])
+    ranks.agree("the checkpoint", state and state["progress"])
     if state is None:
         return
     if state["description"].get("fingerprint") != description["fingerprint"]:
