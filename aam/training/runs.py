@@ -23,6 +23,7 @@ from aam.config import RunOptions, write_toml
 from aam.data.facts import name_some
 from aam.data.splits import Split
 from aam.errors import InputError
+from aam.training import ranks
 from aam.training.checkpoint import MODEL_FILE, atomic_path, write_text
 
 CONFIG_FILE = "config.toml"
@@ -98,7 +99,10 @@ def is_run(path: Path) -> bool:
 
 
 class Run:
-    """An open run folder: metrics, TensorBoard, tables and the summary."""
+    """An open run folder: metrics, TensorBoard, tables and the summary.
+
+    Rank 0 writes it; on the others every method does nothing.
+    """
 
     def __init__(self, options: RunOptions, config: Any, *, keep_steps: int | None = None) -> None:
         """Create or reopen the folder.
@@ -110,6 +114,17 @@ class Run:
         """
         self.path = options.output_dir
         self.source = None if keep_steps is None else options.resume_from
+        self.writes = ranks.first()
+        self.checkpoint_seconds = 60 * options.checkpoint_minutes
+        self._started = time.monotonic()
+        self._pending: list[tuple[Any, ...]] = []
+        self._flushed = time.monotonic()
+        self._metrics = self.path / "metrics.csv"
+        self._board = None
+        if self.writes:
+            self._open(options, config, keep_steps)
+
+    def _open(self, options: RunOptions, config: Any, keep_steps: int | None) -> None:
         try:
             if is_run(self.path) and (self.source is None or not continues_there(options)):
                 remove_run(self.path)
@@ -118,13 +133,8 @@ class Run:
             raise InputError(f"{self.path}: cannot be written ({error.strerror})") from error
         with atomic_path(self.path / CONFIG_FILE) as temporary:
             write_toml(config, temporary)
-        self._started = time.monotonic()
-        self._pending: list[tuple[Any, ...]] = []
-        self._flushed = time.monotonic()
-        self._metrics = self.path / "metrics.csv"
         if self.source is None:
             self._write_metrics([])
-        self._board = None
         if options.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -141,6 +151,8 @@ class Run:
             last_validation: validations beyond it are left out.
         """
         assert self.source is not None
+        if not self.writes:
+            return
         self._write_metrics(read_metrics(resume_folder(self.source), last_step, last_validation))
 
     def _write_metrics(self, rows: list[list[str]]) -> None:
@@ -157,6 +169,8 @@ class Run:
 
     def log(self, step: int, epoch: int, part: str, values: Mapping[str, float | None]) -> None:
         """Add metrics of a step; undefined ones (None, NaN) are left out."""
+        if not self.writes:
+            return
         for name, value in values.items():
             if value is None or math.isnan(value):
                 continue
@@ -197,7 +211,8 @@ class Run:
 
     def write_ids(self, name: str, ids: tuple[str, ...]) -> None:
         """Write sample ids, one a line."""
-        write_text(self.path / name, "".join(f"{one}\n" for one in ids))
+        if self.writes:
+            write_text(self.path / name, "".join(f"{one}\n" for one in ids))
 
     def write_split(self, parts: Split) -> None:
         """Write the ids of each part."""
@@ -206,11 +221,13 @@ class Run:
 
     def write_table(self, name: str, header: list[str], rows: Any) -> None:
         """Write a tab-separated table."""
-        write_table(self.path / name, header, rows)
+        if self.writes:
+            write_table(self.path / name, header, rows)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json."""
-        write_text(self.path / "summary.json", json_text(summary))
+        if self.writes:
+            write_text(self.path / "summary.json", json_text(summary))
 
 
 def write_table(path: Path, header: list[str], rows: Any) -> None:

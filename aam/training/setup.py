@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import shutil
@@ -19,6 +20,7 @@ from aam import __version__
 from aam.config import RunOptions, to_dict
 from aam.data.splits import Split
 from aam.errors import InputError
+from aam.training import ranks
 from aam.training.prepare import Samples
 from aam_kernels import available_impls
 
@@ -26,13 +28,41 @@ COMPILERS = ("g++", "clang++", "c++")
 
 
 def make_fabric(options: RunOptions) -> Any:
-    """A launched Lightning Fabric on one device.
+    """A launched Lightning Fabric: this process's device, and the other ranks of the run.
 
     Raises:
-        InputError: the device does not exist, or cannot run the attention implementation.
+        InputError: the devices do not exist, cannot run the attention implementation, or are
+            others than torchrun or SLURM have started.
     """
     from lightning_fabric import Fabric
 
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # its import sets it lower
+    kind, index = _device(options)
+    layout = ranks.find_layout(_local_devices(options, kind), options.num_nodes)
+    if layout.size == 1:
+        fabric = Fabric(accelerator=kind, devices=1 if kind == "cpu" else [index])
+    else:
+        _check_several(options, kind, layout)
+        fabric = Fabric(
+            accelerator=kind,
+            devices=layout.local,
+            num_nodes=layout.nodes,
+            strategy="ddp",  # its processes and their group; a step adds up gradients itself
+            plugins=[_environment(layout)],
+        )
+    check_attention(options, torch.device(kind, index))
+    ranks.start_others(layout)
+    fabric.launch()
+    ranks.join(layout)
+    return fabric
+
+
+def _device(options: RunOptions) -> tuple[str, int]:
+    """Kind and index of ``--device``.
+
+    Raises:
+        InputError: there is no such device.
+    """
     name = options.device
     kind, _, index = name.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (index and not index.isdigit()):
@@ -40,19 +70,78 @@ def make_fabric(options: RunOptions) -> Any:
     count = torch.cuda.device_count()
     if kind == "cuda" and int(index or 0) >= count:
         raise InputError(f"--device {name}: torch sees {count} GPUs; use --device cpu")
-    if kind == "cpu" or (kind == "auto" and not count):
-        fabric = Fabric(accelerator="cpu", devices=1)
-    else:
-        fabric = Fabric(accelerator="cuda", devices=[int(index or 0)])
-    available = set.intersection(*map(set, available_impls(fabric.device).values()))
+    if kind == "auto":
+        kind = "cuda" if count else "cpu"
+    if index and (options.devices > 1 or options.data_parallel):
+        raise InputError(f"--device {name}: names one device; use --device {kind} for several")
+    return kind, int(index or 0)
+
+
+def _local_devices(options: RunOptions, kind: str) -> int:
+    """How many devices of this machine are asked for.
+
+    Raises:
+        InputError: --data-parallel means no certain number.
+    """
+    if not options.data_parallel:
+        return options.devices
+    if kind == "cpu":
+        raise InputError(
+            "--data-parallel: a CPU is one device; --devices N shares it among N processes"
+        )
+    count = torch.cuda.device_count()
+    if options.devices not in (1, count):
+        raise InputError(
+            f"--devices {options.devices} with --data-parallel, which means all {count}: use one "
+            "of the two"
+        )
+    return count
+
+
+def _check_several(options: RunOptions, kind: str, layout: ranks.Layout) -> None:
+    """Refuse more processes than devices.
+
+    Raises:
+        InputError: says how many there are.
+    """
+    count = torch.cuda.device_count()
+    if kind != "cuda" or layout.local <= count:
+        return
+    if layout.starter == "aam":
+        raise InputError(f"--devices {layout.local}: torch sees {count} GPUs")
+    raise InputError(
+        f"{layout.starter} started {layout.local} processes on this machine, each sees {count} "
+        "GPUs: every process must see all GPUs of its machine (srun: --gpus-per-node, not "
+        "--gpus-per-task)"
+    )
+
+
+def _environment(layout: ranks.Layout) -> Any:
+    """Fabric's view of who started the processes."""
+    from lightning_fabric.plugins import environments
+
+    if layout.starter == "torchrun":
+        return environments.TorchElasticEnvironment()
+    return (
+        environments.SLURMEnvironment(auto_requeue=False)
+        if layout.starter == "slurm"
+        else environments.LightningEnvironment()
+    )
+
+
+def check_attention(options: RunOptions, device: torch.device) -> None:
+    """Refuse an attention implementation that this device does not have.
+
+    Raises:
+        InputError: lists those that it has.
+    """
+    available = set.intersection(*map(set, available_impls(device).values()))
     chosen = options.attn_implementation
     if chosen not in ("auto", *available):
         raise InputError(
-            f"--attn-implementation {chosen}: not available on {fabric.device} in this "
+            f"--attn-implementation {chosen}: not available on {device} in this "
             f"installation; choose auto, {', '.join(sorted(available))}"
         )
-    fabric.launch()
-    return fabric
 
 
 def pick_device(name: str, attn_implementation: Any = "auto") -> torch.device:
