@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from aam.data.facts import DataFact, name_some
+from aam.data.rows import offsets_of, ranges
 from aam.data.table import FeatureTable
 from aam.data.texts import Texts
-from aam.data.tokens import MappedTokens, ResidentTokens, offsets_of, ranges
+from aam.data.tokens import MappedTokens, ResidentTokens
 from aam.errors import InputError
 from aam_kernels import Ragged
 

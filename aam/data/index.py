@@ -37,9 +37,9 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from aam.data.facts import one_line
+from aam.data.rows import ranges, row_blocks
 from aam.data.table import FeatureTable, check_depth
 from aam.data.texts import Texts
-from aam.data.tokens import ranges
 from aam.errors import InputError
 
 FORMAT = 1
@@ -48,8 +48,6 @@ _END_BYTES = 2**20
 """Bytes of each end of a file that are hashed, to tell whether it changed."""
 _BYTES_AN_ENTRY, _BYTES_A_FEATURE = 50, 800
 """Memory of a table that is read as a whole, at its highest (measured, 10,000 x 100,000)."""
-_BLOCK_ENTRIES = 2**20
-"""Entries copied at once."""
 
 
 @dataclass(frozen=True)
@@ -221,16 +219,6 @@ def mapped_counts(
     matrix = sp.csr_array((counts, columns, row_starts.astype(columns.dtype)), shape=shape)
     matrix.has_sorted_indices = matrix.has_canonical_format = True  # known, not looked up
     return matrix
-
-
-def row_blocks(row_starts: NDArray[Any]) -> Iterator[slice]:
-    """Rows in parts of about `_BLOCK_ENTRIES` entries, one row at the least."""
-    low = 0
-    while low < len(row_starts) - 1:
-        fits = int(np.searchsorted(row_starts, row_starts[low] + _BLOCK_ENTRIES, side="right")) - 1
-        high = max(fits, low + 1)
-        yield slice(low, high)
-        low = high
 
 
 def _describe(path: Path, options: dict[str, Any]) -> dict[str, Any]:

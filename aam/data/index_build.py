@@ -16,7 +16,8 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from aam.data.facts import one_line
-from aam.data.index import Scratch, mapped_counts, row_blocks
+from aam.data.index import Scratch, mapped_counts
+from aam.data.rows import row_blocks
 from aam.data.sequences import read_fasta
 from aam.data.table import FeatureTable, check_depth, draw_reads, read_table
 from aam.data.table_files import check_ids

@@ -2,8 +2,10 @@
 
 The nodes of the tree stand in post-order, so the tips below any branch are one contiguous
 range of tips, and the reads of a sample below a branch are a difference of two cumulative
-sums. That gives every sample a sparse row over the branches that it reaches; a sample of 100
-to 400 ASVs reaches about 1,000 branches, whatever the size of the tree.
+sums. A sample's branches are found by walking up from its own tips: the walk from a tip ends
+where the branch also holds the sample's next tip, whose walk goes on. That gives every sample a
+sparse row over the branches that it reaches, each found once and in order; a sample of 100 to
+400 ASVs reaches about 1,000 branches, and neither the time nor the memory follows the tree.
 
 Every UniFrac metric follows from one overlap. Branch b has the length l_b, sample i has the
 value v_ib = l_b [reads below b > 0] (unweighted) or l_b (share of reads below b) (weighted),
@@ -33,7 +35,10 @@ import scipy.sparse
 from numpy.typing import ArrayLike, NDArray
 
 from aam.data.facts import DataFact, name_some
+from aam.data.rows import ranges, row_blocks
+from aam.data.texts import Texts, match_names
 from aam.data.tree import Phylogeny, read_tree
+from aam.data.tree_walk import Reached, TreeWalk
 from aam.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,13 +54,19 @@ _BLOCK_BYTES = 64 * 2**20
 _BLOCK_SAMPLES = 128
 """Widest dense block: 128 columns measured fastest for both kinds of overlap (64 to 428)."""
 
+_FAITH_ROWS = 1024
+"""Samples whose Faith PD is computed together."""
+
+_KEPT_ENTRIES = 2**20
+"""Tables of at most so many entries keep their samples' branches: about 100 MB then."""
+
 
 class UniFrac:
     """UniFrac distances between the samples of a table, exact in float64.
 
-    Construction shears the tree to the table's features and keeps, for every sample, the
-    branches that it reaches: 12 bytes for each (sample, branch), i.e. about 12 KB a sample of
-    100 to 400 ASVs (ibd: 428 samples, 442,000 pairs, 5.3 MB). Nothing of the size samples x
+    Construction shears the tree to the table's features. The branches that a sample reaches are
+    found when its distances are asked for, and kept where the table is small: 12 bytes for each
+    (sample, branch), i.e. about 12 KB a sample of 100 to 400 ASVs. Nothing of the size samples x
     branches is ever held: dense work is done in blocks of at most 64 MB.
 
     Args:
@@ -81,7 +92,7 @@ class UniFrac:
         metric: str = "unweighted",
         drop_missing: bool = False,
     ) -> None:
-        """Shear the tree and find the branches that every sample reaches."""
+        """Shear the tree to the features of the table."""
         if metric not in METRICS:
             raise InputError(f"unknown UniFrac metric {metric!r}; choose {', '.join(METRICS)}")
         if not isinstance(tree, Phylogeny):
@@ -89,21 +100,32 @@ class UniFrac:
         self.metric = metric
         self.sample_ids = tuple(table.sample_ids)
         self.facts: list[DataFact] = []
-        self.tree, counts = self._match(table, tree, drop_missing)
-        self._check_reads(table, counts)
-        self._reach(counts)
+        self._counts = table.counts
+        self._tip_of_column = self._match(table, tree, drop_missing)
+        self._check_reads(table)
+        self._walk = TreeWalk(self.tree)
+        self._kept: Reached | None = None
 
-    def _reach(self, counts: scipy.sparse.csr_array) -> None:
-        """Find the branches of every sample; counts (samples, tips)."""
-        used = self.tree.length > 0
-        self._branches, self._faith_pd = _branch_rows(
-            counts,
-            self.tree.tip_start[used],
-            self.tree.tip_stop[used],
-            self.tree.length[used],
-            weighted=self.metric != "unweighted",
-        )
-        self._total = self._branches.sum(axis=1)
+    def _reached(self, rows: NDArray[np.int64]) -> Reached:
+        """The branches of some samples."""
+        if self._counts.nnz > _KEPT_ENTRIES:
+            return self._find(rows)
+        if self._kept is None:
+            self._kept = self._find(np.arange(len(self)))
+        return self._kept.take(rows)
+
+    def _find(self, rows: NDArray[np.int64]) -> Reached:
+        """Walk up the tree from the tips of some samples."""
+        starts = self._counts.indptr[rows].astype(np.int64)
+        lengths = self._counts.indptr[rows + 1] - starts
+        entries = ranges(starts, lengths)
+        tips = self._tip_of_column[self._counts.indices[entries]]
+        sample = np.repeat(np.arange(len(rows)), lengths)
+        keys = sample * self._walk.tips + tips
+        order = np.argsort(keys, kind="stable")
+        order = order[tips[order] >= 0]
+        reads = self._counts.data[entries[order]]
+        return self._walk.reach(keys[order], reads, len(rows), self.metric != "unweighted")
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -112,20 +134,24 @@ class UniFrac:
     def pairwise(self, rows: ArrayLike) -> NDArray[np.float64]:
         """Distances between the samples ``rows`` (n,): (n, n) float64, 0 on the diagonal."""
         rows = self._row_numbers(rows)
+        reached = self._reached(rows).compressed()
         distances = np.empty((len(rows), len(rows)))
-        for low, high in self._blocks(rows):
+        for low, high in _blocks(len(rows), reached.branches.shape[1]):
             # Columns low to high - 1 against all rows from low on: the lower triangle.
-            distances[low:, low:high] = self._distances(rows[low:], rows[low:high])
-            distances[low:high, low:] = distances[low:, low:high].T
+            below = self._distances(reached.part(low, len(rows)), reached.part(low, high))
+            distances[low:, low:high] = below
+            distances[low:high, low:] = below.T
         np.fill_diagonal(distances, 0.0)
         return distances
 
     def cross(self, rows_a: ArrayLike, rows_b: ArrayLike) -> NDArray[np.float64]:
         """Distances from the samples ``rows_a`` (n,) to ``rows_b`` (m,): (n, m) float64."""
         rows_a, rows_b = self._row_numbers(rows_a), self._row_numbers(rows_b)
+        reached = self._reached(np.concatenate((rows_a, rows_b))).compressed()
+        a, b = reached.part(0, len(rows_a)), reached.part(len(rows_a), len(reached))
         distances = np.empty((len(rows_a), len(rows_b)))
-        for low, high in self._blocks(rows_b):
-            distances[:, low:high] = self._distances(rows_a, rows_b[low:high])
+        for low, high in _blocks(len(rows_b), reached.branches.shape[1]):
+            distances[:, low:high] = self._distances(a, b.part(low, high))
         distances[rows_a[:, None] == rows_b] = 0.0
         return distances
 
@@ -137,7 +163,7 @@ class UniFrac:
         """
         other = copy.copy(self)
         other.sample_ids = tuple(map(str, range(counts.shape[0])))
-        other._reach(scipy.sparse.csr_array(counts[:, self._columns]))
+        other._counts, other._kept = counts, None
         return other
 
     def all_pairs(self) -> NDArray[np.float64]:
@@ -149,31 +175,29 @@ class UniFrac:
 
         In units of the tree's branch lengths; the path to the root is included.
         """
-        return self._faith_pd[self._row_numbers(rows)]
+        rows = self._row_numbers(rows)
+        parts = [self._reached(part) for part in np.array_split(rows, len(rows) // _FAITH_ROWS + 1)]
+        return np.concatenate([part.faith_pd for part in parts])
 
-    def _match(
-        self, table: FeatureTable, tree: Phylogeny, drop_missing: bool
-    ) -> tuple[Phylogeny, scipy.sparse.csr_array]:
-        """The sheared tree, and the table's counts with its columns in the order of the tips."""
-        tip_of_name = {name: tip for tip, name in enumerate(tree.tip_names)}
-        tips = np.array([tip_of_name.get(name, -1) for name in table.feature_ids], dtype=np.int64)
-        if (tips < 0).any():  # sequences may be written in lower case in the tree
-            tip_of_name = {name.upper(): tip for name, tip in tip_of_name.items()}
-            for column in np.flatnonzero(tips < 0):
-                tips[column] = tip_of_name.get(table.feature_ids[column], -1)
+    def _match(self, table: FeatureTable, tree: Phylogeny, drop_missing: bool) -> NDArray[np.int64]:
+        """Shear the tree; return each feature's tip in it, -1 where it has none."""
+        tips = match_names(table.feature_ids, tree.tip_names)
         missing = np.flatnonzero(tips < 0)
+        if len(missing):  # sequences may be written in lower case in the tree
+            wanted = Texts.of(table.feature_ids).take(missing)
+            tips[missing] = match_names(wanted, Texts.of(tree.tip_names).upper())
+            missing = np.flatnonzero(tips < 0)
         if len(missing):
             self._report_missing(table, tree, missing, drop_missing)
-        present = np.flatnonzero(tips >= 0)
         kept = np.zeros(len(tree.tip_names), dtype=bool)
-        kept[tips[present]] = True
-        self._columns = present[np.argsort(tips[present])]
-        return tree.shear(kept), scipy.sparse.csr_array(table.counts[:, self._columns])
+        kept[tips[tips >= 0]] = True
+        self.tree = tree.shear(kept)
+        return np.where(tips >= 0, np.cumsum(kept)[tips] - 1, -1)
 
     def _report_missing(
         self, table: FeatureTable, tree: Phylogeny, missing: NDArray[np.int64], drop_missing: bool
     ) -> None:
-        names = [table.feature_ids[column] for column in missing[:4]]
+        names = [table.feature_ids[int(column)] for column in missing[:4]]
         if len(missing) == len(table.feature_ids):
             raise InputError(
                 f"{tree.source}: none of the {len(missing)} features of {table.source} is a tip "
@@ -187,7 +211,10 @@ class UniFrac:
                 "that holds them, or leave them out with --drop-missing-tips"
             )
         total = float(table.counts.sum())
-        share = float(table.counts[:, missing].sum()) / total if total else 0.0
+        is_missing = np.zeros(table.counts.shape[1], dtype=bool)
+        is_missing[missing] = True
+        lost = table.counts.data[is_missing[table.counts.indices]].sum()
+        share = float(lost) / total if total else 0.0
         self.facts.append(
             DataFact(
                 what="features left out of UniFrac: not in the tree",
@@ -197,8 +224,16 @@ class UniFrac:
             )
         )
 
-    def _check_reads(self, table: FeatureTable, counts: scipy.sparse.csr_array) -> None:
-        empty = np.flatnonzero(np.diff(counts.indptr) == 0)
+    def _check_reads(self, table: FeatureTable) -> None:
+        counts = table.counts
+        on_tree = np.diff(counts.indptr)
+        if self.facts:
+            for part in row_blocks(counts.indptr):
+                low, high = counts.indptr[part.start], counts.indptr[part.stop]
+                missing = self._tip_of_column[counts.indices[low:high]] < 0
+                rows = np.repeat(np.arange(part.start, part.stop), on_tree[part])
+                on_tree -= np.bincount(rows[missing], minlength=len(on_tree))
+        empty = np.flatnonzero(on_tree == 0)
         if len(empty):
             names = [table.sample_ids[row] for row in empty[:4]]
             where = " on tips of the tree" if self.facts else ""
@@ -216,18 +251,10 @@ class UniFrac:
             )
         return numbers
 
-    def _blocks(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-        """Ranges of ``rows`` whose dense block stays within the memory budget."""
-        width = max(1, min(_BLOCK_SAMPLES, _BLOCK_BYTES // (8 * (self._branches.shape[1] + 1))))
-        for low in range(0, len(rows), width):
-            yield low, min(low + width, len(rows))
-
-    def _distances(
-        self, rows_a: NDArray[np.int64], rows_b: NDArray[np.int64]
-    ) -> NDArray[np.float64]:
-        """Distances (n, m) where the m samples ``rows_b`` fit one dense block."""
-        overlap = self._overlap(rows_a, rows_b)
-        total = self._total[rows_a][:, None] + self._total[rows_b]
+    def _distances(self, a: Reached, b: Reached) -> NDArray[np.float64]:
+        """Distances (n, m) where the m samples of b fit one dense block."""
+        overlap = self._overlap(a.branches, b.branches)
+        total = a.total[:, None] + b.total
         if self.metric == "weighted":
             return np.maximum(total - 2.0 * overlap, 0.0)
         shared, whole = (
@@ -237,23 +264,29 @@ class UniFrac:
         shared_part = np.divide(shared, whole, out=np.ones_like(whole), where=whole > 0)
         return np.maximum(1.0 - shared_part, 0.0)
 
-    def _overlap(self, rows_a: NDArray[np.int64], rows_b: NDArray[np.int64]) -> NDArray[np.float64]:
+    def _overlap(self, a: scipy.sparse.csr_array, b: scipy.sparse.csr_array) -> NDArray[np.float64]:
         """M (n, m): the sum over the branches of the smaller of the two samples' values."""
-        a, b = self._branches[rows_a], self._branches[rows_b]
         # Only branches that a sample of b reaches can overlap; the dense block holds no others.
         reached = np.zeros(b.shape[1], dtype=bool)
         reached[b.indices] = True
         slot = np.cumsum(reached) - 1
-        dense = np.zeros((int(slot[-1]) + 1 if len(slot) else 0, len(rows_b)))
-        columns = np.repeat(np.arange(len(rows_b)), np.diff(b.indptr))
+        dense = np.zeros((int(slot[-1]) + 1 if len(slot) else 0, b.shape[0]))
+        columns = np.repeat(np.arange(b.shape[0]), np.diff(b.indptr))
         dense[slot[b.indices], columns] = 1.0 if self.metric == "unweighted" else b.data
         kept = reached[a.indices]
         starts = np.concatenate(([0], np.cumsum(kept)))[a.indptr]
         branches, values = slot[a.indices[kept]], a.data[kept]
         if self.metric == "unweighted":  # min(l, l) = l where both are present: a product
-            rows = scipy.sparse.csr_array((values, branches, starts), (len(rows_a), len(dense)))
+            rows = scipy.sparse.csr_array((values, branches, starts), (a.shape[0], len(dense)))
             return rows @ dense
         return _sum_of_minima(starts, branches, values, dense)
+
+
+def _blocks(samples: int, branches: int) -> Iterator[tuple[int, int]]:
+    """Ranges of samples whose dense block stays within the memory budget."""
+    width = max(1, min(_BLOCK_SAMPLES, _BLOCK_BYTES // (8 * (branches + 1))))
+    for low in range(0, samples, width):
+        yield low, min(low + width, samples)
 
 
 def _sum_of_minima(
@@ -272,39 +305,3 @@ def _sum_of_minima(
         np.minimum(smaller, values[low:high, None], out=smaller)
         np.sum(smaller, axis=0, out=result[row])
     return result
-
-
-def _branch_rows(
-    counts: scipy.sparse.csr_array,
-    tip_start: NDArray[np.int64],
-    tip_stop: NDArray[np.int64],
-    length: NDArray[np.float64],
-    *,
-    weighted: bool,
-) -> tuple[scipy.sparse.csr_array, NDArray[np.float64]]:
-    """The values v (samples, branches) of every sample, and its Faith PD (samples,).
-
-    Works on dense blocks of few samples: they stay in the processor's cache.
-    """
-    samples, tips = counts.shape
-    width = max(1, min(16, _BLOCK_BYTES // (8 * (2 * len(length) + tips + 1))))
-    starts = np.zeros(samples + 1, dtype=np.int64)
-    all_branches: list[NDArray[np.int32]] = []
-    all_values: list[NDArray[np.float64]] = []
-    faith_pd = np.zeros(samples)
-    for low in range(0, samples, width):
-        block = counts[low : low + width].toarray()
-        reads_before = np.zeros((len(block), tips + 1), dtype=np.int64)
-        np.cumsum(block, axis=1, out=reads_before[:, 1:])
-        for row, before in enumerate(reads_before, start=low):
-            reads = before[tip_stop] - before[tip_start]
-            branches = np.flatnonzero(reads)
-            lengths = length[branches]
-            faith_pd[row] = lengths.sum()
-            starts[row + 1] = starts[row] + len(branches)
-            all_branches.append(branches.astype(np.int32))
-            all_values.append(lengths * (reads[branches] / before[-1]) if weighted else lengths)
-    data = np.concatenate(all_values) if all_values else np.empty(0)
-    indices = np.concatenate(all_branches) if all_branches else np.empty(0, dtype=np.int32)
-    rows = scipy.sparse.csr_array((data, indices, starts), shape=(samples, len(length)))
-    return rows, faith_pd

@@ -83,6 +83,12 @@ class Texts(Sequence[str]):
         """The first ``most`` bytes of each string."""
         return Texts(self.buffer, self.starts, np.minimum(self.stops, self.starts + most))
 
+    def upper(self) -> Texts:
+        """The strings with a to z in upper case; the bytes are copied."""
+        buffer = self.buffer.copy()
+        buffer[(buffer >= ord("a")) & (buffer <= ord("z"))] -= ord("a") - ord("A")
+        return Texts(buffer, self.starts, self.stops)
+
     def padded(self, index: NDArray[Any], skip: int = 0, width: int = 0) -> NDArray[np.uint8]:
         """Bytes ``skip`` to ``skip + width`` of some strings: ``(n, width)``, 0 past the end.
 

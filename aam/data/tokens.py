@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from aam.data.rows import offsets_of, ranges
 from aam.data.sequences import START, TOKEN_OF_BYTE, tokenize
 from aam.data.texts import Texts
 from aam_kernels import Ragged
@@ -86,17 +86,3 @@ class MappedTokens:
         values = _TOKEN_OF_LINE[self.buffer[ranges(self.starts[asv_ids], lengths)]]
         most = int(lengths.max(initial=0))
         return Ragged(torch.from_numpy(values), offsets_of(lengths), most).to(self.device)
-
-
-def ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return starts[0]..starts[0]+lengths[0], then the same for 1, 2, ... in one array."""
-    ends = np.cumsum(lengths)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.repeat(starts - (ends - lengths), lengths) + np.arange(total)
-
-
-def offsets_of(lengths: NDArray[np.int64]) -> Tensor:
-    """Return ``(n + 1,)`` int32 offsets of rows of these lengths."""
-    offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
-    np.cumsum(lengths, out=offsets[1:])
-    return torch.from_numpy(offsets)

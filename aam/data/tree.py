@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aam.data.facts import name_some
+from aam.data.newick import parse_newick
 from aam.data.sequences import read_fasta, read_qza_member
+from aam.data.texts import Texts
 from aam.errors import InputError
 
 
@@ -31,7 +33,7 @@ class Phylogeny:
         source: the file, for messages.
     """
 
-    tip_names: tuple[str, ...]
+    tip_names: Sequence[str]
     parent: NDArray[np.int64]
     length: NDArray[np.float64]
     tip_start: NDArray[np.int64]
@@ -70,7 +72,7 @@ class Phylogeny:
         run_of_node[alive] = np.cumsum(opens_run) - 1
         parent = self.parent[alive[run_top]]
         return Phylogeny(
-            tip_names=tuple(np.asarray(self.tip_names, dtype=object)[kept]),
+            tip_names=Texts.of(self.tip_names).take(kept),
             parent=np.where(parent >= 0, run_of_node[parent], -1),
             length=np.add.reduceat(self.length[alive], run_start),
             tip_start=start[run_start],
@@ -95,6 +97,26 @@ def read_tree(path: str | Path, *, sequences: str | Path | None = None) -> Phylo
             or a non-finite one, tips without a name or with the same name.
     """
     path = Path(path)
+    plain = parse_newick(_read_bytes(path))
+    tree = _read_any(path) if plain is None else Phylogeny(*plain, str(path))
+    return tree if sequences is None else tree.rename(read_fasta(Path(sequences)))
+
+
+def _read_bytes(path: Path) -> NDArray[np.uint8]:
+    """The text of the tree, memory-mapped where it is a file of its own."""
+    try:
+        if path.suffix.lower() == ".qza":
+            content = read_qza_member(path, "data/tree.nwk", "Phylogeny[Rooted]")
+            return np.frombuffer(content, dtype=np.uint8)
+        if path.stat().st_size == 0:
+            return np.empty(0, dtype=np.uint8)
+        return np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the tree: {error.strerror}") from error
+
+
+def _read_any(path: Path) -> Phylogeny:
+    """Read a tree by scikit-bio, node by node, and check it."""
     root = _parse_newick(path)
     nodes = list(root.postorder(include_self=True))
     number = {id(node): position for position, node in enumerate(nodes)}
@@ -116,9 +138,9 @@ def read_tree(path: str | Path, *, sequences: str | Path | None = None) -> Phylo
         tip_stop[position] = len(tips)
     length[-1] = 0.0
     _check_tips(path, tips)
-    tree = Phylogeny(tuple(tips), parent, length, tip_start, tip_stop, str(path))
+    tree = Phylogeny(Texts.of(tips), parent, length, tip_start, tip_stop, str(path))
     _check_lengths(tree)
-    return tree if sequences is None else tree.rename(read_fasta(Path(sequences)))
+    return tree
 
 
 def _parse_newick(path: Path) -> Any:
@@ -126,7 +148,12 @@ def _parse_newick(path: Path) -> Any:
     from skbio import TreeNode
     from skbio.io import NewickFormatError
 
-    text = _read_text(path)
+    try:
+        text = _read_bytes(path).tobytes().decode()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}: not a text file; expected a tree in Newick format (.nwk)"
+        ) from error
     if not text.strip():
         raise InputError(f"{path}: the file is empty; expected a tree in Newick format")
     if not text.rstrip().endswith(";"):
@@ -143,19 +170,6 @@ def _parse_newick(path: Path) -> Any:
         raise InputError(f"{path}: not a tree in Newick format: {reason}") from error
     _check_single_tree(path, text)
     return root
-
-
-def _read_text(path: Path) -> str:
-    try:
-        if path.suffix.lower() == ".qza":
-            return read_qza_member(path, "data/tree.nwk", "Phylogeny[Rooted]").decode()
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the tree: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: not a text file; expected a tree in Newick format (.nwk)"
-        ) from error
 
 
 def _check_single_tree(path: Path, text: str) -> None:
