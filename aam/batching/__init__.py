@@ -1,5 +1,18 @@
-"""Which samples share a step."""
+"""Which samples share a step, and how much memory it takes."""
 
-from aam.batching.planner import EpochPlan
+from aam.batching.memory import Calibration, CostModel, StepSize, fit, memory_budget
+from aam.batching.meter import Meter
+from aam.batching.planner import Contents, EpochPlan, MemoryPlan, Oversize
 
-__all__ = ["EpochPlan"]
+__all__ = [
+    "Calibration",
+    "Contents",
+    "CostModel",
+    "EpochPlan",
+    "MemoryPlan",
+    "Meter",
+    "Oversize",
+    "StepSize",
+    "fit",
+    "memory_budget",
+]

@@ -1,14 +1,27 @@
-"""The order of an epoch: every sample once, a pure function of (seed, epoch)."""
+"""The order of an epoch: every sample once, a pure function of (seed, epoch) and the cost model."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
+from aam.batching.memory import GIGABYTE, CostModel, StepSize
 from aam.errors import InputError
 
 MINIMUM_BATCH = 2  # a distance needs a pair
+WINDOW = 64  # samples that may wait for a batch with room for them
+FULL = 0.97  # of the budget: no further sample is looked for
+
+
+def _check_rows(rows: np.ndarray) -> None:
+    if len(rows) < MINIMUM_BATCH:
+        raise InputError(
+            f"{len(rows)} training samples: at least {MINIMUM_BATCH} are needed; "
+            "use more samples or a smaller --validation-fraction"
+        )
 
 
 @dataclass(frozen=True)
@@ -21,20 +34,17 @@ class EpochPlan:
     rows: np.ndarray  # (n,) rows of the dataset
     batch_size: int
     seed: int
+    option: str = "--batch-size"  # that gave the number
 
     def __post_init__(self) -> None:
         if self.batch_size < MINIMUM_BATCH:
             raise InputError(
-                f"--batch-size {self.batch_size}: at least {MINIMUM_BATCH} samples are needed"
+                f"{self.option} {self.batch_size}: at least {MINIMUM_BATCH} samples are needed"
             )
-        if len(self.rows) < MINIMUM_BATCH:
-            raise InputError(
-                f"{len(self.rows)} training samples: at least {MINIMUM_BATCH} are needed; "
-                "use more samples or a smaller --validation-fraction"
-            )
+        _check_rows(self.rows)
         if self.batch_size > len(self.rows):
             raise InputError(
-                f"--batch-size {self.batch_size} is larger than the {len(self.rows)} training "
+                f"{self.option} {self.batch_size} is larger than the {len(self.rows)} training "
                 "samples; choose a smaller one"
             )
 
@@ -48,3 +58,266 @@ class EpochPlan:
         order = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
         starts = np.arange(1, len(self)) * self.batch_size
         return np.split(order, starts)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What each sample of a dataset holds.
+
+    Without shared encodings every (sample, ASV) entry is an ASV of its own: ``asvs`` then counts
+    up, and ``lengths`` has one number an entry.
+    """
+
+    indptr: np.ndarray  # (samples + 1,) int64: entries of sample i are indptr[i]:indptr[i + 1]
+    asvs: np.ndarray  # (entries,) int64, indices of `lengths`
+    lengths: np.ndarray  # (distinct ASVs,) tokens to encode; 0 where they are known already
+    masked_share: float = 0.0  # of the tokens, of which a masked copy is encoded
+    mixtures: float = 0.0  # for each sample of a step
+    squares: bool = False  # whether the implementation holds attention matrices
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """ASVs of each sample, (samples,)."""
+        return np.diff(self.indptr)
+
+    def of(self, row: int) -> np.ndarray:
+        """ASVs of one sample."""
+        return self.asvs[self.indptr[row] : self.indptr[row + 1]]
+
+    def size(self, rows: Sequence[int] | np.ndarray) -> StepSize:
+        """The step of these samples in one piece, with as many mixtures as it has on average."""
+        distinct = np.unique(np.concatenate([self.of(row) for row in rows]))
+        lengths, counts = self.lengths[distinct], self.counts[np.asarray(rows)]
+        tokens, mixed = float(lengths.sum()), 1 + self.mixtures
+        matrices = float(np.square(lengths).sum() + mixed * np.square(counts).sum())
+        return StepSize(
+            tokens=tokens,
+            masked=self.masked_share * tokens,
+            asvs=len(distinct),
+            slots=mixed * float(counts.sum()),
+            samples=mixed * len(rows),
+            squares=matrices if self.squares else 0.0,
+            longest=float(counts.max()),
+        )
+
+
+@dataclass(frozen=True)
+class Oversize:
+    """A sample that does not fit into the memory, even with the smallest other one."""
+
+    row: int
+    asvs: int  # it has
+    needed: float  # bytes, for the two
+    keep: int  # ASVs with which the two would fit, whichever of its ASVs these are
+
+
+class MemoryPlan:
+    """Random batches of as many samples as fit into the memory.
+
+    Samples are taken in random order. One that does not fit any more waits, and later ones are
+    tried; it is among the first of the next batches. A batch is over the budget only where two
+    samples do not fit together and no other partner is there: such a batch has to be computed in
+    pieces (`CostModel.pieces_that_fit`).
+    """
+
+    def __init__(
+        self,
+        rows: np.ndarray,
+        contents: Contents,
+        model: CostModel,
+        budget: float,
+        seed: int,
+        *,
+        most: int | None = None,
+        window: int = WINDOW,
+        choices: int = 1,
+    ) -> None:
+        """Plan for a budget.
+
+        Args:
+            rows: (n,) rows of the dataset to train on.
+            contents: of every row of the dataset.
+            model: cost of a step.
+            budget: bytes.
+            seed: of the order.
+            most: samples of the largest batch; any number if None.
+            window: samples that may wait.
+            choices: of so many next samples, the one that shares most with the batch joins it;
+                1: the next one, which keeps batches independent draws.
+
+        Raises:
+            InputError: there are fewer than two samples, or a step of nothing is over the budget.
+        """
+        _check_rows(rows)
+        self.rows, self.contents, self.model, self.budget = rows, contents, model, budget
+        self.seed, self.most, self.window = seed, most or len(rows), window
+        self.choices = choices
+        self.room = budget / (1 + model.margin) - model.constant  # bytes, for what a step holds
+        if self.room <= 0:
+            raise InputError(
+                f"the memory to fill is {budget / GIGABYTE:.3g} GB, but without any sample "
+                f"training takes {model.constant * (1 + model.margin) / GIGABYTE:.3g} GB: give more"
+            )
+        tokens, masked, asvs, slots, samples, squares = model.rates
+        lengths, counts = contents.lengths.astype(np.float64), contents.counts
+        squares *= contents.squares
+        self.asv_cost = (tokens + masked * contents.masked_share) * lengths + asvs
+        self.asv_cost += squares * lengths**2
+        self.sample_cost = slots * counts + squares * counts.astype(np.float64) ** 2 + samples
+        self.sample_cost *= 1 + contents.mixtures
+        sums = np.concatenate([[0.0], np.cumsum(self.asv_cost[contents.asvs])])
+        self.alone = self.sample_cost + np.diff(sums[contents.indptr])
+
+    def batches(self, epoch: int) -> list[np.ndarray]:
+        """The rows of each batch of an epoch, at least two in each."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
+        filling = _Filling(self, order)
+        batches = []
+        while (batch := filling.next()) is not None:
+            batches.append(batch)
+        if len(batches[-1]) < MINIMUM_BATCH:
+            self._place_last(batches)
+        return [np.array(one) for one in batches]
+
+    def used(self, batches: Sequence[np.ndarray]) -> np.ndarray:
+        """Share of the budget that each batch is planned to take, in one piece."""
+        return np.array([self.model.bound(self.contents.size(one)) for one in batches]) / (
+            self.budget
+        )
+
+    def oversize(self) -> list[Oversize]:
+        """Samples that do not fit even with the smallest other one."""
+        by_cost = self.rows[np.argsort(self.alone[self.rows], kind="stable")]
+        found = []
+        for row in self.rows:
+            other = by_cost[1] if row == by_cost[0] else by_cost[0]
+            if self.alone[row] + self.alone[other] <= self.room:
+                continue
+            size = self.contents.size([row, other])
+            if (needed := self.model.bound(size)) > self.budget:
+                asvs = int(self.contents.counts[row])
+                found.append(Oversize(int(row), asvs, needed, self._keep(row, other)))
+        return found
+
+    def _keep(self, row: int, other: int) -> int:
+        """How many ASVs of `row` fit beside `other`, were they those that cost most."""
+        _, _, _, slots, samples, squares = self.model.rates
+        mixed = 1 + self.contents.mixtures
+        costs = np.sort(self.asv_cost[self.contents.of(row)])[::-1]
+        number = np.arange(1, len(costs) + 1)
+        own = np.cumsum(costs) + mixed * (slots * number + samples)
+        own += mixed * squares * self.contents.squares * number.astype(np.float64) ** 2
+        return int(np.searchsorted(own, self.room - self.alone[other], side="right"))
+
+    def _place_last(self, batches: list[list[int]]) -> None:
+        """Find a place for one sample that is left: with others, or with one of them."""
+        (row,) = batches.pop()
+        recent = batches[-self.window :]
+        for batch in reversed(recent):
+            if len(batch) < self.most and self._cost([*batch, row]) <= self.room:
+                batch.append(row)
+                return
+        partners = [
+            (self.alone[one], one, batch)
+            for batch in batches
+            if len(batch) > MINIMUM_BATCH
+            for one in batch
+        ]
+        if not partners:
+            min(recent, key=lambda batch: self._cost([*batch, row])).append(row)
+            return
+        _, partner, batch = min(partners, key=lambda one: one[:2])
+        batch.remove(partner)
+        batches.append([partner, row])
+
+    def _cost(self, rows: Sequence[int]) -> float:
+        """Bytes that these samples take together."""
+        distinct = np.unique(np.concatenate([self.contents.of(row) for row in rows]))
+        return float(self.asv_cost[distinct].sum() + self.sample_cost[list(rows)].sum())
+
+
+class _Filling:
+    """The batches of one epoch, one after the other."""
+
+    def __init__(self, plan: MemoryPlan, order: np.ndarray) -> None:
+        self.plan, self.order = plan, order
+        self.waiting: list[int] = []  # oldest first
+        self.place = 0  # in the order, of the next sample
+        self.taken = np.zeros(len(order), dtype=bool)  # out of turn
+        self.batch_of = np.full(len(plan.contents.lengths), -1, dtype=np.int32)  # of an ASV
+        self.number = -1
+
+    def next(self) -> list[int] | None:
+        """Rows of the next batch; None at the end."""
+        first = self._pull()
+        if first is None:
+            return None
+        self.number += 1
+        plan, batch, missed = self.plan, [first], list[int]()
+        left = plan.room - self._join(first)
+        while len(batch) < plan.most and len(missed) < plan.window:
+            if left < (1 - FULL) * plan.room and len(batch) >= MINIMUM_BATCH:
+                break
+            row = self._choose()
+            if row is None:
+                break
+            if plan.alone[row] > left and self._cost(row) > left:
+                missed.append(row)
+                continue
+            left -= self._join(row)
+            batch.append(row)
+        self.waiting = missed + self.waiting
+        if len(batch) < MINIMUM_BATCH and (partner := self._partner(left)) is not None:
+            batch.append(partner)
+        return batch
+
+    def _pull(self) -> int | None:
+        """The next sample: of those that wait, then of the order."""
+        if self.waiting:
+            return self.waiting.pop(0)
+        while self.place < len(self.order) and self.taken[self.place]:
+            self.place += 1
+        if self.place == len(self.order):
+            return None
+        self.place += 1
+        return int(self.order[self.place - 1])
+
+    def _choose(self) -> int | None:
+        """The next sample, or of the next few the one that shares most with the batch."""
+        if self.plan.choices == 1:
+            return self._pull()
+        few = [row for _ in range(self.plan.choices) if (row := self._pull()) is not None]
+        if not few:
+            return None
+        best = min(few, key=lambda row: self._cost(row) / self.plan.alone[row])
+        few.remove(best)
+        self.waiting = few + self.waiting
+        return best
+
+    def _partner(self, left: float) -> int | None:
+        """Another sample for a batch of one: the next that fits, else the one that costs least."""
+        plan = self.plan
+        remaining = self.place + np.flatnonzero(~self.taken[self.place :])
+        fits = remaining[plan.alone[self.order[remaining]] <= left]
+        if len(fits):
+            self.taken[fits[0]] = True
+            return int(self.order[fits[0]])
+        if not self.waiting and (row := self._pull()) is not None:
+            return row
+        if not self.waiting:
+            return None
+        best = min(self.waiting, key=self._cost)
+        self.waiting.remove(best)
+        return best
+
+    def _cost(self, row: int) -> float:
+        """Bytes by which a sample makes the batch larger."""
+        asvs = self.plan.contents.of(row)
+        new = asvs[self.batch_of[asvs] != self.number]
+        return float(self.plan.asv_cost[new].sum() + self.plan.sample_cost[row])
+
+    def _join(self, row: int) -> float:
+        """Add a sample to the batch; returns its cost."""
+        cost = self._cost(row)
+        self.batch_of[self.plan.contents.of(row)] = self.number
+        return cost
