@@ -27,6 +27,7 @@ from aam.model.encoder import EncoderShape
 from aam.training.evaluation import sample_embeddings
 from aam.training.loop import Trainer
 from aam.training.losses import DistanceLoss
+from aam.training.memory import Batching, contents_of
 from aam.training.objectives import PretrainObjective
 from benchmarks.baselines.padded_transformer import (
     STACKS,
@@ -151,12 +152,20 @@ def trainer_step(
     torch.manual_seed(0)
     data = problem(folder, token_limit, batch_size, share_asvs)
     encoder = CommunityEncoder(EncoderShape(token_limit=token_limit), recompute=recompute)
+    options = OptimizerOptions(batch_size=batch_size)
+    objective = PretrainObjective(encoder, PenaltyOptions(), data.distance_loss())
     trainer = Trainer(
         Fabric(accelerator="cpu", devices=1),
-        PretrainObjective(encoder, PenaltyOptions(), data.distance_loss()),
+        objective,
         data.dataset,
-        EpochPlan(np.arange(len(data.dataset)), batch_size, seed=0),
-        OptimizerOptions(batch_size=batch_size),
+        Batching(
+            np.arange(len(data.dataset)),
+            contents_of(data.dataset, objective),
+            options,
+            torch.device("cpu"),
+            seed=0,
+        ),
+        options,
         Unlogged(),
         validate=dict,
         best_metric="loss",

@@ -7,14 +7,12 @@ the others' results here. One process is the special case in which nothing has t
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-T = TypeVar("T")
+from torch.distributed.tensor import DTensor
 
 
 class Exchange:
@@ -63,22 +61,20 @@ class Exchange:
             return flag
         return bool(self.sum_(torch.tensor(int(flag), device=device)))
 
-    def tell(self, value: T) -> T:
-        """Rank 0's value, on every rank."""
-        if self.size == 1:
-            return value
-        box: list[Any] = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Add up the ranks' gradients, in one message for each dtype.
 
-        A parameter that no rank has a gradient of keeps None, as in one process.
+        A parameter that no rank has a gradient of keeps None, as in one process. Those of sharded
+        weights have been averaged as they arose.
         """
         if self.size == 1:
             return
-        own = list(parameters)
+        own = []
+        for one in parameters:
+            if not isinstance(one, DTensor):
+                own.append(one)
+            elif one.grad is not None:
+                one.grad.mul_(self.size)
         used = torch.tensor([one.grad is not None for one in own], dtype=torch.float32)
         device = own[0].device
         used = self.sum_(used.to(device)).cpu() > 0

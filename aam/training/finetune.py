@@ -20,12 +20,12 @@ from aam.model import CommunityEncoder, Predictor
 from aam.model.encoder import EncoderShape
 from aam.model.predictor import PredictorShape, category_codes
 from aam.option_files import flag
-from aam.training import baselines
+from aam.training import baselines, ranks
 from aam.training.checkpoint import MODEL_FILE, load_encoder, read_model, save_model
 from aam.training.evaluation import encode_asvs, predict_outputs, target_metrics
 from aam.training.loop import Trainer
 from aam.training.losses import DistanceLoss, TargetLoss
-from aam.training.memory import make_plan
+from aam.training.memory import make_batching
 from aam.training.objectives import FinetuneObjective
 from aam.training.predictions import in_units, prediction_cells, prediction_header
 from aam.training.prepare import (
@@ -120,7 +120,6 @@ def finetune(config: FinetuneConfig) -> Path:
         categories=categories,
     ).to(fabric.device)
     tell(samples)
-    plan = make_plan(train_rows, config.optimizer, config.run.seed)
     near = None if distances is None else distances.pairwise(train_rows[:16])
     description = {
         "command": "finetune",
@@ -162,7 +161,7 @@ def finetune(config: FinetuneConfig) -> Path:
         fabric,
         objective,
         dataset,
-        plan,
+        make_batching(train_rows, dataset, objective, config, fabric.device),
         config.optimizer,
         run,
         validate=task.validate,
@@ -172,6 +171,8 @@ def finetune(config: FinetuneConfig) -> Path:
         seed=config.run.seed,
     )
     trainer.train(state)
+    if not ranks.first():
+        return run.path
     save_model(run.path / MODEL_FILE, predictor, description)
     summary = run_facts(config, fabric, trainer, samples, parts, predictor, started)
     write_results(run, task, samples, summary)

@@ -82,12 +82,12 @@ def _describe_cost(
     table.add_row(
         "nucleotides an ASV", f"{lengths.min()} to {lengths.max()}, mean {lengths.mean():.0f}"
     )
-    plan = EpochPlan(rows, config.batch_size, config.seed)
+    plan = EpochPlan(rows, (config.batch_size or 8), config.seed)
     batches = [dataset.batch(one) for one in plan.batches(0)[:BATCHES_LOOKED_AT]]
     slots = np.array([len(batch.slots.values) for batch in batches])
     distinct = np.array([len(batch.asv_ids) for batch in batches])
     tokens = np.array([len(batch.tokens.values) for batch in batches])
-    table.add_row(f"steps an epoch (--batch-size {config.batch_size})", str(len(plan)))
+    table.add_row(f"steps an epoch (--batch-size {(config.batch_size or 8)})", str(len(plan)))
     table.add_row(
         "distinct ASVs a step",
         f"mean {distinct.mean():.0f} of {slots.mean():.0f} slots "

@@ -8,48 +8,34 @@ the same step when it is computed again in smaller pieces.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from aam.config import OptimizerOptions
 from aam.data.dataset import SampleDataset
 from aam.errors import InputError
+from aam.training import ranks
 from aam.training.checkpoint import FORMAT, load_state, save_state
 from aam.training.exchange import Exchange
-from aam.training.memory import MemoryGuard, step_size
+from aam.training.memory import Batching
 from aam.training.objectives import Objective
 from aam.training.progress import ProgressDisplay
 from aam.training.runs import CHECKPOINTS, Run, resume_checkpoint, say
 from aam.training.schedule import make_optimizer, make_state, set_learning_rate, warmup_cosine
+from aam.training.sharding import clip_gradients, load_module, load_optimizer, sharded_copy, whole
 from aam.training.step import Step
+from aam.training.stopping import Stopped, StopSignals
 
 LOWER_IS_BETTER = ("loss", "mae", "mse")
 LAST, BEST = "last.pt", "best.pt"
 REGULAR_BEST = "best-before-end.pt"  # the best, where the validation at the end was better
-CHECKPOINT_SECONDS = 600.0  # between validations a long epoch saves this often
-
-
-class Plan(Protocol):
-    """Which samples share a step."""
-
-    @property
-    def rows(self) -> np.ndarray:
-        """All samples of an epoch, as rows of the dataset."""
-        ...
-
-    def batches(self, epoch: int) -> Sequence[np.ndarray]:
-        """The rows of each step of an epoch."""
-        ...
 
 
 @dataclass
@@ -66,10 +52,6 @@ class Progress:
     validated: int = 0  # step of the last validation that was due
 
 
-class Interrupted(KeyboardInterrupt):
-    """The user asked to stop; the run is saved."""
-
-
 class Trainer:
     """Trains an objective on batches of a dataset."""
 
@@ -78,11 +60,10 @@ class Trainer:
         fabric: Any,
         objective: Objective,
         dataset: SampleDataset,
-        plan: Plan,
+        batching: Batching,
         options: OptimizerOptions,
         run: Run,
         *,
-        memory: MemoryGuard | None = None,
         validate: Callable[[], dict[str, float | None]],
         best_metric: str,
         description: dict[str, Any],
@@ -95,10 +76,9 @@ class Trainer:
             fabric: a launched Lightning Fabric.
             objective: the loss, in stages.
             dataset: the samples.
-            plan: which of them share a step.
+            batching: which of them share a step, and in how many pieces it fits the memory.
             options: how weights change.
             run: where it is logged.
-            memory: chooses the pieces of a step; None: one piece, whatever it takes.
             validate: validation metrics of the current weights.
             best_metric: the metric that chooses the best checkpoint.
             description: kept in every checkpoint beside the weights.
@@ -106,41 +86,42 @@ class Trainer:
             seed: of masks and dropout.
         """
         self.device = fabric.device
-        self.dataset, self.plan = dataset, plan
+        self.dataset, self.batching = dataset, batching
         self.options, self.run, self.validate = options, run, validate
         self.best_metric, self.description, self.config = best_metric, description, config
         self.seed = seed
         self.exchange = Exchange()
         self.objective = objective.to(self.device)
         self.exchange.same_weights(self.objective)
-        self.optimizer = make_optimizer(self.objective, options.lr, options.weight_decay)
+        # With fsdp the module that trains is another one, in parts; `objective` is filled from it.
+        self.sharded = config["run"]["strategy"] == "fsdp" and ranks.size() > 1
+        self.trained = sharded_copy(objective, self.device) if self.sharded else objective
+        self.optimizer = make_optimizer(self.trained, options.lr, options.weight_decay)
         make_state(self.optimizer)
-        self.compute = Step(self.objective, self.exchange)
-        self.memory = memory or MemoryGuard(self.device)
-        self.trainable = self.compute.parameters
-        self.scheduled_samples = options.epochs * len(plan.rows)
+        self._step = Step(self.trained, self.exchange, equal_calls=self.sharded)
+        self.scheduled_samples = options.epochs * len(batching.rows)
         self.progress = Progress()
-        self._stop = False
+        self.signals = StopSignals()
         self._saved = time.monotonic()
 
     @property
     def scheduled_steps(self) -> int:
         """Steps of the run, if all epochs are cut into as many as the first."""
-        steps = self.options.epochs * len(self.plan.batches(0))
+        steps = self.options.epochs * len(self.batching.batches(0))
         return min(steps, self.options.max_steps or steps)
 
     def train(self, state: dict[str, Any] | None) -> None:
         """Train to the end, from a checkpoint if one is given, and load the best weights.
 
         Raises:
-            Interrupted: Ctrl-C or SIGTERM; the run was saved first, and how to go on was said.
+            Stopped: Ctrl-C, SIGTERM or SIGUSR1; the run was saved first, and how to go on was said.
             InputError: see :meth:`resume` and :meth:`fit`.
         """
         if state is not None:
             self.resume(state)
         try:
             self.fit()
-        except Interrupted:
+        except Stopped:
             self.run.close()
             say(
                 f"saved at step {self.progress.step}; continue with "
@@ -148,7 +129,7 @@ class Trainer:
             )
             raise
         best = self.run.path / CHECKPOINTS / BEST
-        if best.is_file():
+        if ranks.first() and best.is_file():
             self.objective.load_state_dict(load_state(best)["objective"])
 
     def resume(self, state: dict[str, Any]) -> None:
@@ -158,16 +139,18 @@ class Trainer:
             InputError: the checkpoint does not fit the model.
         """
         try:
-            self.objective.load_state_dict(state["objective"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_module(self.trained, state["objective"])
+            load_optimizer(self.optimizer, state["optimizer"])
             self.progress = Progress(**state["progress"])
-            self.memory.load_state(state["memory"])
+            self.batching.load_state(state["memory"])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 "--resume-from: the checkpoint is of another model; use the run's own options"
             ) from error
         self.run.take_over_metrics(self.progress.step, self.progress.validated)
-        self._take_over_best()
+        if ranks.first():
+            self._take_over_best()
+        self.progress = Progress(**ranks.tell(asdict(self.progress)))
         say(f"continuing at step {self.progress.step}")
 
     def _take_over_best(self) -> None:
@@ -199,7 +182,7 @@ class Trainer:
         """Train to the end, validating on the way.
 
         Raises:
-            Interrupted: Ctrl-C or SIGTERM; the run was saved first.
+            Stopped: Ctrl-C, SIGTERM or SIGUSR1; the run was saved first.
             InputError: the loss is no longer finite, or a checkpoint cannot be written.
         """
         at = self.progress
@@ -208,31 +191,33 @@ class Trainer:
                 f"step {at.step} of {self.scheduled_steps} is reached already, nothing is left to "
                 "train; a larger --max-steps goes on"
             )
-        with (
-            ProgressDisplay(self.scheduled_steps, at.step) as display,
-            self._stop_on_signal(),
-        ):
-            batches = self.plan.batches(at.epoch)
+        with ProgressDisplay(self.scheduled_steps, at.step) as display, self.signals:
+            batches = self.batching.batches(at.epoch)
             while True:
                 if at.batch >= len(batches):
                     at.epoch, at.batch = at.epoch + 1, 0
-                    batches = self.plan.batches(at.epoch)
+                    batches = self.batching.batches(at.epoch)
                 ended = self._ended()
                 due = at.batch == 0 and at.epoch % self.options.validate_every == 0
                 if at.step > at.validated and (due or ended):
                     display.validated(at.step, self._validate(due))
-                stop = self.exchange.any(self._stop, self.device)
+                stop, late = self._asked()
                 if not stop and (ended or self._stopped_early()):
                     break
                 if not stop:
                     display.update(at.step + 1, at.epoch, self.step(batches[at.batch]))
-                late = time.monotonic() - self._saved > CHECKPOINT_SECONDS
-                stop = self.exchange.any(self._stop, self.device)
-                if stop or self.exchange.any(late, self.device):
+                    stop, late = self._asked()
+                if stop or late:
                     self.save(LAST)
                 if stop:
-                    raise Interrupted
+                    raise Stopped(stop)
         self.run.flush()
+
+    def _asked(self) -> tuple[int, bool]:
+        """The signal that asks to stop (0: none), and whether a checkpoint is due, on all ranks."""
+        late = ranks.first() and time.monotonic() - self._saved > self.run.checkpoint_seconds
+        asked = ranks.highest(2 * self.signals.number + late)
+        return asked // 2, asked % 2 == 1
 
     def _ended(self) -> bool:
         """Whether all epochs are done, or --max-steps."""
@@ -252,19 +237,12 @@ class Trainer:
         """
         started = time.perf_counter()
         at = self.progress
-        self.objective.train()
         rate = self.options.lr * warmup_cosine(
             at.samples, len(rows), self.scheduled_samples, self.options.warmup_fraction
         )
         set_learning_rate(self.optimizer, rate)
-
-        def compute(pieces: int) -> dict[str, float]:
-            torch.manual_seed(step_seed(self.seed, at.step))
-            return self.compute(self.dataset.batch(rows).to(self.device), pieces)
-
-        size = step_size(self.dataset, rows, self.objective, self.exchange.size)
-        terms, memory = self.memory.run(size, compute)
-        norm = float(nn.utils.clip_grad_norm_(self.trainable, self.options.clip))
+        terms, memory = self.batching.run(rows, self.compute)
+        norm = clip_gradients(self._step.parameters, self.options.clip)
         if not math.isfinite(terms["loss"]) or not math.isfinite(norm):
             raise InputError(
                 f"step {at.step + 1}: loss {terms['loss']:g}, gradient norm {norm:g}: not finite; "
@@ -285,6 +263,17 @@ class Trainer:
         self.run.log(at.step, at.epoch, "train", measured)
         return measured
 
+    def compute(self, rows: np.ndarray, pieces: int) -> dict[str, float]:
+        """Loss terms of a step, its gradients left in the weights; random as the step's number.
+
+        Raises:
+            StepTooLarge: the memory does not hold it; no gradients are left.
+        """
+        self.trained.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.manual_seed(step_seed(self.seed, self.progress.step))
+        return self._step(self.dataset.batch(rows).to(self.device), pieces)
+
     def _validate(self, due: bool) -> dict[str, float | None]:
         """Measure the validation part, keep the best weights, save.
 
@@ -292,12 +281,13 @@ class Trainer:
         checkpoint: a continued run would not have made it, and must equal an uninterrupted one.
         """
         at = self.progress
-        measured: dict[str, float | None] = {}
-        if self.exchange.rank == 0:
-            self.objective.eval()
-            with torch.no_grad():
-                measured = self.validate()
-        measured = self.exchange.tell(measured)
+        if self.sharded:
+            state = whole(self.trained.state_dict())
+            if ranks.first():
+                self.objective.load_state_dict(state)
+        self.objective.eval()
+        with torch.no_grad():
+            measured = ranks.on_first(self.validate)
         self.run.log(at.step, at.epoch, "validation", measured)
         if self.best_metric not in measured:
             raise InputError(
@@ -312,7 +302,7 @@ class Trainer:
         regular = replace(at)
         if better:
             folder = self.run.path / CHECKPOINTS
-            if not due and (folder / BEST).is_file():
+            if ranks.first() and not due and (folder / BEST).is_file():
                 os.replace(folder / BEST, folder / REGULAR_BEST)
             at.best, at.best_step = value, at.step
         if due:
@@ -334,41 +324,18 @@ class Trainer:
     def save(self, name: str, progress: Progress | None = None) -> None:
         """Write a checkpoint, with another progress than the run's if one is given."""
         self.run.flush()
-        save_state(
-            self.run.path / CHECKPOINTS / name,
-            {
-                "format": FORMAT,
-                "objective": self.objective.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "progress": asdict(progress or self.progress),
-                "memory": self.memory.state(),
-                "description": self.description,
-                "config": self.config,
-            },
-        )
+        state = {
+            "format": FORMAT,
+            "objective": whole(self.trained.state_dict()),
+            "optimizer": whole(self.optimizer.state_dict()),
+            "progress": asdict(progress or self.progress),
+            "memory": self.batching.state(),
+            "description": self.description,
+            "config": self.config,
+        }
+        if ranks.first():
+            save_state(self.run.path / CHECKPOINTS / name, state)
         self._saved = time.monotonic()
-
-    @contextlib.contextmanager
-    def _stop_on_signal(self) -> Iterator[None]:
-        """The first Ctrl-C or SIGTERM stops after the step; a second one at once."""
-
-        def stop(number: int, _frame: Any) -> None:
-            if self._stop:
-                raise KeyboardInterrupt
-            self._stop = True
-            say("stopping after this step; once more to stop at once, without saving")
-
-        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            for number in previous:
-                signal.signal(number, stop)
-        except ValueError:  # not the main thread: signals are the caller's
-            previous = {}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
 
 def step_seed(seed: int, step: int) -> int:

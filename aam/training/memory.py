@@ -1,67 +1,203 @@
-"""Steps within a memory budget, in pieces that fit; in smaller ones where they did not."""
+"""Which samples share a step and in how many pieces it is computed, within a memory budget.
+
+`Batching` joins the plan of an epoch with what steps are measured to take. Fixed steps (a number
+of samples) are cut into the fewest pieces that fit; filling steps hold as many samples as fit. A
+step that still runs out of memory is computed again, the same one, in smaller pieces.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from aam.batching import EpochPlan, StepSize
+from aam.batching import Calibration, Contents, CostModel, EpochPlan, MemoryPlan, Meter, StepSize
+from aam.batching import memory_budget as budget_of
 from aam.config import OptimizerOptions
 from aam.data.dataset import SampleDataset
 from aam.errors import InputError
+from aam.training import ranks
 from aam.training.objectives import Objective
 from aam.training.runs import say
 from aam.training.step import StepTooLarge
 
 DEFAULT_BATCH = 8
+CALIBRATION_STEPS = 10
+CALIBRATED_SHARE = 0.7  # of the budget, above which no larger calibration step is tried
+GB = 1e9
+Compute = Callable[[np.ndarray, int], dict[str, float]]
 
 
-def make_plan(rows: np.ndarray, options: OptimizerOptions, seed: int) -> EpochPlan:
-    """Which samples share a step."""
-    size = options.effective_batch_size or options.batch_size or DEFAULT_BATCH
-    return EpochPlan(rows, size, seed)
+class Batching:
+    """The samples of every step, and the pieces in which it fits into the memory."""
 
+    def __init__(
+        self,
+        rows: np.ndarray,
+        contents: Contents,
+        options: OptimizerOptions,
+        device: torch.device,
+        seed: int,
+        names: Sequence[str] = (),
+    ) -> None:
+        """Plan fixed steps; filling ones are planned once steps are measured.
 
-class MemoryGuard:
-    """Chooses the pieces of every step."""
+        Args:
+            rows: (n,) rows of the dataset to train on.
+            contents: what each sample of the dataset holds.
+            options: batch sizes and memory.
+            device: whose memory is filled.
+            seed: of the order.
+            names: sample ids, for messages.
+        """
+        self.rows, self.contents, self.options = rows, contents, options
+        self.seed, self.names = seed, names
+        self.meter = Meter.for_device(device)
+        self.limited = options.max_memory_gb is not None or options.max_memory_fraction is not None
+        whole, part = options.effective_batch_size, options.batch_size
+        self.least_pieces = 1
+        self.fixed: EpochPlan | None = None
+        if whole is not None:
+            self.fixed = EpochPlan(rows, whole, seed, "--effective-batch-size")
+            self.least_pieces = math.ceil(whole / part) if part else 1
+        elif part is not None or not self.limited:
+            size = part or min(DEFAULT_BATCH, len(rows))
+            self.fixed = EpochPlan(rows, size, seed)
+        self.calibration = Calibration()
+        self.budget = 0.0
+        self.failures = 0  # times that memory ran out
+        self.largest: StepSize | None = None  # a piece that did not fit
+        self._filling: MemoryPlan | None = None
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.failures = 0
-        self.largest: float | None = None  # tokens of a piece that did not fit
+    @property
+    def calibrates(self) -> bool:
+        """Whether steps are measured before the first one of training."""
+        return self.limited or self.options.effective_batch_size is not None
+
+    def prepare(self, compute: Compute) -> None:
+        """Set the budget and, where it decides anything, measure a few steps.
+
+        Called when data, weights and optimizer state are there. The steps are real ones, up to
+        the change of the weights.
+
+        Args:
+            compute: a step of some rows in some pieces; leaves no gradients.
+        """
+        if not self.budget:
+            self.budget = float(
+                budget_of(
+                    self.meter,
+                    max_memory_gb=self.options.max_memory_gb,
+                    max_memory_fraction=self.options.max_memory_fraction,
+                )
+            )
+        if not self.calibrates or self.calibration.model is not None:
+            return
+        order = np.random.default_rng([self.seed, CALIBRATION_STEPS]).permutation(self.rows)
+        compute(order[:2], 1)  # the first step of a process takes more than later ones
+        count, pieces, steps = 2, 1, 0
+        while steps < CALIBRATION_STEPS:
+            rows = order[:count]
+            size = self.size(rows)
+            try:
+                self.meter.reset()
+                compute(rows, pieces)
+            except StepTooLarge:
+                self._note_failure(size.split(pieces))
+                break
+            self.calibration.add(size.split(pieces), ranks.highest(self.meter.peak()))
+            steps += 1
+            if pieces == 1 and steps in (3, 5):
+                pieces = 3  # the same samples again: what pieces do not divide
+                continue
+            pieces = 1
+            if count == len(order):
+                break
+            count = min(len(order), 2 * count)
+            model = self.calibration.model
+            assert model is not None
+            if steps >= 4 and model.predict(self.size(order[:count])) > (
+                CALIBRATED_SHARE * self.budget
+            ):
+                break
+        model = self.calibration.model
+        if model is not None:
+            say(
+                f"memory: {self.budget / GB:.2f} GB to fill, {model.constant / GB:.2f} GB taken "
+                f"before a step; measured in {steps} steps"
+            )
+
+    def batches(self, epoch: int) -> Sequence[np.ndarray]:
+        """The rows of each step of an epoch."""
+        if self.fixed is not None:
+            return self.fixed.batches(epoch)
+        model = self.calibration.model
+        assert model is not None
+        if self._filling is None or self._filling.model != model:
+            self._filling = MemoryPlan(self.rows, self.contents, model, self.budget, self.seed)
+            self._check_oversize(self._filling)
+        return self._filling.batches(epoch)
+
+    def _check_oversize(self, plan: MemoryPlan) -> None:
+        """Say what becomes of samples that do not fit."""
+        found = plan.oversize()
+        if not found:
+            return
+        worst = max(found, key=lambda one: one.needed)
+        name = self.names[worst.row] if len(self.names) else str(worst.row)
+        what = (
+            f"{len(found)} samples do not fit into {self.budget / GB:.2f} GB in one piece "
+            f"(largest: {name}, {worst.asvs} ASVs, {worst.needed / GB:.2f} GB)"
+        )
+        if self.options.oversize == "error":
+            raise InputError(
+                f"{what}: give more memory, a smaller --token-limit or --oversize chunk"
+            )
+        say(f"{what}: computed in pieces")
+
+    def size(self, rows: np.ndarray) -> StepSize:
+        """What each rank holds of a step in one piece."""
+        return share_of(self.contents.size(rows), ranks.size())
 
     def pieces(self, size: StepSize) -> int:
         """Into how many pieces a step is cut."""
-        pieces = 1
-        while self.largest is not None and size.split(pieces).tokens >= self.largest:
+        pieces, model = self.least_pieces, self.calibration.model
+        if model is not None and self.calibrates:
+            found = model.pieces_that_fit(size, self.budget)
+            if found is None:
+                raise InputError(
+                    f"a step does not fit into {self.budget / GB:.2f} GB in pieces of any size "
+                    f"(at least {model.bound(size.split(1 << 12)) / GB:.2f} GB): give more memory"
+                )
+            pieces = max(pieces, found)
+        while self.largest is not None and _as_large(size.split(pieces), self.largest):
             pieces *= 2
-        return pieces
+        return ranks.highest(pieces)
 
-    def run(
-        self, size: StepSize, compute: Callable[[int], dict[str, float]]
-    ) -> tuple[dict[str, float], dict[str, float]]:
+    def run(self, rows: np.ndarray, compute: Compute) -> tuple[dict[str, float], dict[str, float]]:
         """Compute a step, again in twice as many pieces each time the memory is too small.
 
         Args:
-            size: what the step holds in one piece.
-            compute: the step in a number of pieces; leaves no gradients when it fails.
+            rows: the step's samples.
+            compute: the step of some rows in some pieces; leaves no gradients where it fails.
 
         Returns:
-            What the step returned, and what it took.
+            What the step returned, and what it took: pieces, predicted and measured memory.
 
         Raises:
             InputError: even the smallest pieces do not fit.
         """
+        size = self.size(rows)
         pieces = self.pieces(size)
         while True:
+            self.meter.reset()
             try:
-                terms = compute(pieces)
+                terms = compute(rows, pieces)
             except StepTooLarge:
-                self.failures += 1
-                self.largest = size.split(pieces).tokens
+                self._note_failure(size.split(pieces))
                 if pieces >= max(size.asvs, size.samples):
                     raise InputError(
                         "out of memory: a step does not fit even one sequence at a time; use a "
@@ -70,28 +206,98 @@ class MemoryGuard:
                 pieces *= 2
                 say(f"out of memory: the same step again in {pieces} pieces")
                 continue
-            return terms, {"pieces": float(pieces)}
+            return terms, self._measure(size.split(pieces), pieces)
+
+    def _measure(self, size: StepSize, pieces: int) -> dict[str, float]:
+        """Compare the peak with its prediction, and learn from it."""
+        peak = ranks.highest(self.meter.peak())
+        model, known = self.calibration.model, len(self.calibration.sizes)
+        found = {"pieces": float(pieces), "memory_gb": peak / GB}
+        if model is not None:
+            found["memory_predicted_gb"] = model.predict(size) / GB
+        if self.failures:
+            found["out_of_memory"] = float(self.failures)
+        if not self.calibrates and known < CALIBRATION_STEPS:
+            self.calibration.add(size, peak)
+        elif self.calibration.check(size, peak):
+            say(f"memory: predictions were off, fitted again ({self.calibration.refits} times)")
+        return found
+
+    def _note_failure(self, piece: StepSize) -> None:
+        self.failures += 1
+        self.largest = piece
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        return {"failures": self.failures, "largest": self.largest}
+        """What a checkpoint keeps: a resumed epoch is planned as the first time."""
+        planned = None if self._filling is None else self._filling.model.to_dict()
+        return {
+            "budget": self.budget,
+            "failures": self.failures,
+            "calibration": self.calibration.to_dict(),
+            "planned": planned,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what a checkpoint kept."""
-        self.failures, self.largest = state["failures"], state["largest"]
+        self.budget, self.failures = state["budget"], state["failures"]
+        self.calibration = Calibration.from_dict(state["calibration"])
+        if state["planned"] is not None and self.fixed is None:
+            model = CostModel.from_dict(state["planned"])
+            self._filling = MemoryPlan(self.rows, self.contents, model, self.budget, self.seed)
 
 
-def step_size(
-    dataset: SampleDataset, rows: np.ndarray, objective: Objective, ranks: int = 1
-) -> StepSize:
-    """What each of some ranks holds of a step in one piece."""
-    asvs = dataset.asvs_of(rows)
-    tokens = float(dataset.sequence_lengths[asvs].sum()) / ranks
-    mixtures = 1 + objective.mixtures
-    return StepSize(
-        tokens=0.0 if objective.frozen_asvs is not None else tokens,
-        masked=objective.masked_share * tokens,
-        asvs=float(len(asvs)),
-        slots=float(dataset.asv_count[rows].sum()) * mixtures / ranks,
-        samples=len(rows) * mixtures,
+def make_batching(
+    rows: np.ndarray,
+    dataset: SampleDataset,
+    objective: Objective,
+    config: Any,
+    device: torch.device,
+) -> Batching:
+    """The batching of a training command."""
+    return Batching(
+        rows,
+        contents_of(dataset, objective),
+        config.optimizer,
+        device,
+        config.run.seed,
+        dataset.sample_ids,
     )
+
+
+def contents_of(dataset: SampleDataset, objective: Objective) -> Contents:
+    """What each sample of a dataset holds, for an objective."""
+    starts, asvs = dataset.entries()
+    lengths = dataset.sequence_lengths
+    if objective.frozen_asvs is not None:
+        lengths = np.zeros_like(lengths)  # known already
+    if not dataset.share_asvs:
+        lengths, asvs = lengths[asvs], np.arange(len(asvs))
+    return Contents(
+        starts,
+        asvs,
+        lengths,
+        masked_share=objective.masked_share,
+        mixtures=objective.mixtures,
+        squares=objective.holds_matrices,
+    )
+
+
+def share_of(size: StepSize, count: int) -> StepSize:
+    """What each of some ranks holds of a step."""
+    return (
+        size
+        if count == 1
+        else StepSize(
+            size.tokens / count,
+            size.masked / count,
+            size.asvs,
+            max(size.slots / count, size.longest),
+            size.samples,
+            size.squares / count,
+            size.longest,
+        )
+    )
+
+
+def _as_large(one: StepSize, other: StepSize) -> bool:
+    return one.tokens >= other.tokens and one.slots >= other.slots

@@ -92,6 +92,11 @@ class Objective(nn.Module):
         """Share of the distinct ASVs of which a masked copy is encoded."""
         return self.penalties.masked_share if self.penalties.nucleotide_penalty else 0.0
 
+    @property
+    def holds_matrices(self) -> bool:
+        """Whether the attention implementation may hold squares of the lengths."""
+        return self.encoder.asv_encoder.stack.impl in ("math", "sdpa")
+
     def draw(self, batch: Batch) -> Work:
         """Draw mixtures and masks from torch's default generator."""
         raise NotImplementedError

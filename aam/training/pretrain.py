@@ -16,7 +16,7 @@ from aam.data.phylogeny import UniFrac
 from aam.errors import InputError
 from aam.model import CommunityEncoder
 from aam.model.encoder import EncoderShape
-from aam.training import baselines, metrics
+from aam.training import baselines, metrics, ranks
 from aam.training.checkpoint import MODEL_FILE, save_model
 from aam.training.evaluation import (
     check_nucleotides,
@@ -26,7 +26,7 @@ from aam.training.evaluation import (
 )
 from aam.training.loop import Trainer
 from aam.training.losses import DistanceLoss, FaithLoss
-from aam.training.memory import make_plan
+from aam.training.memory import make_batching
 from aam.training.objectives import PretrainObjective
 from aam.training.prepare import (
     Samples,
@@ -128,7 +128,6 @@ def pretrain(config: PretrainConfig) -> Path:
     dataset = make_dataset(samples, config.data).to(fabric.device)
     tell(samples)
     train_rows = samples.rows(parts.train)
-    plan = make_plan(train_rows, config.optimizer, config.run.seed)
 
     torch.manual_seed(config.run.seed)
     encoder = CommunityEncoder(
@@ -161,7 +160,7 @@ def pretrain(config: PretrainConfig) -> Path:
         fabric,
         objective,
         dataset,
-        plan,
+        make_batching(train_rows, dataset, objective, config, fabric.device),
         config.optimizer,
         run,
         validate=task.validate,
@@ -171,6 +170,8 @@ def pretrain(config: PretrainConfig) -> Path:
         seed=config.run.seed,
     )
     trainer.train(state)
+    if not ranks.first():
+        return run.path
     save_model(run.path / MODEL_FILE, encoder, description)
     summary = run_facts(config, fabric, trainer, samples, parts, encoder, started)
     write_results(run, task, samples, summary)

@@ -33,13 +33,13 @@ VARIANTS = {
 
 
 def metrics(run: Path) -> dict[tuple[str, ...], str]:
-    """All metrics but the speed, as they are written."""
+    """All metrics but speed and memory, as they are written."""
     with open(run / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     return {
         (row["step"], row["epoch"], row["part"], row["metric"]): row["value"]
         for row in rows
-        if row["metric"] != "samples_per_second"
+        if row["metric"] != "samples_per_second" and not row["metric"].startswith("memory")
     }
 
 
