@@ -110,9 +110,9 @@ def resolve_seed(
 
 
 def _with_rows(seed: Tensor, first_row: int, first_key_row: int | None) -> Tensor:
-    if first_key_row is None:
-        return torch.constant_pad_nd(seed, (0, 2), first_row)
-    return torch.constant_pad_nd(_with_rows(seed, first_row, None)[:2], (0, 1), first_key_row)
+    row = torch.full_like(seed, first_row)
+    key_row = row if first_key_row is None else torch.full_like(seed, first_key_row)
+    return torch.cat([seed, row, key_row])
 
 
 def drop_below(dropout_p: float) -> int:

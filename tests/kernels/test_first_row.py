@@ -1,5 +1,6 @@
 """A part of a packed batch, told its first row, has the dropout of the whole."""
 
+import shutil
 from itertools import pairwise
 
 import pytest
@@ -147,9 +148,12 @@ def test_modules(build):
         torch.testing.assert_close(found, whole[rows], rtol=1e-5, atol=1e-5)
 
 
-def test_another_first_row_is_not_compiled_again():
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_another_first_row_is_not_compiled_again(backend):
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("Inductor needs a C++ compiler")
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend(backend)
     x, offsets = torch.randn(10, 2, 16), offsets_of((4, 6))
     call = torch.compile(
         lambda first: ragged_attention(x, x, x, offsets, dropout_p=0.3, seed=1, first_row=first),

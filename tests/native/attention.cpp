@@ -19,6 +19,7 @@ struct Case {
     double size = 1;  // of queries and keys
     double scale = 0;  // 0: head_dim ** -0.5
     int most_threads = 3;
+    int64_t first_row = 0, first_key_row = 0;
 };
 
 bool same(const std::vector<float>& a, const std::vector<float>& b) {
@@ -48,7 +49,7 @@ void run(const Case& test) {
     key.fill(random, test.size);
     value.fill(random);
     grad_output.fill(random);
-    const reference::Mask mask{test.p, test.seed};
+    const reference::Mask mask{test.p, test.seed, test.first_row, test.first_key_row};
     const double scale = test.scale ? test.scale : 1 / std::sqrt(static_cast<double>(head_dim));
     aam::AttentionBackward back{
         grad_output.in(),  query.in(),         key.in(),          value.in(),       output.in(),
@@ -120,6 +121,9 @@ void test_attention() {
          {8, 9, 12, 16, 17, 24, 31, 32, 33, 40, 48, 63, 64, 72, 80, 96, 100, 112, 127, 128})
         run({"head_dim", {37, 0, 6, 130}, {}, head_dim < 64 ? 3 : 2, head_dim, head_dim % 48 == 0,
              head_dim % 3 ? 0.0 : 0.1, 5, 1, 0, head_dim % 32 ? 1 : 2});
+    const int64_t wraps = (int64_t{1} << 32) - 50, far = int64_t{5} << 40;
+    run({"first rows", lengths, {}, 2, 32, false, 0.2, 6, 1, 0, 3, wraps, wraps});
+    run({"cross, first rows", some, keys, 2, 40, true, 0.2, 6, 1, 0, 3, far + 7, wraps});
     run({"large logits", {65, 31}, {}, 2, 32, false, 0, 0, 8});
     run({"scale", {20, 31}, {}, 2, 32, false, 0, 0, 1, 0.7});
     run({"almost all dropped", {20, 90}, {}, 2, 32, false, 0.99, 1});

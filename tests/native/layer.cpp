@@ -18,6 +18,7 @@ struct Case {
     uint64_t seed = 0;
     bool spread = false;
     int most_threads = 3;
+    int64_t first_row = 0;
 };
 
 // The twelve weights, or their gradients, in the order of aam::LayerWeights and LayerGrads.
@@ -103,7 +104,7 @@ void run(const Case& test) {
     x.fill(random);
     grad_output.fill(random);
     weights.fill(dim, hidden, random);
-    const reference::Mask mask{test.p, test.seed};
+    const reference::Mask mask{test.p, test.seed, test.first_row, test.first_row};
     const aam::LayerSaved all_saved{qkv.out().data, attended.out().data, lse.out().data,
                                     mid.out().data, hidden_input.out().data};
     const auto pointers = weights.pointers<aam::LayerWeights>();
@@ -201,6 +202,7 @@ void test_layer() {
     uneven[0] = 1000;
     run({"pieces out of order", uneven, 32, 16, 4, 0, 0, false, 2});
     run({"dim 16", few, 16, 32, 2, 0, 0, false, 2});
+    run({"first row", lengths, 32, 48, 2, 0.2, 6, false, 2, (int64_t{1} << 32) - 30});
     run({"no sequences", {}, 32, 64, 4});
     run({"only empty ones", {0, 0}, 32, 64, 4});
 }

@@ -45,7 +45,8 @@ bool Mask::keeps(int64_t row, int64_t column, uint32_t head) const {
 
 aam::Dropout Mask::for_kernels() const {
     return {p > 0, static_cast<int32_t>(drop_below(p)), static_cast<float>(1.0 / (1.0 - p)),
-            seed_word(seed)};
+            seed_word(seed), static_cast<uint32_t>(first_row),
+            static_cast<uint32_t>(first_key_row)};
 }
 
 double normal_distribution(double x) { return 0.5 * std::erfc(-x * std::sqrt(0.5)); }
@@ -80,7 +81,7 @@ void attend(const Head& head, int64_t length, int64_t keys, int64_t head_dim, do
     const Numbers value_columns = transposed(head.value, row, keys, head_dim);
     Numbers p(keys), grad_p(keys), factor(keys, 1.0);
     std::vector<uint32_t> columns(keys);
-    for (int64_t j = 0; j < keys; ++j) columns[j] = column_factor(first_key + j);
+    for (int64_t j = 0; j < keys; ++j) columns[j] = column_factor(mask.first_key_row + first_key + j);
     const int64_t below = drop_below(mask.p);
     for (int64_t i = 0; i < length; ++i) {
         const double *q = head.query + i * row, *g = head.grad_output + i * row;
@@ -90,7 +91,8 @@ void attend(const Head& head, int64_t length, int64_t keys, int64_t head_dim, do
         head.lse[i * head.lse_row] = -std::numeric_limits<double>::infinity();
         if (keys == 0) continue;
         if (mask.p > 0) {
-            const uint32_t own = row_factor(mask.seed, first_query + i, number);
+            const uint32_t own =
+                row_factor(mask.seed, mask.first_row + first_query + i, number);
             for (int64_t j = 0; j < keys; ++j)
                 factor[j] = static_cast<int32_t>(own * columns[j]) >= below ? 1 / (1 - mask.p) : 0;
         }
@@ -285,8 +287,8 @@ constexpr uint32_t SITES = 0x10000;  // heads from here on are the sites of drop
 
 Numbers dropped(Numbers x, int64_t dim, const Mask& mask, uint32_t site) {
     for (size_t i = 0; mask.p > 0 && i < x.size(); ++i)
-        x[i] *= mask.factor(static_cast<int64_t>(i) / dim, static_cast<int64_t>(i) % dim,
-                            SITES + site);
+        x[i] *= mask.factor(mask.first_row + static_cast<int64_t>(i) / dim,
+                            static_cast<int64_t>(i) % dim, SITES + site);
     return x;
 }
 

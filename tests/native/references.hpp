@@ -16,6 +16,8 @@ using Numbers = std::vector<double>;
 struct Mask {
     double p = 0;
     uint64_t seed = 0;
+    // The rows of a larger packed batch that the first row of queries (or tokens) and of keys are.
+    int64_t first_row = 0, first_key_row = 0;
 
     bool keeps(int64_t row, int64_t column, uint32_t head) const;
     double factor(int64_t row, int64_t column, uint32_t head) const {
