@@ -57,8 +57,8 @@ _BLOCK_SAMPLES = 128
 _FAITH_ROWS = 1024
 """Samples whose Faith PD is computed together."""
 
-_KEPT_ENTRIES = 2**20
-"""Tables of at most so many entries keep their samples' branches: about 100 MB then."""
+_KEPT_ENTRIES = 2**17
+"""Tables of at most so many entries keep their samples' branches: 10 MB then."""
 
 
 class UniFrac:
