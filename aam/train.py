@@ -11,6 +11,7 @@ import difflib
 import io
 import itertools
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ COMMANDS: dict[str, type] = {
 }
 ALIASES = {"train": "finetune"}
 BOX = " |+\u2502\u256d\u256e\u2570\u256f\u2500"  # drawn around the messages of the option parser
-INTERRUPTED = 130  # what shells expect after Ctrl-C
+STOPPED = 128  # and the number of the signal, as shells have it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: as on the command line, without the program's name.
 
     Returns:
-        The exit code: 0, 2 for input that cannot be used, 130 after Ctrl-C.
+        The exit code: 0, 2 for input that cannot be used, 130 after Ctrl-C, 143 after SIGTERM,
+        138 after SIGUSR1.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     name = ALIASES.get(words[0], words[0]) if words else "demo"
@@ -53,12 +55,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         sys.stdout.write(f"aam {__version__}\n")
         return 0
-    try:
+
+    def work() -> None:
         if name not in COMMANDS:
             raise InputError(f"unknown command {name!r}; choose {', '.join(COMMANDS)}")
         options = parse(name, words[1:])
         quiet_libraries()
-        runner(name)(options)
+        run = runner(name)
+        if name in ("pretrain", "finetune"):
+            run = shared(run, words)
+        run(options)
+
+    return guarded(work)
+
+
+def guarded(work: Callable[[], Any]) -> int:
+    """The exit code of work that may meet bad input, a full disk or a signal."""
+    try:
+        work()
     except InputError as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 2
@@ -66,9 +80,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         place = f"{error.filename}: " if error.filename else ""
         sys.stderr.write(f"error: {place}{error.strerror or error}\n")
         return 2
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    except KeyboardInterrupt as stop:
+        return STOPPED + getattr(stop, "number", signal.SIGINT)
     return 0
+
+
+def shared(run: Callable[[Any], Any], words: Sequence[str]) -> Callable[[Any], None]:
+    """A command whose steps other processes may share, started with these words."""
+    from aam.training.ranks import together
+    from aam.training.stopping import Stopped, requeue
+
+    def run_together(options: Any) -> None:
+        try:
+            with together(words):
+                run(options)
+        except Stopped as stop:
+            requeue(stop.number)
+            raise
+
+    return run_together
 
 
 def parse(name: str, words: Sequence[str]) -> Any:
@@ -194,9 +224,6 @@ def print_help() -> None:
 
 def quiet_libraries() -> None:
     """Keep other packages' notices off the screen; ours are plain lines."""
-    import logging
-
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module=r"(tensorboard|lightning_fabric)\b.*")
 
 

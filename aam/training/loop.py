@@ -94,7 +94,7 @@ class Trainer:
         self.objective = objective.to(self.device)
         self.exchange.same_weights(self.objective)
         # With fsdp the module that trains is another one, in parts; `objective` is filled from it.
-        self.sharded = config["run"]["strategy"] == "fsdp" and ranks.size() > 1
+        self.sharded = config.get("run", {}).get("strategy") == "fsdp" and ranks.size() > 1
         self.trained = sharded_copy(objective, self.device) if self.sharded else objective
         self.optimizer = make_optimizer(self.trained, options.lr, options.weight_decay)
         make_state(self.optimizer)
@@ -119,6 +119,7 @@ class Trainer:
         """
         if state is not None:
             self.resume(state)
+        self.batching.prepare(self.compute)
         try:
             self.fit()
         except Stopped:
