@@ -101,11 +101,12 @@ def resolve_seed(
         drawn = torch.randint(0, 1 << 62, (1,), dtype=torch.int64)
         # A small copy from pageable memory is staged at once: safe, and nothing waits.
         return _with_rows(drawn, first_row, first_key_row).to(device, non_blocking=True)
-    if not isinstance(seed, Tensor):
+    if isinstance(seed, Tensor):
+        seed = seed.reshape(1).to(device=device, dtype=torch.int64)
+    else:
         seed &= (1 << 64) - 1
         signed = seed - (1 << 64) if seed >= 1 << 63 else seed
         seed = torch.full((1,), signed, dtype=torch.int64, device=device)
-    seed = seed.reshape(1).to(device=device, dtype=torch.int64)
     return _with_rows(seed, first_row, first_key_row)
 
 
