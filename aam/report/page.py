@@ -11,6 +11,7 @@ from typing import Any
 
 from aam.errors import InputError
 from aam.report import figures
+from aam.report.memory_figure import memory_figure
 from aam.report.results import (
     NOTHING,
     Result,
@@ -42,7 +43,7 @@ def write_report(run_dir: Path) -> Path:
 
     Args:
         run_dir: directory of a run: summary.json, metrics.csv, distances.tsv, predictions.tsv,
-            embeddings.tsv, config.toml, each optional.
+            embeddings.tsv, memory.tsv, config.toml, each optional.
 
     Returns:
         Path of the page.
@@ -81,6 +82,7 @@ def render(run: RunFiles) -> str:
         [figures.ordination_figure(run)],
         [figures.curves_figure(run.curves, results)],
         [figures.mechanics_figure(run.curves)],
+        [memory_figure(run.memory)],
     ]
     groups = [found for group in drawn if (found := [figure for figure in group if figure])]
     given = run.summary.get("warnings")

@@ -81,6 +81,7 @@ class RunFiles:
     distances: Distances | None = None
     predictions: Predictions | None = None
     embeddings: Embeddings | None = None
+    memory: list[dict[str, str]] = field(default_factory=list)
     config_text: str | None = None
     problems: list[str] = field(default_factory=list)
 
@@ -193,6 +194,13 @@ def _embeddings(path: Path, run: RunFiles) -> None:
     )
 
 
+def _memory(path: Path, run: RunFiles) -> None:
+    rows = list(_rows(path))
+    for row in rows:
+        row["section"], row["name"], row["part"], row["detail"], float(row["bytes"])
+    run.memory = rows
+
+
 def _config(path: Path, run: RunFiles) -> None:
     run.config_text = path.read_text(encoding="utf-8")
 
@@ -203,6 +211,7 @@ _READERS = {
     "distances.tsv": _distances,
     "predictions.tsv": _predictions,
     "embeddings.tsv": _embeddings,
+    "memory.tsv": _memory,
     "config.toml": _config,
 }
 

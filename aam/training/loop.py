@@ -25,6 +25,7 @@ from aam.training import ranks
 from aam.training.checkpoint import FORMAT, load_state, save_state
 from aam.training.exchange import Exchange
 from aam.training.memory import Batching
+from aam.training.memory_profile import write_memory_profile
 from aam.training.objectives import Objective
 from aam.training.progress import ProgressDisplay
 from aam.training.runs import CHECKPOINTS, Run, resume_checkpoint, say
@@ -120,6 +121,8 @@ class Trainer:
         if state is not None:
             self.resume(state)
         self.batching.prepare(self.compute)
+        if self.config.get("run", {}).get("memory_profile"):
+            write_memory_profile(self)
         try:
             self.fit()
         except Stopped:

@@ -40,6 +40,8 @@ RUN_FILES = (
     "predictions.tsv",
     "embeddings.tsv",
     "distances.tsv",
+    "memory.tsv",
+    "memory.svg",
     "summary.json",
     "report.html",
 )

@@ -1,0 +1,163 @@
+"""`--memory-profile`: bytes worked out by hand, a table that adds up, a run left as it was."""
+
+import csv
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from aam.batching import Meter
+from aam.training.memory_profile import kept_a_token
+from aam.training.memory_watch import OWN, StepWatch, group_of
+
+COLUMNS = ["section", "name", "part", "bytes", "detail"]
+
+
+def read(run: Path) -> list[dict[str, str]]:
+    with open(run / "memory.tsv", newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
+@pytest.mark.parametrize("dim, heads, hidden", [(128, 4, 512), (32, 2, 64)])
+def test_a_layer_keeps_the_bytes_worked_out_by_hand(dim, heads, hidden):
+    """Its input; or also query, key, value, attended, middle (6 D in all), hidden and lse."""
+    for impl in ("cpu", "sdpa", "math"):
+        assert kept_a_token(dim, heads, hidden, impl, True, "cpu", length=10) == 4 * dim
+    all_kept = kept_a_token(dim, heads, hidden, "cpu", False, "cpu", length=10)
+    assert all_kept == 4 * (6 * dim + hidden + heads)
+
+
+class Chain(nn.Module):
+    """Two linear layers, called by the name of a stage as objectives are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, stage: str, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": self.second(self.first(x)).square().sum()}
+
+
+def test_kept_bytes_are_counted_until_they_are_released():
+    """Kept: the input (8 wide), the output of the first layer (16), that of the second (4)."""
+    chain, rows = Chain(), 32
+    watch = StepWatch(chain, Meter.for_device("cpu"))
+    with watch.watching():
+        chain("stage", torch.ones(rows, 8))["loss"].backward()
+        kept = sum(watch._kept.values())
+    forward, backward = watch.phases[1:]
+    assert (forward.name, backward.name) == ("stage, forward", "stage, backward")
+    assert forward.kept == {OWN: 4 * rows * (8 + 16 + 4)}
+    assert kept == 0
+    sizes = watch.sizes(lambda one: [one])
+    assert sum(sizes.values()) == 4 * (8 * 16 + 16 + 16 * 4 + 4)
+    assert backward.gradients == sizes
+    named = {held.origin: (held.bytes, held.shape) for held in watch.largest_tensors()}
+    assert named["kept by second, number 1"] == (4 * rows * 16, (rows, 16))
+    assert not chain._forward_hooks and not chain.first._forward_pre_hooks
+
+
+def test_a_stage_in_pieces_is_computed_without_graph_and_again():
+    chain = Chain()
+    watch = StepWatch(chain, Meter.for_device("cpu"))
+    with watch.watching():
+        with torch.no_grad():
+            for _ in range(2):
+                chain("stage", torch.ones(3, 8))
+        for rows in (3, 5):
+            chain("stage", torch.ones(rows, 8))["loss"].backward()
+    assert [phase.way for phase in watch.phases] == [
+        "making", "forward without graph", "forward again", "backward",
+    ]  # fmt: skip
+    assert watch.most == {OWN: 4 * 5 * (8 + 16 + 4)}, "the larger piece, not the sum"
+
+
+@pytest.mark.parametrize(
+    "name, group",
+    {
+        "encoder.asv_encoder.stack.layers.0.linear1": "ASV stack",
+        "predictor.encoder.unifrac_encoder.max_projection": "UniFrac projections",
+        "encoder.asv_encoder.site_embedding": "ASV embeddings",
+        "predictor.stack": "target stack",
+        "predictor.count_stack.norm": "count stack",
+        "encoder": OWN,
+        "": OWN,
+    }.items(),
+)
+def test_modules_are_grouped_by_what_they_are(name, group):
+    assert group_of(name) == group
+
+
+def run(aam, folder: Path, command: str, *words: object) -> tuple[Path, Path]:
+    """The same run without and with a profile."""
+    plain, profiled = folder / "plain", folder / "profiled"
+    assert aam(command, "--max-steps", 3, *words, "--output-dir", plain) == 0
+    assert aam(command, "--max-steps", 3, *words, "--output-dir", profiled, "--memory-profile") == 0
+    return plain, profiled
+
+
+def assert_same(plain: Path, profiled: Path) -> None:
+    """Weights, optimizer and progress are equal to the bit."""
+    own, other = (load_file(folder / "model.safetensors") for folder in (plain, profiled))
+    assert own.keys() == other.keys()
+    assert all(torch.equal(own[name], other[name]) for name in own)
+    own, other = (
+        torch.load(folder / "checkpoints" / "last.pt", weights_only=False)
+        for folder in (plain, profiled)
+    )
+    assert own["progress"] == other["progress"]
+    for number, state in own["optimizer"]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, other["optimizer"]["state"][number][name]), (number, name)
+
+
+def test_a_profiled_run_is_the_run_it_would_have_been(aam, tmp_path):
+    plain, profiled = run(aam, tmp_path, "pretrain")
+    assert_same(plain, profiled)
+    rows = read(profiled)
+    assert list(rows[0]) == COLUMNS
+    assert not (plain / "memory.tsv").exists()
+
+    of = {name: [row for row in rows if row["section"] == name] for name in
+          ("stage", "peak", "module", "layer", "tensor", "batch")}  # fmt: skip
+    assert all(of.values()), {name: len(found) for name, found in of.items()}
+    stages = [(row["name"], row["part"]) for row in of["stage"]]
+    assert stages == [
+        ("batch", "making"), ("nucleotides", "forward"), ("nucleotides", "backward"),
+        ("encode_asvs", "forward"), ("encode_samples", "forward"), ("losses", "forward"),
+        ("losses", "backward"), ("encode_samples", "backward"), ("encode_asvs", "backward"),
+        ("optimizer", "step"),
+    ]  # fmt: skip
+    *parts, measured = (int(row["bytes"]) for row in of["peak"])
+    assert sum(parts) == measured
+    saved = load_file(profiled / "model.safetensors")
+    weights = sum(int(row["bytes"]) for row in of["module"] if row["part"] == "weights")
+    assert weights == sum(value.nbytes for value in saved.values())
+    layers = {(row["name"], row["part"]): int(row["bytes"]) for row in of["layer"]}
+    assert layers["cpu", "recompute"] == 4 * 32
+    assert layers["cpu", "all kept"] == 4 * (10 * 32 + 2)
+    assert len(of["tensor"]) == 10
+    sizes = [int(row["bytes"]) for row in of["tensor"]]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sum(row["detail"].startswith("recommended") for row in of["batch"]) == 1
+    ElementTree.parse(profiled / "memory.svg")
+
+
+def test_pieces_resume_and_a_frozen_base_are_profiled_too(aam, tmp_path):
+    plain, profiled = run(aam, tmp_path / "p", "pretrain", "--effective-batch-size", 8)
+    again = tmp_path / "again"
+    for folder, words in ((plain, ()), (profiled, ("--memory-profile",))):
+        assert aam("pretrain", "--resume-from", folder, "--max-steps", 5, "--output-dir",
+                   again / folder.name, *words, files=False) == 0  # fmt: skip
+    assert_same(again / plain.name, again / profiled.name)
+    ways = {row["part"] for row in read(again / profiled.name) if row["name"] == "encode_asvs"}
+    assert ways >= {"forward without graph", "forward again", "backward"}
+
+    words = ("--metadata-column", "age", "--freeze-base", "--pretrained-encoder", plain)
+    frozen = run(aam, tmp_path / "f", "finetune", *words)
+    assert_same(*frozen)
+    stages = {row["name"] for row in read(frozen[1]) if row["section"] == "stage"}
+    assert stages == {"batch", "encode_samples", "losses", "optimizer"}
