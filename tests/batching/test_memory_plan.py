@@ -1,5 +1,7 @@
 """Batches that fill the memory: every sample once, never alone, never over the budget unasked."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -40,13 +42,12 @@ def budget_for(contents, rows, times):
     st.sampled_from([0.3, 1.01, 1.5, 3.0, 20.0]),
     st.integers(0, 3),
     st.sampled_from([None, 5]),
-    st.sampled_from([1, 4]),
 )
-def test_every_sample_once_and_no_more_than_fit(shape, n, times, seed, most, choices):
+def test_every_sample_once_and_no_more_than_fit(shape, n, times, seed, most):
     contents = make_contents(shape, n, seed)
     rows = np.random.default_rng(seed).permutation(n)
     budget = budget_for(contents, rows, times)
-    plan = MemoryPlan(rows, contents, MODEL, budget, seed, most=most, choices=choices)
+    plan = MemoryPlan(rows, contents, MODEL, budget, seed, most=most)
     batches = plan.batches(seed)
     assert sorted(np.concatenate(batches).tolist()) == list(range(n))
     assert min(map(len, batches)) >= 2
@@ -58,7 +59,7 @@ def test_every_sample_once_and_no_more_than_fit(shape, n, times, seed, most, cho
         pieces = MODEL.pieces_that_fit(contents.size(one), budget)
         assert pieces is None or pieces > 1
     assert sum(len(one) == 3 for one in over) <= 1
-    again = MemoryPlan(rows, contents, MODEL, budget, seed, most=most, choices=choices)
+    again = MemoryPlan(rows, contents, MODEL, budget, seed, most=most)
     assert [one.tolist() for one in again.batches(seed)] == [one.tolist() for one in batches]
 
 
@@ -117,3 +118,22 @@ def test_size_counts_shared_asvs_once():
     assert (size.tokens, size.masked, size.asvs) == (100, 50, 4)
     assert (size.slots, size.samples, size.longest) == (10, 4, 3)
     assert size.squares == 100 + 400 + 900 + 1600 + 2 * (4 + 9)
+
+
+def test_shares_divide_what_processes_share():
+    one = make_contents("ordinary", 200, 0)
+    four = replace(one, shares=4)
+    rows = np.arange(20)
+    whole, own = one.size(rows), four.size(rows)
+    assert own == replace(
+        whole, tokens=whole.tokens / 4, masked=whole.masked / 4, slots=whole.slots / 4
+    )
+    rows = np.arange(200)
+    budget = budget_for(one, rows, 4)
+    used = {}
+    for contents in (one, four):
+        plan = MemoryPlan(rows, contents, MODEL, budget, 0)
+        batches = plan.batches(0)
+        used[contents.shares] = len(batches)
+        assert plan.used(batches).max() <= 1 + 1e-9
+    assert used[4] < 0.5 * used[1]
