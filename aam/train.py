@@ -20,6 +20,7 @@ from typing import Any
 
 from aam import config
 from aam.errors import InputError
+from aam.training.layout import complain, own_ranks, silence_others, starter
 
 COMMANDS: dict[str, type] = {
     "pretrain": config.PretrainConfig,
@@ -32,6 +33,7 @@ COMMANDS: dict[str, type] = {
 }
 ALIASES = {"train": "finetune"}
 BOX = " |+\u2502\u256d\u256e\u2570\u256f\u2500"  # drawn around the messages of the option parser
+AUTO = "auto"  # --resume-from
 STOPPED = 128  # and the number of the signal, as shells have it
 
 
@@ -56,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"aam {__version__}\n")
         return 0
 
+    silence_others()
+
     def work() -> None:
         if name not in COMMANDS:
             raise InputError(f"unknown command {name!r}; choose {', '.join(COMMANDS)}")
@@ -74,15 +78,24 @@ def guarded(work: Callable[[], Any]) -> int:
     try:
         work()
     except InputError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        tell_error(error, str(error))
         return 2
     except OSError as error:  # a disk that fills up while a log or a report is written
         place = f"{error.filename}: " if error.filename else ""
-        sys.stderr.write(f"error: {place}{error.strerror or error}\n")
+        tell_error(error, f"{place}{error.strerror or error}")
         return 2
     except KeyboardInterrupt as stop:
         return STOPPED + getattr(stop, "number", signal.SIGINT)
     return 0
+
+
+def tell_error(error: Exception, text: str) -> None:
+    """One line: by rank 0, or by the first of another machine, which may see other files."""
+    rank, local_rank = own_ranks()
+    if not rank:
+        sys.stderr.write(f"error: {' '.join(text.split())}\n")
+    elif not local_rank and not getattr(error, "told", False):
+        complain(f"rank {rank}: {text}")
 
 
 def shared(run: Callable[[Any], Any], words: Sequence[str]) -> Callable[[Any], None]:
@@ -111,6 +124,8 @@ def parse(name: str, words: Sequence[str]) -> Any:
     import tyro
 
     config_class = COMMANDS[name]
+    if ("run", "resume_from") in set(config.leaves(config_class)):
+        words = settle_resume(words)
     values = saved_options(config_class, words)
     default = config.from_dict(config_class, values, missing=tyro.MISSING)
     said = io.StringIO()
@@ -163,10 +178,39 @@ def complaint(name: str, words: Sequence[str], said: str) -> str:
     return f"{text.rstrip('.') or title.lower()}; {remedy}"
 
 
+def settle_resume(words: Sequence[str]) -> list[str]:
+    """The words, with what ``--resume-from auto`` means: the run in --output-dir, or nothing.
+
+    A run that was ended before its first checkpoint is replaced.
+
+    Raises:
+        InputError: there are checkpoints, but none of them can be read.
+    """
+    if value_of("--resume-from", words) != AUTO:
+        return list(words)
+    from aam.training.resume import usable_checkpoint
+    from aam.training.runs import is_run
+
+    folder = value_of("--output-dir", words)
+    if folder is None:
+        raise InputError("--resume-from auto: needs --output-dir, the folder of the run")
+    kept, rest = [], iter(words)
+    for word in rest:
+        if option_of(word) != "--resume-from":
+            kept.append(word)
+        elif "=" not in word:
+            next(rest, None)  # its value
+    found = usable_checkpoint(Path(folder))
+    if found is not None:
+        return [*kept, "--resume-from", str(found)]
+    return [*kept, "--overwrite"] if is_run(Path(folder)) else kept
+
+
 def saved_options(config_class: type, words: Sequence[str]) -> dict[str, Any]:
     """Options of the run that --resume-from names, and over them those of the --config file.
 
-    A continued run stays in its folder wherever that is now, unless --output-dir says otherwise.
+    A continued run stays in its folder wherever that is now, unless --output-dir says otherwise,
+    and has as many devices as before, unless torchrun or SLURM have started others.
     """
     values: dict[str, Any] = {}
     if resumed := value_of("--resume-from", words):
@@ -177,6 +221,9 @@ def saved_options(config_class: type, words: Sequence[str]) -> dict[str, Any]:
         folder = resume_folder(resume_checkpoint(Path(resumed)))
         if (folder / CONFIG_FILE).is_file():
             values = config.read_toml(folder / CONFIG_FILE, config_class)
+        if starter() != "aam":
+            for name in ("devices", "num_nodes", "data_parallel"):
+                values.get("run", {}).pop(name, None)
         values = config.merge(values, {"run": {"output_dir": str(folder)}})
     if (chosen := value_of("--config", words)) and ("run", "config") in config.leaves(config_class):
         values = config.merge(values, config.read_toml(Path(chosen), config_class))
@@ -187,11 +234,15 @@ def value_of(option: str, words: Sequence[str]) -> str | None:
     """What was typed for an option, before the words are parsed; the last one counts."""
     value = None
     for place, word in enumerate(words):
-        name, equals, rest = word.partition("=")
-        if name.replace("_", "-") == option:
+        if option_of(word) == option:
             following = words[place + 1] if place + 1 < len(words) else None
-            value = rest if equals else following
+            value = word.partition("=")[2] if "=" in word else following
     return value
+
+
+def option_of(word: str) -> str:
+    """The option that a word names, however it is written; its value may follow."""
+    return word.partition("=")[0].replace("_", "-")
 
 
 def runner(name: str) -> Callable[[Any], Any]:

@@ -6,6 +6,7 @@ writes and speaks. One process is the special case in which nothing has to be ag
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -24,29 +25,14 @@ import torch
 import torch.distributed as dist
 
 from aam.errors import InputError
-from aam.training.watch import Watch, complain
+from aam.training.layout import PARENT, Layout, complain
+from aam.training.watch import Watch
 
 T = TypeVar("T")
-PARENT = "AAM_PARENT"  # in the environment of a process that rank 0 started: rank 0's process id
 PATIENCE = timedelta(days=30)  # of ranks that wait for rank 0: the watch ends a hopeless wait
 BLAME_SECONDS = 5.0  # an error of a collective is explained by the watch within this time
 CHILD_SECONDS = 1.0
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How many processes there are, and which of them this is."""
-
-    starter: str  # aam, torchrun or slurm
-    local: int  # processes of this machine
-    nodes: int
-    rank: int
-    local_rank: int
-
-    @property
-    def size(self) -> int:
-        """Processes of all machines."""
-        return self.local * self.nodes
+PARTING_SECONDS = 10.0  # for processes that rank 0 started to end after it has
 
 
 @dataclass
@@ -62,78 +48,13 @@ class State:
 _state = State()
 
 
-def find_layout(devices: int, nodes: int) -> Layout:
-    """Who started this process, and with how many others.
-
-    Args:
-        devices: of this machine, as asked for; 1 under torchrun and srun: as they say.
-        nodes: likewise.
-
-    Raises:
-        InputError: the options say another number than torchrun or SLURM.
-    """
-    said = os.environ
-    if "TORCHELASTIC_RUN_ID" in said:
-        size, local = int(said["WORLD_SIZE"]), int(said["LOCAL_WORLD_SIZE"])
-        found = Layout("torchrun", local, size // local, int(said["RANK"]), int(said["LOCAL_RANK"]))
-        if size % local:
-            raise InputError(
-                f"torchrun: {size} processes, {local} of them here: every machine needs as many; "
-                "use the same --nproc-per-node everywhere"
-            )
-        many, machines = "--nproc-per-node", "--nnodes"
-    elif "SLURM_STEP_ID" in said and int(said.get("SLURM_NTASKS", "1")) > 1:
-        found = _slurm_layout()
-        many, machines = "--ntasks-per-node", "--nodes"
-    else:
-        if nodes > 1:
-            raise InputError(
-                f"--num-nodes {nodes}: start the same command on each machine with torchrun "
-                "(--nnodes, --nproc-per-node) or srun (--nodes, --ntasks-per-node)"
-            )
-        local_rank = int(said["LOCAL_RANK"]) if PARENT in said else 0
-        return Layout("aam", devices, 1, local_rank, local_rank)
-    if devices not in (1, found.local):
-        raise InputError(
-            f"--devices {devices}: {found.starter} started {found.local} processes here; leave "
-            f"the option out or use {many}={devices}"
-        )
-    if nodes not in (1, found.nodes):
-        raise InputError(
-            f"--num-nodes {nodes}: {found.starter} started {found.nodes}; leave the option out "
-            f"or use {machines}={nodes}"
-        )
-    return found
-
-
-def _slurm_layout() -> Layout:
-    """The tasks of a job step.
-
-    Raises:
-        InputError: there is no equal number of tasks a machine.
-    """
-    said = os.environ
-    size, nodes = int(said["SLURM_NTASKS"]), int(said.get("SLURM_NNODES", "1"))
-    if "SLURM_NTASKS_PER_NODE" not in said:
-        raise InputError(
-            f"srun: {size} tasks without --ntasks-per-node; set it to the devices of a machine"
-        )
-    local = int(said["SLURM_NTASKS_PER_NODE"])
-    if local * nodes != size:
-        raise InputError(
-            f"srun: {size} tasks, but --nodes={nodes} with --ntasks-per-node={local} makes "
-            f"{local * nodes}; leave --ntasks out"
-        )
-    return Layout("slurm", local, nodes, int(said["SLURM_PROCID"]), int(said["SLURM_LOCALID"]))
-
-
 def remember_words(words: Sequence[str]) -> None:
     """Keep the command line for the processes that `start_others` starts."""
     _state.words = tuple(words)
 
 
 def start_others(layout: Layout) -> None:
-    """Start the other processes of this machine, where nobody else does; silence those."""
+    """Start the other processes of this machine, where nobody else does."""
     if layout.starter == "aam" and layout.size > 1 and PARENT not in os.environ:
         if not _state.words:
             raise InputError("--devices: only the command line can start several processes")
@@ -152,8 +73,6 @@ def start_others(layout: Layout) -> None:
         threading.Thread(target=_watch_children, daemon=True).start()
     if PARENT in os.environ:
         threading.Thread(target=_watch_parent, daemon=True).start()
-    if layout.rank:
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
 
 
 def _watch_children() -> None:
@@ -177,10 +96,13 @@ def _watch_parent() -> None:
         time.sleep(CHILD_SECONDS / 5)
 
 
-def end_children() -> None:
-    """Kill the processes that this one started and that have not ended."""
+def end_children(seconds: float = 0.0) -> None:
+    """Kill the processes that this one started and that do not end by themselves in time."""
+    deadline = time.monotonic() + seconds
     for child in _state.children:
-        if child.poll() is None:
+        try:
+            child.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
             child.kill()
 
 
@@ -272,31 +194,51 @@ def together(words: Sequence[str]) -> Iterator[None]:
     remember_words(words)
     try:
         yield
-        if _state.watch is not None:
-            _state.watch.finish()
-            dist.destroy_process_group()
+        _part()
     except (InputError, OSError) as error:
-        _fail(str(error), 2)
+        _fail(error, str(error), 2)
         raise
-    except KeyboardInterrupt:
-        if _state.watch is not None:
-            _state.watch.finish()
+    except KeyboardInterrupt as stop:
+        _part(agreed=hasattr(stop, "number"))  # else a second Ctrl-C
         raise
     except Exception as error:
         if _state.watch is not None:
             time.sleep(BLAME_SECONDS)  # a collective fails where a rank is gone: the watch says so
             if not first():
                 _print_traceback()
-            _fail(f"{type(error).__name__}: {error}", 1)
+            _fail(error, f"{type(error).__name__}: {error}", 1)
         raise
     finally:
-        _leave()
+        end_children(PARTING_SECONDS if _state.watch is not None else 0.0)
 
 
-def _fail(text: str, code: int) -> None:
+def _part(agreed: bool = True) -> None:
+    """This rank has done its part."""
+    if _state.watch is not None:
+        _state.watch.finish()
+        if agreed:
+            dist.destroy_process_group()
+        else:
+            _end_hard(128 + signal.SIGINT)
+
+
+def _end_hard(code: int) -> None:
+    """Have the process end without cleaning up collectives: that would wait for ranks now gone."""
+
+    def end() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    atexit.register(end)
+
+
+def _fail(error: Exception, text: str, code: int) -> None:
     """The others end: rank 0 is about to say what went wrong, or is told by this one."""
     if _state.watch is not None:
+        error.told = True  # type: ignore[attr-defined]
         _state.watch.fail(text, code)
+        _end_hard(code)
 
 
 def _print_traceback() -> None:
@@ -305,12 +247,3 @@ def _print_traceback() -> None:
     )
     if sys.__stderr__ is not None:
         sys.__stderr__.write(lines)
-
-
-def _leave() -> None:
-    """Forget the others; rank 0 waits for those that it started."""
-    deadline = time.monotonic() + CHILD_SECONDS
-    for child in _state.children:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(max(0.0, deadline - time.monotonic()))
-    end_children()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from aam.data.table import FeatureTable
 from aam.errors import InputError
 from aam.training import ranks
 from aam.training.checkpoint import load_state
-from aam.training.runs import resume_checkpoint
+from aam.training.runs import CHECKPOINTS, resume_checkpoint, say
 
 # Options that a continued run may change: none of them changes a step that was already taken.
 # Files may have moved: what they hold is compared instead (see `fingerprint`).
@@ -66,6 +67,41 @@ def compatible_state(config: Any) -> dict[str, Any] | None:
             f"({before.get(name)!r}, now {now.get(name)!r}); continue with the run's own options"
         )
     return state
+
+
+def usable_checkpoint(folder: Path) -> Path | None:
+    """What ``--resume-from auto`` continues: a run's folder, or its newest readable checkpoint.
+
+    Args:
+        folder: of a run, or of nothing yet.
+
+    Returns:
+        None where no checkpoint was ever saved.
+
+    Raises:
+        InputError: there are checkpoints, but none of them can be read.
+    """
+    paths = [one for one in sorted((folder / CHECKPOINTS).glob("*.pt")) if one.is_file()]
+    if not paths:
+        return None
+    steps: dict[Path, int] = {}
+    reason = f"{folder / CHECKPOINTS}: last.pt is missing"
+    for path in sorted(paths, key=lambda one: one.name != "last.pt"):
+        try:
+            steps[path] = load_state(path)["progress"]["step"]
+        except InputError as error:
+            reason = str(error).split("; resume from")[0]
+        else:
+            if path.name == "last.pt":
+                return folder
+    if not steps:
+        raise InputError(
+            f"{folder}: none of its checkpoints can be read ({reason}); start anew with "
+            "--overwrite instead of --resume-from"
+        )
+    best = max(steps, key=lambda one: steps[one])
+    say(f"warning: {reason}; continuing from {best.name}, step {steps[best]}")
+    return best
 
 
 def fingerprint(table: FeatureTable, parts: Split, *arrays: np.ndarray | None) -> str:

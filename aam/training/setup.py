@@ -21,6 +21,7 @@ from aam.config import RunOptions, to_dict
 from aam.data.splits import Split
 from aam.errors import InputError
 from aam.training import ranks
+from aam.training.layout import Layout, find_layout
 from aam.training.prepare import Samples
 from aam_kernels import available_impls
 
@@ -38,7 +39,7 @@ def make_fabric(options: RunOptions) -> Any:
 
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # its import sets it lower
     kind, index = _device(options)
-    layout = ranks.find_layout(_local_devices(options, kind), options.num_nodes)
+    layout = find_layout(_local_devices(options, kind), options.num_nodes)
     if layout.size == 1:
         fabric = Fabric(accelerator=kind, devices=1 if kind == "cpu" else [index])
     else:
@@ -98,7 +99,7 @@ def _local_devices(options: RunOptions, kind: str) -> int:
     return count
 
 
-def _check_several(options: RunOptions, kind: str, layout: ranks.Layout) -> None:
+def _check_several(options: RunOptions, kind: str, layout: Layout) -> None:
     """Refuse more processes than devices.
 
     Raises:
@@ -116,7 +117,7 @@ def _check_several(options: RunOptions, kind: str, layout: ranks.Layout) -> None
     )
 
 
-def _environment(layout: ranks.Layout) -> Any:
+def _environment(layout: Layout) -> Any:
     """Fabric's view of who started the processes."""
     from lightning_fabric.plugins import environments
 

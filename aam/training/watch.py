@@ -12,11 +12,12 @@ import os
 import secrets
 import selectors
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+
+from aam.training.layout import complain
 
 BEAT_SECONDS = 5.0
 SILENCE_SECONDS = 45.0  # without a beat: that rank or its machine is gone
@@ -210,11 +211,3 @@ class Watch:
     def _send(self, link: Link, line: str) -> None:
         with contextlib.suppress(OSError):
             link.connection.sendall(line.replace("\n", " ").encode() + b"\n")
-
-
-def complain(text: str) -> None:
-    """Write an error line, on the screen of every rank."""
-    stream = sys.__stderr__
-    if stream is not None:
-        stream.write(f"error: {' '.join(text.split())}\n")
-        stream.flush()

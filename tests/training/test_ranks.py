@@ -9,9 +9,6 @@ import time
 
 import pytest
 
-from aam.errors import InputError
-from aam.training.ranks import Layout, find_layout
-
 PREPARE = """
 import os, sys, time
 from pathlib import Path
@@ -19,9 +16,9 @@ from aam.config import RunOptions
 from aam.errors import InputError
 from aam.training import ranks
 from aam.training.setup import make_fabric
-from aam.train import guarded, quiet_libraries, shared
-from aam.training.stopping import Stopped, StopSignals
-quiet_libraries()
+from aam.train import guarded, shared
+from aam.training.layout import silence_others
+silence_others()
 def work(_):
     fabric = make_fabric(RunOptions(output_dir=Path(), device="cpu"))
     rank = fabric.global_rank
