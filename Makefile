@@ -7,7 +7,7 @@ NATIVE := build/native
 LOCK   := $(if $(shell command -v flock),flock build/native.lock)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native wheel demo test sanitize bench gpu-check lint format docs kernel-report clean
+.PHONY: help setup native wheel demo test faults sanitize bench gpu-check lint format docs kernel-report clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -48,6 +48,9 @@ demo: setup  ## simulate a community, pretrain, fine-tune, predict and write a r
 
 test: setup  ## run all tests; each benchmark runs once and checks its numbers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests benchmarks -n 2 $(ARGS)
+
+faults: setup  ## kill small runs at random moments and continue them: nothing may be lost (a quarter of an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s tests/faults/kills.py $(ARGS)
 
 sanitize: $(STAMP)  ## run the kernels' C++ tests under sanitizers: addresses, undefined behaviour, data races (minutes)
 	@for sanitizers in address,undefined thread; do \

@@ -131,6 +131,7 @@ class Run:
             if is_run(self.path) and (self.source is None or not continues_there(options)):
                 remove_run(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.path)
         except OSError as error:
             raise InputError(f"{self.path}: cannot be written ({error.strerror})") from error
         with atomic_path(self.path / CONFIG_FILE) as temporary:
@@ -320,6 +321,16 @@ def remove_run(path: Path) -> None:
             shutil.rmtree(one)
         else:
             one.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete what a process that was killed while it wrote has left in a run's folder."""
+    names = (*RUN_FILES, f"{CHECKPOINTS}/*.pt")
+    for name in names:
+        folder, last = (path / name).parent, Path(name).name
+        for one in folder.glob(f".{last}.*"):
+            if one.is_file():
+                one.unlink(missing_ok=True)
 
 
 def say(text: str = "") -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,15 +90,15 @@ def test_a_run_ended_by_max_steps_continues_bit_for_bit(aam, whole, tmp_path):
     assert_same_run(run, reference)
 
 
-def interrupt_at(monkeypatch, step: int) -> None:
-    """Send this process a Ctrl-C while it takes a step."""
+def interrupt_at(monkeypatch, step: int, number: int = signal.SIGINT) -> None:
+    """Send this process a signal while it takes a step."""
     from aam.training.loop import Trainer
 
     take = Trainer.step
 
     def step_and_stop(self, batches):
         if self.progress.step == step - 1:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return take(self, batches)
 
     monkeypatch.setattr(Trainer, "step", step_and_stop)
@@ -268,3 +269,100 @@ def test_a_missing_checkpoint_gives_one_line(aam, tmp_path, capsys):
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert said.startswith(f"error: {tmp_path / 'none'}: no such checkpoint; --resume-from needs")
+
+
+def test_auto_starts_a_run_and_continues_it_when_called_again(aam, tmp_path, capsys):
+    words = ("pretrain", "--epochs", 2, "--resume-from", "auto")
+    assert aam("pretrain", "--epochs", 2, "--output-dir", tmp_path / "whole") == 0
+    run = tmp_path / "run"
+    assert aam(*words, "--output-dir", run, "--max-steps", 3) == 0
+    assert "continuing" not in capsys.readouterr().err
+    assert aam(*words, f"--output-dir={run}", "--max-steps", 99) == 0
+    assert "continuing at step 3" in capsys.readouterr().err
+    assert_same_run(run, tmp_path / "whole")
+
+
+def test_auto_replaces_a_run_that_ended_before_its_first_checkpoint(aam, short, tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.toml").write_bytes((short / "config.toml").read_bytes())
+    (run / "checkpoints" / ".last.pt.x7a").write_bytes(b"half")
+    words = ("--max-steps", 1, "--output-dir", run)
+    assert aam("pretrain", *words) == 2
+    assert aam("pretrain", *words, "--resume-from", "auto") == 0
+    assert not [path for path in run.rglob(".*") if path.is_file()]  # no leftovers of the dead
+
+
+def test_auto_falls_back_to_another_checkpoint_with_a_warning(aam, tmp_path, capsys):
+    words = ("pretrain", "--epochs", 2, "--output-dir", tmp_path / "run")
+    assert aam(*words) == 0
+    last = tmp_path / "run" / "checkpoints" / "last.pt"
+    last.write_bytes(last.read_bytes()[:1000])
+    step = checkpoint(tmp_path / "run", "best.pt")["progress"]["step"]
+    capsys.readouterr()
+    assert aam(*words, "--resume-from", "auto") == 0
+    said = capsys.readouterr().err
+    assert said.startswith(f"warning: {last}: truncated or not a checkpoint")
+    assert f"continuing from best.pt, step {step}\n" in said
+    assert f"continuing at step {step}\n" in said
+
+
+def test_auto_does_not_replace_a_run_whose_checkpoints_are_all_broken(aam, short, tmp_path, capsys):
+    shutil.copytree(short, tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        path.write_bytes(b"")
+    before = sorted((tmp_path / "run").rglob("*"))
+    capsys.readouterr()
+    words = ("--output-dir", tmp_path / "run", "--resume-from", "auto", "--max-steps", 1)
+    assert aam("pretrain", *words) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "none of its checkpoints can be read" in said
+    assert sorted((tmp_path / "run").rglob("*")) == before
+
+
+def test_auto_needs_the_folder(aam, capsys):
+    assert aam("pretrain", "--resume-from", "auto", "--max-steps", 1) == 2
+    assert capsys.readouterr().err == (
+        "error: --resume-from auto: needs --output-dir, the folder of the run\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGINT, 130)]
+)
+def test_every_signal_saves_and_has_its_own_exit_code(
+    aam, tmp_path, monkeypatch, capsys, number, code
+):
+    """Under SLURM, SIGUSR1 has the job queued again, once."""
+    tool = tmp_path / "scontrol"
+    tool.write_text(f"#!/bin/sh\necho $@ >> {tmp_path}/asked\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    interrupt_at(monkeypatch, 2, number)
+    run = tmp_path / "run"
+    assert aam("pretrain", "--epochs", 2, "--output-dir", run) == code
+    assert checkpoint(run)["progress"]["step"] == 2
+    asked = (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else ""
+    assert asked == ("requeue 77\n" if number == signal.SIGUSR1 else "")
+    said = capsys.readouterr().err
+    assert ("job 77 is queued again" in said) == bool(asked)
+
+
+def test_a_checkpoint_is_written_as_often_as_asked(aam, tmp_path, monkeypatch):
+    from aam.training.loop import Trainer
+
+    saved = []
+    save = Trainer.save
+    monkeypatch.setattr(
+        Trainer, "save", lambda *words: (saved.append(words[0].progress.step), save(*words))
+    )
+    words = ("--max-steps", 4, "--validate-every", 9)
+    assert (
+        aam("pretrain", *words, "--output-dir", tmp_path / "often", "--checkpoint-minutes", 1e-9)
+        == 0
+    )
+    assert set(saved) == {1, 2, 3, 4}
+    saved.clear()
+    assert aam("pretrain", *words, "--output-dir", tmp_path / "rarely") == 0
+    assert set(saved) == {4}
