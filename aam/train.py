@@ -20,7 +20,7 @@ from typing import Any
 
 from aam import config
 from aam.errors import InputError
-from aam.training.layout import complain, own_ranks, silence_others, starter
+from aam.training.layout import complain, own_ranks, refuse_several, silence_others, starter
 
 COMMANDS: dict[str, type] = {
     "pretrain": config.PretrainConfig,
@@ -68,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = runner(name)
         if name in ("pretrain", "finetune"):
             run = shared(run, words)
+        else:
+            refuse_several(name)
         run(options)
 
     return guarded(work)

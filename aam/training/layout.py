@@ -61,6 +61,17 @@ def complain(text: str) -> None:
         sys.__stderr__.flush()
 
 
+def refuse_several(command: str) -> None:
+    """Refuse to run a command in several processes that would all do the same.
+
+    Raises:
+        InputError: torchrun or SLURM have started several.
+    """
+    count = os.environ.get({"torchrun": "WORLD_SIZE", "slurm": "SLURM_NTASKS"}.get(starter(), ""))
+    if count is not None and int(count) > 1:
+        raise InputError(f"{command} runs in one process; {starter()} started {count} of them")
+
+
 def find_layout(devices: int, nodes: int) -> Layout:
     """Who started this process, and with how many others.
 

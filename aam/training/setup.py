@@ -100,11 +100,13 @@ def _local_devices(options: RunOptions, kind: str) -> int:
 
 
 def _check_several(options: RunOptions, kind: str, layout: Layout) -> None:
-    """Refuse more processes than devices.
+    """Refuse more processes than devices, and what does not go together.
 
     Raises:
-        InputError: says how many there are.
+        InputError: says how many there are, or names the options.
     """
+    if options.strategy == "fsdp" and options.compile_model:
+        raise InputError("--compile-model: does not go together with --strategy fsdp; leave it out")
     count = torch.cuda.device_count()
     if kind != "cuda" or layout.local <= count:
         return
