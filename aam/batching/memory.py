@@ -8,7 +8,7 @@ every step against its prediction.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -22,6 +22,9 @@ DEFAULT_FRACTION = 0.85  # of what is free
 MOST_PIECES = 4096
 DRIFT = 0.05  # relative error of a prediction that is no longer noise
 DRIFT_STEPS = 3  # in a row, before the model is fitted again
+CALIBRATION_STEPS = 10
+CALIBRATED_SHARE = 0.85  # of the budget, which no calibration step is predicted to exceed
+CALIBRATED_PIECES = 4  # more would take long and say little
 REMEMBERED = 64  # steps that a new fit looks at
 TIE = 1e-4  # weight of the preference below, far under that of a measurement
 # Within one table tokens, ASVs and samples grow together, so few steps cannot always tell whose
@@ -218,6 +221,54 @@ class Calibration:
         self.sizes.append(size)
         self.peaks.append(float(peak))
         self.model = fit(self.sizes, self.peaks, self.floor)
+
+    def steps(
+        self, most: int, size_of: Callable[[int], StepSize], budget: float
+    ) -> Iterator[tuple[int, int]]:
+        """Steps to measure, as numbers of samples and of pieces; `add` each before the next.
+
+        The number of samples doubles. Where the next number is predicted not to fit, the largest
+        one that does comes first; larger ones follow in pieces. Two steps are repeated in three
+        pieces, which tells what pieces do not divide.
+
+        Args:
+            most: samples there are.
+            size_of: the step of so many samples in one piece.
+            budget: bytes.
+        """
+        count, full = min(2, most), False
+        budget *= CALIBRATED_SHARE
+        for number in range(CALIBRATION_STEPS):
+            pieces = self.model.pieces_that_fit(size_of(count), budget) if self.model else 1
+            if number in (3, 5):
+                pieces = 3
+            elif number < 3:
+                pieces = 1
+            if pieces is None or pieces > CALIBRATED_PIECES:
+                return
+            yield count, pieces
+            if number in (2, 4):
+                continue  # the same samples again
+            if count == most:
+                return
+            following = min(2 * count, most)
+            assert self.model is not None
+            if not full and self.model.bound(size_of(following)) > budget:
+                full = True
+                largest = self._largest(count, following, size_of, budget)
+                following = following if largest == count else largest
+            count = following
+
+    def _largest(
+        self, low: int, high: int, size_of: Callable[[int], StepSize], budget: float
+    ) -> int:
+        """The largest number of samples from `low` to below `high` that is predicted to fit."""
+        assert self.model is not None
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = self.model.bound(size_of(middle)) <= budget
+            low, high = (middle, high) if fits else (low, middle)
+        return low
 
     def check(self, size: StepSize, peak: float) -> bool:
         """Compare a training step with its prediction.

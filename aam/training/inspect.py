@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from aam.batching import EpochPlan
-from aam.config import InspectConfig
+from aam.config import InspectConfig, OptimizerOptions, PenaltyOptions, PretrainConfig
 from aam.data.dataset import SampleDataset
 from aam.data.facts import DataFact, name_some
 from aam.data.metadata import require_values
+from aam.data.phylogeny import UniFrac
 from aam.errors import InputError
+from aam.model import CommunityEncoder
+from aam.model.encoder import EncoderShape
+from aam.training.exchange import Exchange
+from aam.training.losses import DistanceLoss
+from aam.training.memory import DEFAULT_BATCH, GB, Batching
+from aam.training.objectives import PretrainObjective
 from aam.training.prepare import Samples, attach_distances, make_dataset, read_samples, split, tell
+from aam.training.runs import say
+from aam.training.schedule import make_optimizer, make_state
+from aam.training.setup import pick_device
+from aam.training.step import Step
 
 BATCHES_LOOKED_AT = 200
 
@@ -24,7 +37,7 @@ def inspect(config: InspectConfig) -> None:
     from rich.table import Table
 
     samples = read_samples(config.data, config.seed, metadata=config.metadata.metadata)
-    labels = None
+    labels = distances = None
     table = Table("what", "value", title=None)
     if config.metadata_column is not None:
         labels = _describe_target(table, samples, config)
@@ -34,8 +47,9 @@ def inspect(config: InspectConfig) -> None:
     dataset = make_dataset(samples, config.data)
     parts = split(samples, config.metadata, config.seed, labels=labels)
     table.add_row("training / validation samples", f"{len(parts.train)} / {len(parts.validation)}")
-    _describe_cost(table, dataset, samples.rows(parts.train), config)
     tell(samples)
+    plan = _plan(table, dataset, samples.rows(parts.train), distances, config)
+    _describe_cost(table, dataset, plan, config)
     Console(width=110, highlight=False).print(table)
 
 
@@ -72,8 +86,90 @@ def _describe_distances(table: Any, distances: Any, count: int) -> None:
     table.add_row("true distances", f"mean {values.mean():.3f}, sd {values.std():.3f}")
 
 
+def _plan(
+    table: Any, dataset: SampleDataset, rows: np.ndarray, distances: Any, config: InspectConfig
+) -> Sequence[np.ndarray]:
+    """The rows of each step of the first epoch; says what they take where a memory is given."""
+    if config.max_memory_gb is None and config.max_memory_fraction is None:
+        size = config.batch_size or min(DEFAULT_BATCH, len(rows))
+        return EpochPlan(rows, size, config.seed).batches(0)
+    options = OptimizerOptions(
+        batch_size=config.batch_size,
+        max_memory_gb=config.max_memory_gb,
+        max_memory_fraction=config.max_memory_fraction,
+    )
+    device = pick_device("auto")
+    dataset = dataset.to(device)
+    encoder = CommunityEncoder(
+        EncoderShape(max_bp=config.data.max_bp, token_limit=config.data.token_limit)
+    )
+    objective = PretrainObjective(encoder, PenaltyOptions(), _distance_loss(distances, dataset))
+    objective.to(device).train()
+    batching = Batching(rows, dataset, objective, options, device, config.seed)
+    optimizer = make_optimizer(objective, lr=0.0, weight_decay=0.0)
+    make_state(optimizer)
+    step = Step(objective, Exchange())
+
+    def compute(rows: np.ndarray, pieces: int) -> dict[str, float]:
+        optimizer.zero_grad(set_to_none=True)
+        torch.manual_seed(config.seed)
+        return step(dataset.batch(rows).to(device), pieces)
+
+    say("measuring what steps of pretraining take, at the default options")
+    batching.prepare(compute)
+    plan = batching.batches(0)
+    _describe_memory(table, batching, plan)
+    return plan
+
+
+def _describe_memory(table: Any, batching: Batching, plan: Sequence[np.ndarray]) -> None:
+    """Memory of a plan's steps."""
+    model = batching.calibration.model
+    assert model is not None
+    sizes = [batching.size(one) for one in plan]
+    pieces = np.array([batching.pieces(one) for one in sizes])
+    parts = [size.split(count) for size, count in zip(sizes, pieces.tolist(), strict=True)]
+    peaks = np.array([model.predict(one) for one in parts])
+    table.add_row(
+        "memory to fill",
+        f"{batching.budget / GB:.2f} GB, of which {model.constant / GB:.2f} GB before a step",
+    )
+    table.add_row(
+        "predicted peak of a step",
+        f"mean {peaks.mean() / GB:.2f} GB ({peaks.mean() / batching.budget:.0%}), most "
+        f"{peaks.max() / GB:.2f} GB ({peaks.max() / batching.budget:.0%})",
+    )
+    table.add_row(
+        "error of the prediction",
+        f"{model.error:.1%} (95th percentile of {len(batching.calibration.peaks)} measured steps, "
+        "each left out once)",
+    )
+    if pieces.max() > 1:
+        table.add_row(
+            "steps in pieces", f"{(pieces > 1).sum()} of {len(pieces)}, most {pieces.max()} pieces"
+        )
+
+
+class _NoDistances:
+    """Stands for true distances where none are given: a step takes what it takes with them."""
+
+    def pairwise(self, rows: np.ndarray) -> np.ndarray:
+        return self.cross(rows, rows)
+
+    def cross(self, rows_a: np.ndarray, rows_b: np.ndarray) -> np.ndarray:
+        return np.zeros((len(rows_a), len(rows_b)))
+
+
+def _distance_loss(distances: Any, dataset: SampleDataset) -> DistanceLoss:
+    """That of `aam pretrain`, with mixtures where there is a tree."""
+    if isinstance(distances, UniFrac):
+        mixtures = PretrainConfig.mixed_samples
+        return DistanceLoss(distances, mixtures=mixtures, columns=dataset.columns)
+    return DistanceLoss(distances or _NoDistances())
+
+
 def _describe_cost(
-    table: Any, dataset: SampleDataset, rows: np.ndarray, config: InspectConfig
+    table: Any, dataset: SampleDataset, plan: Sequence[np.ndarray], config: InspectConfig
 ) -> None:
     """Lengths, shared ASVs and what a step computes."""
     count = dataset.asv_count
@@ -82,12 +178,13 @@ def _describe_cost(
     table.add_row(
         "nucleotides an ASV", f"{lengths.min()} to {lengths.max()}, mean {lengths.mean():.0f}"
     )
-    plan = EpochPlan(rows, (config.batch_size or 8), config.seed)
-    batches = [dataset.batch(one) for one in plan.batches(0)[:BATCHES_LOOKED_AT]]
+    batches = [dataset.batch(one) for one in plan[:BATCHES_LOOKED_AT]]
     slots = np.array([len(batch.slots.values) for batch in batches])
     distinct = np.array([len(batch.asv_ids) for batch in batches])
     tokens = np.array([len(batch.tokens.values) for batch in batches])
-    table.add_row(f"steps an epoch (--batch-size {(config.batch_size or 8)})", str(len(plan)))
+    sizes = np.array([len(one) for one in plan])
+    table.add_row("steps an epoch", str(len(plan)))
+    table.add_row("samples a step", f"{sizes.min()} to {sizes.max()}, mean {sizes.mean():.1f}")
     table.add_row(
         "distinct ASVs a step",
         f"mean {distinct.mean():.0f} of {slots.mean():.0f} slots "

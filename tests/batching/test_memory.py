@@ -196,3 +196,25 @@ def test_budget():
         memory_budget(meter, max_memory_gb=0.5)
     with pytest.raises(InputError, match="give one of them"):
         memory_budget(meter, max_memory_gb=4, max_memory_fraction=0.5)
+
+
+@pytest.mark.parametrize("budget", [0.7e9, 1e9, 1.5e9, 100e9])
+def test_calibration_steps_stay_in_the_budget_and_come_near_it(budget):
+    calibration, tried = Calibration(), []
+    for count, pieces in calibration.steps(300, step, budget):
+        peak = peaks([step(count, pieces=pieces)], 0.01, len(tried))[0]
+        assert peak <= budget
+        tried.append((count, pieces))
+        calibration.add(step(count, pieces=pieces), peak)
+    assert tried[:2] == [(2, 1), (4, 1)] and 5 <= len(tried) <= 10
+    assert sum(pieces == 3 for _, pieces in tried) >= 1
+    assert max(calibration.peaks) > 0.7 * min(budget, TRUE.predict(step(128)))
+    assert np.abs(errors(calibration.model, LATER, peaks(LATER))).max() < 0.1
+
+
+def test_calibration_of_few_samples_ends():
+    calibration, tried = Calibration(), []
+    for count, pieces in calibration.steps(5, step, 100e9):
+        tried.append((count, pieces))
+        calibration.add(step(count, pieces=pieces), TRUE.predict(step(count, pieces=pieces)))
+    assert tried == [(2, 1), (4, 1), (5, 1), (5, 3)]
