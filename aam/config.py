@@ -248,6 +248,9 @@ class RunOptions:
     """Use all devices of this machine."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """What several devices hold: all of the model, or a part of its weights each."""
+    sharded_checkpoints: bool = False
+    """With --strategy fsdp: every rank writes its part of a checkpoint, beside last.pt and best.pt;
+    for models that are too large to gather on one device."""
     attn_implementation: Literal["auto", "math", "sdpa", "triton", "cpu"] = "auto"
     """Attention kernels; an explicit choice never falls back."""
     gradient_checkpointing: bool = True

@@ -277,7 +277,7 @@ def print_help() -> None:
 
 def quiet_libraries() -> None:
     """Keep other packages' notices off the screen; ours are plain lines."""
-    warnings.filterwarnings("ignore", module=r"(tensorboard|lightning_fabric)\b.*")
+    warnings.filterwarnings("ignore", module=r"(tensorboard|lightning_fabric|torch\.distributed)\b.*")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from aam.training.progress import ProgressDisplay
 from aam.training.runs import CHECKPOINTS, Run, resume_checkpoint, say
 from aam.training.schedule import make_optimizer, make_state, set_learning_rate, warmup_cosine
 from aam.training.sharding import clip_gradients, load_module, load_optimizer, sharded_copy, whole
+from aam.training.shards import remove_older, write_shards
 from aam.training.step import Step
 from aam.training.stopping import Stopped, StopSignals
 
@@ -328,17 +329,26 @@ class Trainer:
     def save(self, name: str, progress: Progress | None = None) -> None:
         """Write a checkpoint, with another progress than the run's if one is given."""
         self.run.flush()
+        folder = self.run.path / CHECKPOINTS
+        objective, optimizer = self.trained.state_dict(), self.optimizer.state_dict()
+        kind, parts = name.removesuffix(".pt"), ""
+        if self.sharded and self.config["run"]["sharded_checkpoints"]:
+            parts = f"{kind}-{self.progress.step}"
+            weights = write_shards(folder, parts, objective, optimizer)
+        else:
+            weights = {"objective": whole(objective), "optimizer": whole(optimizer)}
         state = {
             "format": FORMAT,
-            "objective": whole(self.trained.state_dict()),
-            "optimizer": whole(self.optimizer.state_dict()),
+            **weights,
             "progress": asdict(progress or self.progress),
             "memory": self.batching.state(),
             "description": self.description,
             "config": self.config,
         }
         if ranks.first():
-            save_state(self.run.path / CHECKPOINTS / name, state)
+            save_state(folder / name, state)
+            if not (folder / REGULAR_BEST).is_file():  # it may need what best.pt no longer does
+                remove_older(folder, kind, parts)
         self._saved = time.monotonic()
 
 

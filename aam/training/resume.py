@@ -38,6 +38,7 @@ FREE = {
         "num_nodes",
         "data_parallel",
         "strategy",
+        "sharded_checkpoints",
     },
     "optimizer": {"max_steps", "early_stopping", "validate_every"},
 }

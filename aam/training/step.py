@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from aam.data.dataset import Batch
+from aam.errors import InputError
 from aam.training.exchange import Exchange, cut
 from aam.training.losses import Terms, blocks
 from aam.training.masking import MaskedCopies
@@ -229,6 +230,11 @@ class Step:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
+            if self.equal_calls:  # the others wait for this rank within the stage
+                raise InputError(
+                    "out of memory; with --strategy fsdp a step cannot be computed again: use a "
+                    "smaller --max-memory-gb, --batch-size or --token-limit"
+                ) from error
             full = True  # the error, and with it the graph, is gone when this block is left
         if self.exchange.any(full, self.parameters[0].device):
             raise StepTooLarge

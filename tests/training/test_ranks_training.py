@@ -55,7 +55,9 @@ def words(community):
 def start(words: list[str]) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", MAIN, *words]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
 
 
 def run(words: list[str]) -> None:
@@ -105,12 +107,19 @@ def test_five_steps_of_several_ranks_equal_those_of_one(words, tmp_path, command
     assert_same_run(tmp_path / "several", tmp_path / "one")
 
 
-def test_sharded_weights_continue_a_run_and_are_continued_by_one_process(words, tmp_path):
+@pytest.mark.parametrize(
+    ("more", "parts"), [((), []), (("--sharded-checkpoints",), ["best-4", "last-4"])]
+)
+def test_sharded_weights_continue_a_run_and_are_continued_by_one_process(
+    words, tmp_path, more, parts
+):
     alone(words("pretrain", "--max-steps", STEPS, "--output-dir", tmp_path / "one"))
     folder = tmp_path / "sharded"
     alone(words("pretrain", "--max-steps", 2, "--output-dir", folder))
-    sharded = ("--devices", 2, "--strategy", "fsdp", "--max-steps", 4)
+    sharded = ("--devices", 2, "--strategy", "fsdp", "--max-steps", 4, *more)
     run(["pretrain", *map(str, ("--resume-from", folder, *sharded))])
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == sorted(["best.pt", "last.pt", *parts])
     whole = ("--devices", 1, "--strategy", "ddp", "--max-steps", STEPS)
     alone(["pretrain", *map(str, ("--resume-from", folder, *whole))])
     for name in ("one", "sharded"):  # a run that ends validates, one that goes on does not
