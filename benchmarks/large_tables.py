@@ -95,7 +95,7 @@ def write_table(path: Path, names: list[bytes], counts: sp.csr_array) -> None:
                 "creation-date": "2026-01-01T00:00:00",
                 "shape": counts.shape[::-1],
                 "nnz": counts.nnz,
-            }  # fmt: skip
+            }
         )
         ids = {"sample": [b"s%06d" % row for row in range(counts.shape[0])], "observation": names}
         for kind, matrix in (("sample", counts), ("observation", counts.T.tocsr())):

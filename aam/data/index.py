@@ -50,6 +50,10 @@ _BYTES_AN_ENTRY, _BYTES_A_FEATURE = 50, 800
 """Memory of a table that is read as a whole, at its highest (measured, 10,000 x 100,000)."""
 
 
+class IndexUnwritableError(InputError):
+    """There is no place for an index."""
+
+
 @dataclass(frozen=True)
 class IndexedTable(FeatureTable):
     """A feature table whose counts and sequences are memory-mapped files.
@@ -183,8 +187,8 @@ def open_index(
         notice: is told in one line what is built and why.
 
     Raises:
-        InputError: the table cannot be used (as `read_table` and `rarefy` say), or the index
-            cannot be written.
+        InputError: the table cannot be used, as `read_table` and `rarefy` say.
+        IndexUnwritableError: the index cannot be written.
     """
     from aam.data.index_build import build
 
@@ -311,7 +315,7 @@ def _writing(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        raise InputError(
+        raise IndexUnwritableError(
             f"{folder}: the table's index cannot be written ({error.strerror or one_line(error)}): "
             "name a folder for it with --index-dir, or keep the table in memory with "
             "--on-disk never"
@@ -397,6 +401,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-__all__ = ["IndexedTable", "TableIndex", "open_index"]

@@ -13,7 +13,7 @@ from aam.config import DistanceOptions, MetadataOptions, TableOptions
 from aam.data.dataset import SampleDataset
 from aam.data.distances import read_distances
 from aam.data.facts import DataFact, name_some
-from aam.data.index import TableIndex, open_index, size_in_memory
+from aam.data.index import IndexUnwritableError, TableIndex, open_index, size_in_memory
 from aam.data.matching import match_ids
 from aam.data.metadata import Metadata, read_metadata
 from aam.data.phylogeny import UniFrac
@@ -159,7 +159,13 @@ def open_on_disk(options: TableOptions, seed: int) -> TableIndex | None:
         "seed": seed,
         "by_sequence": options.asv_sampling != "first",
     }
-    return open_index(options.table, how, options.index_dir, say)
+    try:
+        return open_index(options.table, how, options.index_dir, say)
+    except IndexUnwritableError as error:
+        if options.on_disk == "always":
+            raise
+        say(f"{options.table} is read into memory: {error}")
+        return None
 
 
 def _with_empty_rows(
