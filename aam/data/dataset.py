@@ -199,7 +199,8 @@ class SampleDataset:
         starts = self._row_starts[rows]
         lengths = self._row_starts[rows + 1] - starts
         entries = ranges(starts, lengths)
-        if not (lengths > self.token_limit).any():
+        most = self.asv_count[rows]
+        if not (lengths > most).any():
             return entries, lengths
         if self.asv_sampling == "random":
             keys = torch.rand(len(entries), generator=generator, dtype=torch.float64).numpy()
@@ -208,8 +209,16 @@ class SampleDataset:
             keys = -self._counts[entries].astype(np.int64)
         else:
             keys = np.arange(len(entries))
-        kept = _lowest_of_each(keys, lengths, self.token_limit)
-        return entries[kept], np.minimum(lengths, self.token_limit)
+        return entries[_lowest_of_each(keys, lengths, most)], most
+
+    def limit_asvs(self, rows: np.ndarray, most: np.ndarray) -> None:
+        """Keep fewer ASVs of some samples from now on, chosen as at the token limit.
+
+        Args:
+            rows: ``(n,)`` which samples.
+            most: ``(n,)`` ASVs each of them keeps; at least 1.
+        """
+        self.asv_count[rows] = np.minimum(self.asv_count[rows], most)
 
     def entries(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the ASVs of all samples, sample by sample, as the token limit leaves them.
@@ -238,6 +247,10 @@ class SampleDataset:
                 entries = self._entries(part, None)[0]
             seen[self._asvs[entries]] = True
         return np.flatnonzero(seen)
+
+    def sequences_of(self, asv_ids: np.ndarray) -> Sequence[str]:
+        """Return some of ``sequences``; a string is made when it is asked for."""
+        return Texts.of(self.sequences).take(asv_ids)
 
     def gather_tokens(self, asv_ids: np.ndarray) -> Ragged:
         """Return the tokens of ``sequences[asv_ids]``, one row each, uint8, on their device."""
@@ -274,13 +287,13 @@ class SampleDataset:
         return facts
 
 
-def _lowest_of_each(keys: np.ndarray, lengths: np.ndarray, most: int) -> np.ndarray:
+def _lowest_of_each(keys: np.ndarray, lengths: np.ndarray, most: np.ndarray) -> np.ndarray:
     """Return, in order, the entries whose key is among the ``most`` lowest of their segment."""
     segment = np.repeat(np.arange(len(lengths)), lengths)
     order = np.lexsort((keys, segment))  # stable: equal keys keep their order
     starts = np.cumsum(lengths) - lengths
     rank = np.arange(len(keys)) - np.repeat(starts, lengths)
-    return np.sort(order[rank < most])
+    return np.sort(order[rank < most[segment]])
 
 
 def _as_tensor(values: Any, rows: int, name: str) -> Tensor | None:

@@ -19,6 +19,7 @@ Array = np.ndarray
 Pairwise = Callable[[Any], Array]
 
 MAX_TRAINING_SAMPLES = 200
+CONSENSUS_BLOCK = 2**16  # sequences counted at once
 """Training samples whose pairs calibrate a distance: 19,900 pairs fit two numbers well enough."""
 
 KMER_LENGTH = 12
@@ -191,8 +192,14 @@ def consensus_bases(sequences: Sequence[str] | Array) -> Array:
         ``(length + 1,)`` uint8 tokens; the last is the most frequent base of all, for positions
         that no training sequence reaches.
     """
-    tokens = sequences if isinstance(sequences, np.ndarray) else _padded_tokens(sequences)
-    counted = np.stack([(tokens == base).sum(axis=0) for base in range(1, 5)])  # (4, length)
+    counted = np.zeros((4, 0), dtype=np.int64)  # (4, length)
+    for low in range(0, max(1, len(sequences)), CONSENSUS_BLOCK):
+        part = sequences[low : low + CONSENSUS_BLOCK]
+        tokens = part if isinstance(part, np.ndarray) else _padded_tokens(part)
+        own = np.stack([(tokens == base).sum(axis=0) for base in range(1, 5)])
+        longer = own.shape[1] - counted.shape[1]
+        counted = np.pad(counted, ((0, 0), (0, max(longer, 0))))
+        counted[:, : own.shape[1]] += own
     total = counted.sum(axis=1, keepdims=True)
     counted = np.where(counted.sum(axis=0, keepdims=True) > 0, counted, total)
     return (np.concatenate([counted, total], axis=1).argmax(axis=0) + 1).astype(np.uint8)

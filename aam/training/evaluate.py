@@ -140,7 +140,7 @@ def _nucleotides(model: Any, dataset: Any, rows: np.ndarray, train: np.ndarray) 
     )
     simple: dict[str, float | None] = {}
     if len(train):
-        seen = [dataset.sequences[one] for one in dataset.asvs_of(train)]
+        seen = dataset.sequences_of(dataset.asvs_of(train))
         consensus = baselines.consensus_bases(seen)
         simple["consensus"] = baselines.consensus_accuracy(consensus, check.positions, check.bases)
     return result("masked-nucleotide accuracy", check.accuracy, simple)

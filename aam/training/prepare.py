@@ -26,6 +26,9 @@ from aam.training.runs import refuse_breaks, say
 LARGE_TABLE = 500 * 10**6
 """Bytes in memory from which on a table is kept on disk (--on-disk auto)."""
 
+JUDGED_SAMPLES = 2000
+"""Most validation samples of which all pairs are compared."""
+
 
 @dataclass
 class Samples:
@@ -263,6 +266,20 @@ def split(
             )
             samples.warnings.append(warning)
     return parts
+
+
+def judged_rows(samples: Samples, parts: Split) -> np.ndarray:
+    """Rows of the validation samples whose distances are compared; what is left out is a fact.
+
+    All pairs of very many samples fit no memory, and say no more than those of some thousands.
+    """
+    rows = samples.rows(parts.validation)
+    if len(rows) <= JUDGED_SAMPLES:
+        return rows
+    what = f"validation samples not looked at: {JUDGED_SAMPLES} are compared"
+    samples.facts.append(DataFact(what, len(rows) - JUDGED_SAMPLES, "drawn at random", "cut"))
+    order = np.random.default_rng(JUDGED_SAMPLES).permutation(rows)
+    return np.sort(order[:JUDGED_SAMPLES])
 
 
 def _given_split(samples: Samples, options: MetadataOptions) -> Split:

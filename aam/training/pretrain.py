@@ -26,12 +26,13 @@ from aam.training.evaluation import (
 )
 from aam.training.loop import Trainer
 from aam.training.losses import DistanceLoss, FaithLoss
-from aam.training.memory import make_batching
+from aam.training.memory import Batching
 from aam.training.objectives import PretrainObjective
 from aam.training.prepare import (
     Samples,
     attach_distances,
     data_description,
+    judged_rows,
     make_dataset,
     read_samples,
     split,
@@ -126,6 +127,7 @@ def pretrain(config: PretrainConfig) -> Path:
         distances = attach_distances(samples, config.data, config.distances)
     parts = split(samples, config.metadata, config.run.seed)
     dataset = make_dataset(samples, config.data).to(fabric.device)
+    validation_rows = judged_rows(samples, parts)
     tell(samples)
     train_rows = samples.rows(parts.train)
 
@@ -136,9 +138,7 @@ def pretrain(config: PretrainConfig) -> Path:
         recompute=config.run.gradient_checkpointing,
     ).to(fabric.device)
     faith = make_faith_loss(config, distances, len(samples.ids), train_rows)
-    task = Task(
-        encoder, dataset, distances, faith, train_rows, samples.rows(parts.validation), config
-    )
+    task = Task(encoder, dataset, distances, faith, train_rows, validation_rows, config)
     if distances is not None and faith is None and state is None:
         calibrate(task)
     unifrac = faith or make_distance_loss(config, distances, dataset)
@@ -160,7 +160,7 @@ def pretrain(config: PretrainConfig) -> Path:
         fabric,
         objective,
         dataset,
-        make_batching(train_rows, dataset, objective, config, fabric.device),
+        Batching(train_rows, dataset, objective, config.optimizer, fabric.device, config.run.seed),
         config.optimizer,
         run,
         validate=task.validate,
@@ -334,7 +334,7 @@ def nucleotide_results(task: Task) -> list[dict[str, Any]]:
     """Masked-nucleotide accuracy beside the per-position consensus of the training part."""
     asv_ids = task.validation_asvs(most=len(task.dataset.sequences))
     seen_ids = task.dataset.asvs_of(task.train_rows)
-    consensus = baselines.consensus_bases([task.dataset.sequences[one] for one in seen_ids])
+    consensus = baselines.consensus_bases(task.dataset.sequences_of(seen_ids))
     seen = np.isin(asv_ids, seen_ids)
     results = []
     parts = (
