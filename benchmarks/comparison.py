@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -58,6 +59,42 @@ class Goal:
     of: str = "calls"
 
 
+@dataclass(frozen=True)
+class Figure:
+    """Something measured that is no ratio of speeds, and what is asked of it.
+
+    Attributes:
+        name: what it is.
+        value: measured.
+        at_least: asked for; None: anything.
+        at_most: likewise.
+    """
+
+    name: str
+    value: float
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @property
+    def reached(self) -> bool | None:
+        """Whether it is as asked; None where nothing is asked."""
+        if self.at_least is None and self.at_most is None:
+            return None
+        low = -math.inf if self.at_least is None else self.at_least
+        high = math.inf if self.at_most is None else self.at_most
+        return low <= self.value <= high
+
+    def __str__(self) -> str:
+        """Name, value and verdict in a line."""
+        asked = [
+            f"at {word} {limit:.4g}"
+            for word, limit in (("least", self.at_least), ("most", self.at_most))
+            if limit is not None
+        ]
+        verdict = f"  ({', '.join(asked)}: {'reached' if self.reached else 'MISSED'})"
+        return f"{self.name}: {self.value:.4g}{verdict * bool(asked)}"
+
+
 @dataclass
 class Comparison:
     """What was measured of the contestants of a case, and what is asked of them."""
@@ -70,6 +107,7 @@ class Comparison:
     faults: dict[str, int] = field(default_factory=dict)
     goals: list[Goal] = field(default_factory=list)
     notes: dict[str, str] = field(default_factory=dict)
+    figures: list[Figure] = field(default_factory=list)
 
     def ratio(
         self, name: str, over: str = "", *, of: str = "calls", clock: str = "wall"
@@ -162,7 +200,12 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for the JSON file."""
-        return {"contestants": self.rows(), "goals": self.verdicts(), "notes": self.notes}
+        return {
+            "contestants": self.rows(),
+            "goals": self.verdicts(),
+            "figures": [{**asdict(one), "reached": one.reached} for one in self.figures],
+            "notes": self.notes,
+        }
 
 
 class Rounds:
@@ -267,6 +310,7 @@ def format_comparison(comparison: Comparison) -> str:
     rounds = len(next(iter(comparison.timings.values())).wall)
     lines = ["", f"{comparison.title}  (median of {rounds} interleaved rounds)", *aligned(table)]
     lines += [f"  {key}: {value}" for key, value in comparison.notes.items()]
+    lines += [f"  {figure}" for figure in comparison.figures]
     return "\n".join(lines)
 
 

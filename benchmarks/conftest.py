@@ -18,6 +18,7 @@ from benchmarks import machine
 from benchmarks.comparison import (
     Comparison,
     Contestants,
+    Figure,
     Goal,
     Rounds,
     Work,
@@ -60,6 +61,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "kernels: attention, pooling and layer, in 2 minutes")
     config.addinivalue_line("markers", "scaling: the layer by threads, tokens and variant")
     config.addinivalue_line("markers", "steps: whole training steps and inference; takes long")
+    config.addinivalue_line("markers", "batching: steps that fill memory, in pieces, over ranks")
     if config.getoption("benchmark") and config.getoption("numprocesses", None):
         raise pytest.UsageError("--benchmark times one case at a time: leave out -n")
 
@@ -119,12 +121,18 @@ def own_process(timing):
     """Contestants in processes of their own, ended with the test.
 
     `own_process("module:function", environment={...}, **arguments)`. Without `--benchmark` the
-    work runs in this process, where it only has to give the right numbers.
+    work runs in this process (unless `always`), where it only has to give the right numbers.
     """
     workers = []
 
-    def start(target: str, *, environment: Mapping[str, str] | None = None, **arguments: Any):
-        if not timing:
+    def start(
+        target: str,
+        *,
+        environment: Mapping[str, str] | None = None,
+        always: bool = False,
+        **arguments: Any,
+    ):
+        if not timing and not always:
             return prepare(target, arguments)
         workers.append(Worker(target, environment=environment, **arguments))
         return workers[-1]
@@ -146,6 +154,7 @@ def compare(request, timing) -> Callable[..., tuple[dict[str, Any], Comparison |
     * `work`: operations and bytes by contestant; where given, the machine's limits take part
       (`limits=False` leaves them out).
     * `goals`, `notes`: see `Comparison`.
+    * `figures`: makes those of `Comparison` from every contestant's last result and the timings.
     """
 
     def run(
@@ -158,6 +167,7 @@ def compare(request, timing) -> Callable[..., tuple[dict[str, Any], Comparison |
         limits: bool = True,
         goals: Sequence[Goal] = (),
         notes: Mapping[str, str] | None = None,
+        figures: Callable[[dict[str, Any], Comparison], Sequence[Figure]] | None = None,
     ) -> tuple[dict[str, Any], Comparison | None]:
         if not timing:
             return {name: contestant() for name, contestant in contestants.items()}, None
@@ -184,6 +194,8 @@ def compare(request, timing) -> Callable[..., tuple[dict[str, Any], Comparison |
                 comparison.faults[name] = contestant.faults
             if name in (machine.PEAK, machine.COPY):
                 comparison.work[name] = Work(**one_round.results[name])
+        if figures is not None:
+            comparison.figures += figures(one_round.results, comparison)
         keep(comparison, facts, results(request.config))
         request.config.stash[COMPARISONS].append(comparison)
         return {name: one_round.results[name] for name in contestants}, comparison

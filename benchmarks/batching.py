@@ -1,0 +1,356 @@
+"""Steps that fill the memory, steps of a fixed number of samples, and steps in pieces.
+
+What is returned prepares itself on its first call (warms up, measures a few steps, searches), and
+trains on from then on, one epoch of some samples a call. Every step's peak is that of the process,
+by the meter that training uses.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+
+from aam.batching import Calibration, CostModel, EpochPlan
+from aam.config import OptimizerOptions, PenaltyOptions
+from aam.data import FeatureTable, SampleDataset, read_table
+from aam.data.phylogeny import UniFrac
+from aam.model import CommunityEncoder
+from aam.model.encoder import EncoderShape
+from aam.training.loop import Trainer
+from aam.training.losses import DistanceLoss
+from aam.training.memory import Batching
+from aam.training.objectives import PretrainObjective, SamplePart
+from aam.training.runs import Run
+from benchmarks.large_tables import sequences
+from benchmarks.steps import TABLES, Jaccard, Unlogged
+
+GB = 1e9
+SIMULATED = 400, 8000  # samples and features
+SIMULATED_ASVS = 60, 1.0, 5, 1000  # of a sample, log-normal: median, sigma, fewest, most
+LARGEST_BATCH = 1024  # where halving starts
+FAR = 1.25  # times the budget: so large a step fails at once, before it takes any time
+NEAR = 0.98  # of the budget: a fixed size whose largest step takes that is not made larger
+LEVELS = 5  # corrections of a fixed size by what its largest step really takes
+Result = dict[str, Any]
+Epoch = Callable[[], Result]
+
+
+def read(folder: str, name: str) -> FeatureTable:
+    """`ibd` or `oral` as rarefied, `mixed`: both in one table, or `simulated`."""
+    if name == "simulated":
+        return simulated(*SIMULATED)
+    names = list(TABLES) if name == "mixed" else [name]
+    return join([read_table(Path(folder) / one / TABLES[one]) for one in names])
+
+
+def join(tables: Sequence[FeatureTable]) -> FeatureTable:
+    """All samples of several tables, over all their sequences."""
+    names = sorted({name for table in tables for name in table.feature_ids})
+    column = {name: number for number, name in enumerate(names)}
+    parts = []
+    for table in tables:
+        counts, columns = table.counts, np.array([column[name] for name in table.feature_ids])
+        shape = (counts.shape[0], len(names))
+        parts.append(sp.csr_array((counts.data, columns[counts.indices], counts.indptr), shape))
+    counts = sp.csr_array(sp.vstack(parts))
+    counts.sort_indices()
+    ids = tuple(name for table in tables for name in table.sample_ids)
+    return FeatureTable(ids, tuple(names), counts, "joined")
+
+
+def simulated(samples: int, features: int, seed: int = 0) -> FeatureTable:
+    """Samples whose sizes differ a hundredfold, of sequences of 100 to 150 bases.
+
+    Half of a sample's ASVs come from a tenth of all.
+    """
+    generator = np.random.default_rng(seed)
+    names = tuple(name.decode() for name in sequences(generator, features))
+    middle, sigma, fewest, most = SIMULATED_ASVS
+    sizes = generator.lognormal(np.log(middle), sigma, samples).clip(fewest, most).astype(int)
+    weights = np.where(generator.random(features) < 0.1, 10.0, 10 / 9)
+    weights /= weights.sum()
+    rows = np.repeat(np.arange(samples), sizes)
+    columns = np.concatenate(
+        [generator.choice(features, size, replace=False, p=weights) for size in sizes]
+    )
+    reads = np.ceil(generator.lognormal(3.0, 1.4, len(rows))).astype(np.int64)
+    counts = sp.csr_array(sp.coo_array((reads, (rows, columns)), (samples, features)))
+    counts.sort_indices()
+    return FeatureTable(tuple(f"s{row}" for row in range(samples)), names, counts, "simulated")
+
+
+@lru_cache
+def samples_of(
+    folder: str, name: str, token_limit: int, share_asvs: bool
+) -> tuple[SampleDataset, DistanceLoss]:
+    """Samples and their distance loss: UniFrac and mixtures for `ibd`, else Jaccard."""
+    table = read(folder, name)
+    dataset = SampleDataset(table, token_limit=token_limit, share_asvs=share_asvs)
+    tree = Path(folder) / name / "tree.nwk"
+    if not tree.exists():
+        return dataset, DistanceLoss(Jaccard(table))
+    loss = DistanceLoss(UniFrac(table, tree), mixtures=1.0, columns=dataset.columns)
+    return dataset, loss
+
+
+class Case:
+    """A trainer of `aam pretrain` at its defaults on some samples, within a budget.
+
+    Attributes:
+        rows: of the samples that an epoch has.
+        trainer: takes steps of them.
+        budget: bytes.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        name: str,
+        *,
+        budget_gb: float = 0.0,
+        samples: int | None = None,
+        token_limit: int = 1024,
+        recompute: bool = True,
+        share_asvs: bool = True,
+        seed: int = 0,
+    ) -> None:
+        """Set up.
+
+        Args:
+            folder: with a folder for each data set.
+            name: see `read`.
+            budget_gb: memory to fill, 10^9 bytes; 0: none, steps have a fixed size.
+            samples: of an epoch, drawn at random; None: all.
+            token_limit: most ASVs of a sample.
+            recompute: what `--no-gradient-checkpointing` turns off.
+            share_asvs: what `--no-share-asvs` turns off.
+            seed: of weights, samples and order.
+        """
+        from lightning_fabric import Fabric
+
+        torch.manual_seed(seed)
+        self.budget, self.seed = budget_gb * GB, seed
+        dataset, loss = samples_of(folder, name, token_limit, share_asvs)
+        self.rows = np.random.default_rng(seed).permutation(len(dataset))[:samples]
+        encoder = CommunityEncoder(EncoderShape(token_limit=token_limit), recompute=recompute)
+        objective = PretrainObjective(encoder, PenaltyOptions(), loss)
+        options = OptimizerOptions(max_memory_gb=budget_gb or None)
+        fabric = Fabric(accelerator="cpu", devices=1)
+        batching = Batching(self.rows, dataset, objective, options, fabric.device, seed)
+        self.trainer = Trainer(
+            fabric, objective, dataset, batching, options, cast(Run, Unlogged()),
+            validate=dict, best_metric="loss", description={}, config={}, seed=seed,
+        )  # fmt: skip
+
+    def fixed(self, size: int) -> list[np.ndarray]:
+        """An epoch in batches of so many samples."""
+        return EpochPlan(self.rows, size, self.seed).batches(0)
+
+    def predict(self, model: CostModel, batches: Sequence[np.ndarray]) -> np.ndarray:
+        """Peaks of these steps in one piece, bytes."""
+        return np.array([model.predict(self.trainer.batching.size(rows)) for rows in batches])
+
+    def train(self, batches: Sequence[np.ndarray]) -> Result:
+        """Take these steps; says samples, and peaks in GB."""
+        found = [self.trainer.step(rows) for rows in batches]
+        peaks = [one["memory_gb"] for one in found]
+        return {
+            "samples": sum(map(len, batches)),
+            "sizes": list(map(len, batches)),
+            "pieces": max(one["pieces"] for one in found),
+            "peaks": peaks,
+            "predicted": [one.get("memory_predicted_gb") for one in found],
+            "peak_megabytes": 1e3 * max(peaks),
+            "losses": [one["loss"] for one in found],
+        }
+
+
+def filling(
+    folder: str,
+    name: str,
+    *,
+    steps: int | None = None,
+    keep: str | None = None,
+    **options: Any,
+) -> Epoch:
+    """Steps that fill the budget, as `--max-memory-gb` takes them.
+
+    Args:
+        folder: of the data.
+        name: see `read`.
+        steps: take only the first ones of the epoch.
+        keep: file from which the calibration comes, or into which it goes, for other contestants.
+        options: of `Case`.
+    """
+    case = Case(folder, name, **options)
+    batching = case.trainer.batching
+
+    def calibrate() -> Result:
+        started = time.perf_counter()
+        if keep is not None and Path(keep).exists():
+            known = {"calibration": json.loads(Path(keep).read_text()), "budget": case.budget}
+            batching.load_state({**known, "failures": 0, "planned": None})
+        batching.prepare(case.trainer.compute)
+        if keep is not None:
+            Path(keep).write_text(json.dumps(batching.calibration.to_dict()))
+        return {
+            "calibration_seconds": time.perf_counter() - started,
+            "calibration_steps": len(batching.calibration.sizes),
+        }
+
+    return in_turn(calibrate, lambda: case.train(batching.batches(0)[:steps]))
+
+
+def largest_fixed(
+    folder: str, name: str, *, keep: str, share: float = 1.0, **options: Any
+) -> Epoch:
+    """Steps of the largest fixed number of samples with which a whole epoch meets the budget.
+
+    Args:
+        folder: of the data.
+        name: see `read`.
+        keep: file with a calibration, where the search begins; the number goes beside it.
+        share: of that number.
+        options: of `Case`.
+    """
+    case, known = unlimited(folder, name, **options), Path(f"{keep}.size")
+
+    def search() -> Result:
+        case.train([case.rows[:2]])
+        if known.exists():
+            return {"fixed_size": size()}
+        model, allowed, sizes = model_of(keep), case.budget, list[int]()
+        for _ in range(LEVELS):
+            number = largest_size(case, model, allowed)
+            batches = case.fixed(number)
+            predicted = case.predict(model, batches)
+            peak = case.train([batches[predicted.argmax()]])["peaks"][0] * GB
+            if peak <= case.budget:
+                sizes.append(number)
+            if number in sizes[:-1] or NEAR <= peak / case.budget <= 1:
+                break
+            allowed = case.budget * predicted.max() / peak
+        known.write_text(str(max(sizes, default=2)))
+        return {"fixed_size": size()}
+
+    def size() -> int:
+        return max(2, int(share * int(known.read_text())))
+
+    def epoch() -> Result:
+        return {**case.train(case.fixed(size())), "fixed_size": size()}
+
+    return in_turn(search, epoch)
+
+
+def largest_size(case: Case, model: CostModel, budget: float) -> int:
+    """The most samples of which every batch of an epoch is predicted to meet a budget."""
+    low, high = 2, len(case.rows) + 1  # `high` does not fit
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = (case.predict(model, case.fixed(middle)) <= budget).all()
+        low, high = (middle, high) if fits else (low, middle)
+    return low
+
+
+def halving(folder: str, name: str, *, keep: str, **options: Any) -> Epoch:
+    """An epoch that begins again with half as many samples a step whenever one does not fit.
+
+    A step whose peak is over the budget has failed, as if the allocator had refused, and all that
+    the epoch took so far is lost. Steps far over the budget fail at once and cost nothing.
+
+    Args:
+        folder: of the data.
+        name: see `read`.
+        keep: file with a calibration, to know those.
+        options: of `Case`.
+    """
+    case = unlimited(folder, name, **options)
+
+    def attempt(model: CostModel, size: int) -> Result | None:
+        parts = []
+        for rows in case.fixed(size):
+            if case.predict(model, [rows])[0] > FAR * case.budget:
+                return None
+            parts.append(case.train([rows]))
+            if parts[-1]["peaks"][0] * GB > case.budget:
+                return None
+        lists = ("sizes", "peaks", "predicted", "losses")
+        return {
+            "samples": len(case.rows),
+            **{key: list(itertools.chain(*(one[key] for one in parts))) for key in lists},
+            "peak_megabytes": max(one["peak_megabytes"] for one in parts),
+        }
+
+    def epoch() -> Result:
+        model, size = model_of(keep), min(LARGEST_BATCH, len(case.rows))
+        started, lost = time.perf_counter(), 0.0
+        while (result := attempt(model, size)) is None:
+            lost, size = time.perf_counter() - started, max(2, size // 2)
+        return {**result, "fixed_size": size, "lost_seconds": lost}
+
+    return in_turn(lambda: case.train([case.rows[:2]]), epoch)
+
+
+def unlimited(folder: str, name: str, *, budget_gb: float, **options: Any) -> Case:
+    """A case that knows the budget and does not plan with it."""
+    case = Case(folder, name, **options)
+    case.budget = budget_gb * GB
+    return case
+
+
+def model_of(keep: str) -> CostModel:
+    """The cost model of a calibration that `filling` has kept."""
+    model = Calibration.from_dict(json.loads(Path(keep).read_text())).model
+    assert model is not None
+    return model
+
+
+def in_pieces(folder: str, name: str, *, pieces: int, **options: Any) -> Epoch:
+    """One step, up to the gradients of the weights, of all samples of the case.
+
+    Args:
+        folder: of the data.
+        name: see `read`.
+        pieces: of each stage; 0: only the forward pass, without a graph.
+        options: of `Case`.
+    """
+    case = Case(folder, name, **options)
+    trainer, meter = case.trainer, case.trainer.batching.meter
+
+    def call(rows: np.ndarray) -> Result:
+        meter.reset()
+        terms = trainer.compute(rows, pieces) if pieces else forward(trainer, rows)
+        peak = meter.peak() / GB
+        return {"loss": terms["loss"], "peaks": [peak], "peak_megabytes": 1e3 * peak}
+
+    return in_turn(lambda: call(case.rows[:2]), lambda: call(case.rows))
+
+
+@torch.no_grad()
+def forward(trainer: Trainer, rows: np.ndarray) -> dict[str, float]:
+    """Every stage of a step once, in one piece."""
+    objective, batch = trainer.objective.train(), trainer.dataset.batch(rows)
+    work = objective.draw(batch)
+    loss = torch.zeros(())
+    if work.masked is not None:
+        loss += objective.nucleotides(work.masked, len(work.masked.positions), 0)["loss"]
+    slots, counts = work.batch.slots, work.batch.counts
+    whole = SamplePart(slots, counts, 0, slice(0, len(slots)), work.batch.categories)
+    outputs = objective.encode_samples(objective.encode_asvs(work.batch.tokens, 0), whole)
+    loss += objective.losses(outputs, work, 0, len(slots))["loss"]
+    return {"loss": float(loss)}
+
+
+def in_turn(first: Epoch, later: Epoch) -> Epoch:
+    """The first call prepares; each later one is an epoch."""
+    calls = itertools.chain([first], itertools.repeat(later))
+    return lambda: next(calls)()
