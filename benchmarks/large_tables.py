@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -176,6 +177,8 @@ def measure(
 ) -> None:
     """Train once in a process of its own and print what it took."""
     run = folder / f"run-{how}"
+    if how == "build":
+        shutil.rmtree(table.with_name(f"{table.name}.index"), ignore_errors=True)
     samples = int(table.stem.split("x")[0])
     ids = folder / f"{table.stem}.validation.txt"
     ids.write_text("".join(f"s{row:06d}\n" for row in range(0, samples, samples // VALIDATION)))

@@ -46,7 +46,7 @@ def parse_newick(text: NDArray[np.uint8]) -> NewickArrays | None:
     if marks is None or len(marks) == 0:
         return None
     kinds = text[marks]
-    if kinds[-1] != _END or np.count_nonzero(kinds == _END) > 1:
+    if kinds[-1] != _END or np.count_nonzero(kinds == _END) > 1:  # ends in a quote, or two trees
         return None
     is_colon = kinds == _COLON
     if (is_colon[1:] & is_colon[:-1]).any() or is_colon[-1]:
@@ -87,17 +87,17 @@ def parse_newick(text: NDArray[np.uint8]) -> NewickArrays | None:
 
 
 def _marks(text: NDArray[np.uint8]) -> NDArray[np.int64] | None:
-    """Where ``( ) , : ;`` stand outside quotes; None where there is anything but plain text."""
+    """Where ``( ) , : ;`` stand outside quotes; None where the text is not plain, or not whole."""
     stop = len(text)
     while stop and text[stop - 1] in b" \t\r\n":
         stop -= 1
+    if not stop or text[stop - 1] != _END:
+        return None
     found, odd = [], []
     for low in range(0, stop, _BLOCK):
         kind = _KIND[text[low : min(low + _BLOCK, stop)]]
         found.append(low + np.flatnonzero(kind == _MARK))
         odd.append(low + np.flatnonzero(kind == _ODD))
-    if not found:
-        return None
     marks, odds = np.concatenate(found), np.concatenate(odd)
     is_quote = text[marks] == _QUOTE
     quotes, marks = marks[is_quote], marks[~is_quote]

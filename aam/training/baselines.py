@@ -19,8 +19,10 @@ Array = np.ndarray
 Pairwise = Callable[[Any], Array]
 
 MAX_TRAINING_SAMPLES = 200
-CONSENSUS_BLOCK = 2**16  # sequences counted at once
 """Training samples whose pairs calibrate a distance: 19,900 pairs fit two numbers well enough."""
+
+CONSENSUS_BLOCK = 2**16
+"""Sequences whose bases are counted at once."""
 
 KMER_LENGTH = 12
 BASES = "ACGT"

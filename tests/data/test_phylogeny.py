@@ -386,6 +386,55 @@ def test_neither_the_order_of_features_nor_the_depth_matters(ibd):
         )
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_branches_are_the_same_whether_kept_or_found_for_each_batch(newick, metric, monkeypatch):
+    generator = np.random.default_rng(1)
+    tree = read_tree(newick(to_newick(random_tree(generator, 300))))
+    counts = generator.integers(0, 9, (20, 250)) * (generator.random((20, 250)) < 0.1)
+    table = make_table(counts, [f"t{tip}" for tip in generator.permutation(300)[:250]])
+    kept = UniFrac(table, tree, metric)
+    expected = kept.all_pairs()
+    assert kept._kept is not None
+    monkeypatch.setattr(phylogeny, "_KEPT_ENTRIES", 0)
+    monkeypatch.setattr(phylogeny, "_FAITH_ROWS", 3)
+    found = UniFrac(table, tree, metric)
+    np.testing.assert_array_equal(found.all_pairs(), expected)
+    assert found._kept is None
+    np.testing.assert_allclose(found.pairwise([7, 2]), expected[np.ix_([7, 2], [7, 2])], atol=1e-13)
+    np.testing.assert_array_equal(found.faith_pd(range(20)), kept.faith_pd(range(20)))
+    np.testing.assert_array_equal(found.faith_pd([]), kept.faith_pd([]))
+
+
+def test_a_few_samples_cost_what_they_hold_and_not_the_tree(newick):
+    """Of 200,000 tips 40 are reached: any array over all branches would be 1.6 MB or more."""
+    generator = np.random.default_rng(0)
+    tips = 200_000
+    blocks = [",".join(f"t{n}:1" for n in range(low, low + 100)) for low in range(0, tips, 100)]
+    tree = read_tree(newick("(" + ",".join(f"({block}):1" for block in blocks) + ");"))
+    table = FeatureTable(
+        ("one", "two", "rest"),
+        tuple(f"t{tip}" for tip in range(tips)),
+        scipy.sparse.csr_array(
+            (
+                np.ones(tips + 40, dtype=np.int64),
+                np.concatenate([np.sort(generator.choice(tips, 20, False)) for _ in range(2)]
+                               + [np.arange(tips)]),
+                [0, 20, 40, tips + 40],
+            ),
+            (3, tips),
+        ),
+        "t",
+    )  # fmt: skip
+    unifrac = UniFrac(table, tree)
+    unifrac.pairwise([0, 1])
+    tracemalloc.start()
+    unifrac.pairwise([0, 1])
+    unifrac.of(table.counts[[0, 1]]).pairwise([0, 1])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 0.3e6
+
+
 def test_memory_follows_the_block_and_not_samples_times_branches(newick):
     """2,000 samples x 8,000 branches would be 128 MB of float64; 20 ASVs a sample are 4 MB."""
     generator = np.random.default_rng(0)
