@@ -81,7 +81,8 @@ def _layers(rows: Rows) -> list[Bar]:
 def _panel(name: str, title: str, bars: list[Bar]) -> str:
     """Horizontal bars, stacked where there are several series."""
     totals = [sum(max(0.0, size) for size in parts.values()) for _, parts in bars]
-    scale, unit = next((one for one in UNITS if max(totals) >= one[0]), UNITS[-1])
+    units = UNITS if name != "layers" else UNITS[-1:]
+    scale, unit = next((one for one in units if max(totals) >= one[0]), UNITS[-1])
     series = list(dict.fromkeys(key for _, parts in bars for key in parts))
     colours = dict(zip(series, SERIES, strict=False))
 

@@ -121,8 +121,8 @@ def watched_step(trainer: Trainer, rows: np.ndarray) -> tuple[StepWatch, int, in
         What was seen, the pieces, and the bytes in use before the step.
     """
     batching = trainer.batching
-    trainer.compute(rows[:2], 1)  # the first step of a process takes more than later ones
     pieces = batching.pieces(batching.size(rows))
+    trainer.compute(rows[:2], pieces)  # the first step of a process takes more than later ones
     while True:
         trainer.optimizer.zero_grad(set_to_none=True)
         watch = StepWatch(trainer.trained, batching.meter)
@@ -236,7 +236,7 @@ def kept_a_token(
 
     with saved_tensors_hooks(save, lambda tensor: tensor):
         stack(Ragged(x, offsets, length))
-    return math.ceil(sum(map(bytes_of, kept.values())) / total)
+    return math.ceil(sum(one.untyped_storage().nbytes() for one in kept.values()) / total)
 
 
 def _pieces(count: int) -> str:
@@ -258,7 +258,7 @@ def stage_rows(watch: StepWatch, before: int) -> list[Row]:
     return [
         Row(
             "stage", phase.stage, phase.way, phase.peak - before,
-            f"{phase.peak / GB:.3f} GB in all, {sum(phase.kept.values()) / GB:.3f} GB of it {KEPT}",
+            f"{size_text(phase.peak)} in all, {size_text(sum(phase.kept.values()))} of it {KEPT}",
         )
         for phase in watch.phases
     ]  # fmt: skip
@@ -361,31 +361,37 @@ def batch_rows(fits: Sequence[Fit], batching: Batching) -> list[Row]:
     """Batches, their pieces and the peaks predicted for them; the recommended one is marked."""
     model, best = batching.calibration.model, best_fit(fits)
     assert model is not None
-    limit = f"of {batching.budget / GB:.2f} GB; error of predictions {100 * model.error:.1f} %"
+    limit = f"of {size_text(batching.budget)}; error of predictions {100 * model.error:.1f} %"
     return [
         Row(
             "batch", f"{fit.samples} samples", _pieces(fit.pieces),
-            round(fit.bytes), "recommended; " * (fit is best) + limit,
+            round(fit.bytes), "recommended; " * (fit is best)
+            + "all training samples; " * (fit.samples == len(batching.rows)) + limit,
         )
         for fit in fits
     ]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------ the words
+def size_text(size: float) -> str:
+    """Bytes in words."""
+    return f"{size / GB:.2f} GB" if abs(size) >= 0.1 * GB else f"{size / 1e6:.1f} MB"
+
+
 def summarise(trainer: Trainer, watch: StepWatch, table: Sequence[Row], done: str) -> None:
     """Say the most important of it in a few lines."""
     phase = highest(watch)
     parts = {row.part: row.bytes for row in table if row.section == "peak"}
     own = [row for row in table if row.section == "module" and row.part == KEPT]
     most = max(own, key=lambda row: row.bytes, default=None)
-    say(f"memory profile of {done}: peak {phase.peak / GB:.2f} GB ({phase.name})")
-    named = [f"{name} {size / GB:.2f}" for name, size in parts.items() if name != "measured"]
-    say(f"  GB: {', '.join(named)}")
+    say(f"memory profile of {done}: peak {size_text(phase.peak)} ({phase.name})")
+    said = [f"{name} {size_text(size)}" for name, size in parts.items() if name != "measured"]
+    say(f"  {', '.join(said)}")
     layers = [row for row in table if row.section == "layer" and row.detail == "as in this run"]
     if most is not None:
         of_layers = f"; {layers[0].bytes:,} B a token a layer ({layers[0].name})" if layers else ""
-        say(f"  kept most: {most.name}, {most.bytes / GB:.3f} GB{of_layers}")
+        say(f"  kept most: {most.name}, {size_text(most.bytes)}{of_layers}")
     for row in table:
         if row.detail.startswith("recommended"):
-            say(f"  fits into what is free: {row.name} in {row.part}, {row.bytes / GB:.2f} GB")
+            say(f"  fits into what is free: {row.name} in {row.part}, {size_text(row.bytes)}")
     say(f"  {trainer.run.path / TABLE}, {trainer.run.path / FIGURE}")

@@ -53,7 +53,7 @@ class Phase:
 
 @dataclass(frozen=True, order=True)
 class Held:
-    """A tensor: bytes of its storage, where it comes from, when it was there."""
+    """A tensor: how much it holds in memory, where it comes from, when it was there."""
 
     bytes: int
     origin: str
@@ -62,11 +62,11 @@ class Held:
     stage: str
 
     @classmethod
-    def of(cls, tensor: Tensor, origin: str, stage: str) -> Held:
-        """Describe a tensor."""
-        tensor = local(tensor)
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        return cls(bytes_of(tensor), origin, tuple(tensor.shape), dtype, stage)
+    def of(cls, tensor: Tensor, origin: str, stage: str, size: int | None = None) -> Held:
+        """Describe a tensor, of `size` bytes if not only its own elements are held."""
+        own = local(tensor)
+        dtype = str(own.dtype).removeprefix("torch.")
+        return cls(own.nbytes if size is None else size, origin, tuple(own.shape), dtype, stage)
 
 
 class _Ticket:
@@ -222,7 +222,7 @@ class StepWatch:
             if self._now is not None:
                 origin = module or self._now.stage
                 number = self._ordinals[origin] = self._ordinals.get(origin, 0) + 1
-                self.note(Held.of(own, f"kept by {origin}, number {number}", self._now.name))
+                self.note(Held.of(own, f"kept by {origin}, number {number}", self._now.name, size))
         return _Ticket(own, lambda: self._release(key))
 
     def _release(self, key: int) -> None:
@@ -262,8 +262,8 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def bytes_of(tensor: Tensor) -> int:
-    """Bytes of the storage that this rank holds of a tensor."""
-    return local(tensor).untyped_storage().nbytes()
+    """Bytes that this rank holds of a tensor."""
+    return local(tensor).nbytes
 
 
 def group_of(name: str) -> str:

@@ -181,6 +181,19 @@ def test_predictions_without_truth(tmp_path, fabricate):
     assert "their true target is not known" in report(tmp_path).words
 
 
+MEMORY = [
+    "section\tname\tpart\tbytes\tdetail\n",
+    "stage\tencode_asvs\tbackward\t90000000\t\n",
+    "peak\tencode_asvs, backward\tweights\t25000000\t\n",
+    "module\tASV stack\tweights\t25000000\t\n",
+    "module\tASV stack\tkept for backward\t50000000\t\n",
+    "module\tASV stack\tkept for backward, at the peak\t50000000\t\n",
+    "layer\tcpu\trecompute\t512\tas in this run\n",
+    "layer\ttriton\trecompute\t0\tdoes not run: no GPU\n",
+    "batch\t64 samples\t1 piece\t90000000\trecommended; of 0.10 GB\n",
+]
+
+
 @pytest.mark.parametrize(
     "absent",
     ["summary.json", "metrics.csv", "distances.tsv", "embeddings.tsv", "predictions.tsv"],
@@ -202,6 +215,20 @@ def test_what_is_absent_is_left_out(tmp_path, fabricate, absent):
     everything = set().union(*figures.values())
     assert set(page.figures) == everything - figures[absent]
     assert ("summary.json is absent" in page.words) == (absent == "summary.json")
+
+
+def test_the_memory_of_a_step_is_drawn(tmp_path, fabricate):
+    fabricate.pretraining(tmp_path)
+    assert "memory" not in report(tmp_path).figures
+    (tmp_path / "memory.tsv").write_text("".join(MEMORY))
+    page = report(tmp_path)
+    assert page.figures["memory"]["alt"] == [
+        "By stage, above what was there before: encode_asvs, backward 90.00 MB.",
+        "What the peak is made of: weights 25.00 MB.",
+        "By module: ASV stack 75.00 MB.",  # what is kept at the peak is not added once more
+        "Kept for backward, a token a layer: cpu, recompute 512 B.",
+    ]
+    assert "for the memory that was free: 64 samples in 1 piece" in page.words
 
 
 def test_an_empty_directory_gives_a_page(tmp_path):
@@ -227,6 +254,8 @@ def test_a_path_that_is_no_directory_is_an_input_error(tmp_path):
         ),
         ("embeddings.tsv", "sample-id\tpart\te0\n", ""),
         ("predictions.tsv", "", ""),
+        ("memory.tsv", "section\tname\npeak\tweights\n", "column 'part' is missing"),
+        ("memory.tsv", MEMORY[0] + "peak\tp\tweights\tmany\t\n", "could not convert string"),
     ],
 )
 def test_damaged_files_are_named_and_the_rest_is_shown(tmp_path, fabricate, name, content, reason):

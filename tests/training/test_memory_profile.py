@@ -10,8 +10,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from aam.batching import Meter
+from aam.training.loop import Trainer
 from aam.training.memory_profile import kept_a_token
 from aam.training.memory_watch import OWN, StepWatch, group_of
+from aam.training.step import StepTooLarge
+from profiling import memory_curve
 
 COLUMNS = ["section", "name", "part", "bytes", "detail"]
 
@@ -60,9 +63,22 @@ def test_kept_bytes_are_counted_until_they_are_released():
     assert not chain._forward_hooks and not chain.first._forward_pre_hooks
 
 
+class Peaks(Meter):
+    """A device whose peaks are known."""
+
+    def __init__(self, *peaks: int) -> None:
+        self.peaks = list(peaks)
+
+    def reset(self) -> None:
+        pass
+
+    def peak(self) -> int:
+        return self.peaks.pop(0)
+
+
 def test_a_stage_in_pieces_is_computed_without_graph_and_again():
     chain = Chain()
-    watch = StepWatch(chain, Meter.for_device("cpu"))
+    watch = StepWatch(chain, Peaks(1, 2, 30, 40, 50, 35))
     with watch.watching():
         with torch.no_grad():
             for _ in range(2):
@@ -72,6 +88,7 @@ def test_a_stage_in_pieces_is_computed_without_graph_and_again():
     assert [phase.way for phase in watch.phases] == [
         "making", "forward without graph", "forward again", "backward",
     ]  # fmt: skip
+    assert [phase.peak for phase in watch.phases] == [1, 2, 50, 40], "of the largest piece"
     assert watch.most == {OWN: 4 * 5 * (8 + 16 + 4)}, "the larger piece, not the sum"
 
 
@@ -140,10 +157,37 @@ def test_a_profiled_run_is_the_run_it_would_have_been(aam, tmp_path):
     assert layers["cpu", "recompute"] == 4 * 32
     assert layers["cpu", "all kept"] == 4 * (10 * 32 + 2)
     assert len(of["tensor"]) == 10
+    first = next(row for row in of["tensor"] if "asv_encoder.stack, number 1" in row["name"])
+    tokens = int(first["bytes"]) // (4 * 32)
+    assert first["detail"] == f"float32 ({tokens}, 32)"
+    kept = next(
+        row
+        for row in of["module"]
+        if (row["name"], row["part"]) == ("ASV stack", "kept for backward")
+    )
+    # Inputs of its layer and of its norm, the norm's mean and deviation, and the offsets.
+    offsets = int(kept["bytes"]) - tokens * (2 * 4 * 32 + 2 * 4)
+    assert offsets == 4 * (tokens // 31 + 1), "of sequences of 30 bases and a start"
     sizes = [int(row["bytes"]) for row in of["tensor"]]
     assert sizes == sorted(sizes, reverse=True)
     assert sum(row["detail"].startswith("recommended") for row in of["batch"]) == 1
     ElementTree.parse(profiled / "memory.svg")
+
+
+def test_a_profile_that_runs_out_of_memory_takes_more_pieces(aam, tmp_path, monkeypatch):
+    compute, tried = Trainer.compute, []
+
+    def small(self, rows, pieces):
+        if len(rows) == 4 and pieces < 4:  # not the calibration's steps, whose sizes double
+            tried.append(pieces)
+            raise StepTooLarge
+        return compute(self, rows, pieces)
+
+    monkeypatch.setattr(Trainer, "compute", small)
+    assert aam("pretrain", "--max-steps", 1, "--output-dir", tmp_path, "--memory-profile") == 0
+    assert 1 in tried and 2 in tried
+    ways = [row["part"] for row in read(tmp_path) if row["name"] == "encode_asvs"]
+    assert ways[:3] == ["forward without graph", "forward again", "backward"]
 
 
 def test_pieces_resume_and_a_frozen_base_are_profiled_too(aam, tmp_path):
@@ -161,3 +205,27 @@ def test_pieces_resume_and_a_frozen_base_are_profiled_too(aam, tmp_path):
     assert_same(*frozen)
     stages = {row["name"] for row in read(frozen[1]) if row["section"] == "stage"}
     assert stages == {"batch", "encode_samples", "losses", "optimizer"}
+
+
+def test_the_curve_measures_every_case_in_a_process_of_its_own(tmp_path, capsys):
+    memory_curve.main(
+        [
+            "--batch-sizes", "2", "12", "--pieces", "1", "--implementations", "cpu", "nope",
+            "--recompute", "on", "--asvs", "20", "--length", "60", "--embedding-dim", "32",
+            "--num-heads", "2", "--num-layers", "1", "--output", str(tmp_path / "curve.tsv"),
+        ]
+    )  # fmt: skip
+    printed = capsys.readouterr().out
+    with open(tmp_path / "curve.tsv", newline="") as file:
+        small, large, *failed = csv.DictReader(file, delimiter="\t")
+    assert [*small] == [*memory_curve.COLUMNS, "failure"]
+    assert (small["samples"], large["samples"]) == ("2", "12")
+    assert small["kept_b_token_layer"] == large["kept_b_token_layer"] == str(4 * 32)
+    assert int(large["tokens"]) == 61 * int(large["ASVs"])
+    for name in ("tokens", "slots", "kept_mb", "step_mb"):
+        assert float(large[name]) > float(small[name]), name
+    assert float(large["step_mb"]) == pytest.approx(
+        float(large["peak_mb"]) - float(large["before_mb"])
+    )
+    assert [row["failure"].partition(":")[0] for row in failed] == ["ValueError"] * 2
+    assert printed.count("got 'nope'") == 2 and "| cpu | on | 12 | 1 |" in printed
