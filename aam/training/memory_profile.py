@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from aam.training.loop import Trainer
 
 TABLE, FIGURE = "memory.tsv", "memory.svg"
+LEAST_CALIBRATED, CALIBRATED_STEPS = 16, 4  # samples; times the run's step
 BATCHES_TRIED = 32  # of an epoch, to find its largest
 SEQUENCES = 8  # through the layer whose kept bytes are counted
 KEPT = "kept for backward"
@@ -73,8 +74,8 @@ def write_memory_profile(trainer: Trainer) -> None:
     """
     devices = [trainer.device] if trainer.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        batching = calibrated(trainer.batching, trainer)
         rows = next_rows(trainer)
+        model = cost_model(trainer, len(rows))
         watch, pieces, before = watched_step(trainer, rows)
         layers = kept_by_layers(trainer)
     if not ranks.first():
@@ -85,7 +86,7 @@ def write_memory_profile(trainer: Trainer) -> None:
         *module_rows(trainer, watch),
         *layers,
         *tensor_rows(watch),
-        *batch_rows(fitting_batches(batching, len(rows)), batching),
+        *batch_rows(model, trainer.batching, len(rows)),
     ]
     header = [field.name for field in fields(Row)]
     trainer.run.write_table(TABLE, header, [astuple(row) for row in table])
@@ -104,14 +105,22 @@ def next_rows(trainer: Trainer) -> np.ndarray:
     return batches[at.batch] if at.batch < len(batches) else batches[0]
 
 
-def calibrated(batching: Batching, trainer: Trainer) -> Batching:
-    """The run's batching, or a copy that has measured its steps where the run does not."""
-    if batching.calibrates:
-        return batching
-    own = copy.copy(batching)
-    own.limited, own.calibration = True, Calibration()
-    own.prepare(trainer.compute)
-    return own
+def cost_model(trainer: Trainer, count: int) -> CostModel:
+    """The cost model of the run, or where it has none one of steps up to a few times its own.
+
+    Args:
+        trainer: of the run.
+        count: samples of its step.
+    """
+    own = trainer.batching
+    if own.calibration.model is None:
+        own = copy.copy(own)
+        order = np.random.default_rng(own.seed).permutation(own.rows)
+        own.rows = order[: max(LEAST_CALIBRATED, CALIBRATED_STEPS * count)]
+        own.limited, own.calibration = True, Calibration()
+        own.prepare(trainer.compute)
+    assert own.calibration.model is not None
+    return own.calibration.model
 
 
 def watched_step(trainer: Trainer, rows: np.ndarray) -> tuple[StepWatch, int, int]:
@@ -122,13 +131,13 @@ def watched_step(trainer: Trainer, rows: np.ndarray) -> tuple[StepWatch, int, in
     """
     batching = trainer.batching
     pieces = batching.pieces(batching.size(rows))
-    trainer.compute(rows[:2], pieces)  # the first step of a process takes more than later ones
     while True:
-        trainer.optimizer.zero_grad(set_to_none=True)
         watch = StepWatch(trainer.trained, batching.meter)
-        batching.meter.reset()
-        before = batching.meter.peak()  # as the phases are measured
         try:
+            trainer.compute(rows[:2], pieces)  # the first of a process takes more than later ones
+            trainer.optimizer.zero_grad(set_to_none=True)
+            batching.meter.reset()
+            before = batching.meter.peak()  # as the phases are measured
             with watch.watching():
                 trainer.compute(rows, pieces)
                 change_and_restore(trainer, watch)
@@ -268,8 +277,11 @@ def peak_rows(trainer: Trainer, watch: StepWatch, before: int) -> list[Row]:
     """What the peak is made of; the parts add up to it."""
     phase = highest(watch)
     weights, state = (sum(found.values()) for found in _held_by_weights(trainer, watch))
+    frozen = trainer.objective.frozen_asvs
+    vectors = {} if frozen is None else {"frozen ASV vectors": frozen.nbytes}
     parts = {
-        "program and data": before - weights - state,
+        "program and data": before - weights - state - sum(vectors.values()),
+        **vectors,
         "weights": weights,
         "optimizer state": state,
         "gradients": sum(phase.gradients.values()),
@@ -317,15 +329,15 @@ def tensor_rows(watch: StepWatch) -> list[Row]:
 
 
 # ------------------------------------------------------------------------------------ the batch
-def fitting_batches(batching: Batching, own: int) -> list[Fit]:
+def fitting_batches(model: CostModel, batching: Batching, own: int) -> list[Fit]:
     """The largest batch that fits in one piece, this run's, and larger ones in their pieces.
 
     Args:
-        batching: with a fitted cost model.
-        own: samples of this run's step.
+        model: of the run's steps.
+        batching: of the run; its budget is what there is.
+        own: samples of the run's step.
     """
-    model, budget, most = batching.calibration.model, batching.budget, len(batching.rows)
-    assert model is not None
+    budget, most = batching.budget, len(batching.rows)
 
     def need(count: int) -> StepSize:
         """The most that a batch of so many samples holds."""
@@ -336,19 +348,13 @@ def fitting_batches(batching: Batching, own: int) -> list[Fit]:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if model.bound(need(middle)) <= budget else (low, middle)
-    counts = {own, low, 2 * low, 4 * low, most}
-    return [
-        fit
-        for count in sorted(counts)
-        if 2 <= count <= most
-        for fit in _fit(model, need(count), count, budget)
-    ]
-
-
-def _fit(model: CostModel, size: StepSize, samples: int, budget: float) -> list[Fit]:
-    """The fewest pieces that fit; none where no number does."""
-    pieces = model.pieces_that_fit(size, budget)
-    return [] if pieces is None else [Fit(samples, pieces, model.bound(size.split(pieces)))]
+    found = []
+    for count in sorted({own, low, 2 * low, 4 * low, most} & set(range(2, most + 1))):
+        size = need(count)
+        pieces = model.pieces_that_fit(size, budget)
+        if pieces is not None:
+            found.append(Fit(count, pieces, model.bound(size.split(pieces))))
+    return found
 
 
 def best_fit(fits: Sequence[Fit]) -> Fit | None:
@@ -357,19 +363,22 @@ def best_fit(fits: Sequence[Fit]) -> Fit | None:
     return max(whole, key=lambda fit: fit.samples) if whole else next(iter(fits), None)
 
 
-def batch_rows(fits: Sequence[Fit], batching: Batching) -> list[Row]:
+def batch_rows(model: CostModel, batching: Batching, own: int) -> list[Row]:
     """Batches, their pieces and the peaks predicted for them; the recommended one is marked."""
-    model, best = batching.calibration.model, best_fit(fits)
-    assert model is not None
+    fits = fitting_batches(model, batching, own)
+    best = best_fit(fits)
     limit = f"of {size_text(batching.budget)}; error of predictions {100 * model.error:.1f} %"
-    return [
-        Row(
-            "batch", f"{fit.samples} samples", _pieces(fit.pieces),
-            round(fit.bytes), "recommended; " * (fit is best)
-            + "all training samples; " * (fit.samples == len(batching.rows)) + limit,
-        )
-        for fit in fits
-    ]  # fmt: skip
+    rows = []
+    for fit in fits:
+        said = ["recommended"] if fit is best else []
+        said += ["all training samples"] if fit.samples == len(batching.rows) else []
+        rows.append(
+            Row(
+                "batch", f"{fit.samples} samples", _pieces(fit.pieces), round(fit.bytes),
+                "; ".join([*said, limit]),
+            )
+        )  # fmt: skip
+    return rows
 
 
 # ------------------------------------------------------------------------------------ the words

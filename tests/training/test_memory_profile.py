@@ -2,16 +2,18 @@
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from aam.batching import Meter
+from aam.batching import Contents, CostModel, Meter
 from aam.training.loop import Trainer
-from aam.training.memory_profile import kept_a_token
+from aam.training.memory_profile import Fit, batch_rows, fitting_batches, kept_a_token
 from aam.training.memory_watch import OWN, StepWatch, group_of
 from aam.training.step import StepTooLarge
 from profiling import memory_curve
@@ -203,7 +205,10 @@ def test_pieces_resume_and_a_frozen_base_are_profiled_too(aam, tmp_path):
     words = ("--metadata-column", "age", "--freeze-base", "--pretrained-encoder", plain)
     frozen = run(aam, tmp_path / "f", "finetune", *words)
     assert_same(*frozen)
-    stages = {row["name"] for row in read(frozen[1]) if row["section"] == "stage"}
+    rows = read(frozen[1])
+    vectors = [row["bytes"] for row in rows if row["part"] == "frozen ASV vectors"]
+    assert vectors == [str(44 * 32 * 4)]
+    stages = {row["name"] for row in rows if row["section"] == "stage"}
     assert stages == {"batch", "encode_samples", "losses", "optimizer"}
 
 
@@ -229,3 +234,27 @@ def test_the_curve_measures_every_case_in_a_process_of_its_own(tmp_path, capsys)
     )
     assert [row["failure"].partition(":")[0] for row in failed] == ["ValueError"] * 2
     assert printed.count("got 'nope'") == 2 and "| cpu | on | 12 | 1 |" in printed
+
+
+def test_the_recommended_batch_fits_by_hand():
+    """11 samples of 5 ASVs of 100 tokens, none shared; 1 byte a token, 1,000 before a step.
+
+    In pairs the eleventh sample joins the last one, so their largest step has three.
+    """
+    contents = Contents(
+        np.arange(0, 56, 5), np.arange(55), np.full(55, 100), masked_share=0.0, mixtures=0.0,
+        squares=False,
+    )  # fmt: skip
+    batching = SimpleNamespace(
+        rows=np.arange(11), seed=0, budget=1000.0 + 3 * 500 + 1, size=contents.size
+    )
+    model = CostModel(1000.0, (1.0, 0.0, 0.0, 0.0, 0.0, 0.0))
+    assert fitting_batches(model, batching, 2) == [
+        Fit(2, 1, 2500.0), Fit(3, 1, 2500.0), Fit(6, 2, 2500.0), Fit(11, 4, 2375.0),
+    ]  # fmt: skip
+    rows = batch_rows(model, batching, 2)
+    assert [row.detail.partition(";")[0] for row in rows] == [
+        "of 0.0 MB", "recommended", "of 0.0 MB", "all training samples",
+    ]  # fmt: skip
+    batching.budget = 1000.0 + 600
+    assert fitting_batches(model, batching, 2)[0] == Fit(2, 3, 1500.0)
