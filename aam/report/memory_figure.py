@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from aam.report.drawing import COLOUR, SERIES, draw, short
 from aam.report.figures import Figure
 from aam.report.results import number
-from aam.report.run_files import to_float
+from aam.report.run_files import table_rows, to_float
 from aam.report.theme import STYLE
 
 UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
@@ -41,7 +43,7 @@ def memory_figure(rows: Rows) -> Figure | None:
         caption += (
             f" Largest batch for the memory that was free: {best[0]['name']} in {best[0]['part']}."
         )
-    return Figure("memory", "Memory of a step", panels, caption, wide=False)
+    return Figure("memory", "Memory of a step", panels, caption, wide=True)
 
 
 Bar = tuple[str, dict[str, float]]  # label, bytes by series
@@ -135,3 +137,9 @@ def standalone(figure: Figure | None) -> str:
         f'width="{width:g}" height="{top:g}" font-family="sans-serif">'
         f'<rect width="100%" height="100%" fill="{colours["paper"]}"/>{inner}</svg>\n'
     )
+
+
+def main() -> None:
+    """Print the figure of the memory.tsv that is named on the command line, as an SVG file."""
+    figure = memory_figure(list(table_rows(Path(sys.argv[1]))))
+    sys.stdout.buffer.write(standalone(figure).encode())

@@ -126,7 +126,7 @@ def _summary(path: Path, run: RunFiles) -> None:
 
 def _curves(path: Path, run: RunFiles) -> None:
     found: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
-    for row in _rows(path, delimiter=","):
+    for row in table_rows(path, delimiter=","):
         steps, values = found.setdefault((row["metric"], row["part"]), ([], []))
         steps.append(to_float(row["step"]))
         values.append(to_float(row["value"]))
@@ -146,7 +146,7 @@ def _curves(path: Path, run: RunFiles) -> None:
 def _distances(path: Path, run: RunFiles) -> None:
     rows: dict[str, int] = {}
     first, second, true, predicted, group = [], [], [], [], []
-    for row in _rows(path):
+    for row in table_rows(path):
         first.append(rows.setdefault(row["sample_a"], len(rows)))
         second.append(rows.setdefault(row["sample_b"], len(rows)))
         true.append(to_float(row["true"]))
@@ -164,7 +164,7 @@ def _distances(path: Path, run: RunFiles) -> None:
 
 
 def _predictions(path: Path, run: RunFiles) -> None:
-    rows = list(_rows(path))
+    rows = list(table_rows(path))
     if not rows:
         return
     prefix = "probability_"
@@ -182,7 +182,7 @@ def _predictions(path: Path, run: RunFiles) -> None:
 
 
 def _embeddings(path: Path, run: RunFiles) -> None:
-    rows = list(_rows(path))
+    rows = list(table_rows(path))
     if not rows:
         return
     columns = [name for name in rows[0] if name[:1] == "e" and name[1:].isdigit()]
@@ -195,7 +195,7 @@ def _embeddings(path: Path, run: RunFiles) -> None:
 
 
 def _memory(path: Path, run: RunFiles) -> None:
-    rows = list(_rows(path))
+    rows = list(table_rows(path))
     for row in rows:
         row["section"], row["name"], row["part"], row["detail"], float(row["bytes"])
     run.memory = rows
@@ -216,7 +216,7 @@ _READERS = {
 }
 
 
-def _rows(path: Path, delimiter: str = "\t") -> Iterator[dict[str, str]]:
+def table_rows(path: Path, delimiter: str = "\t") -> Iterator[dict[str, str]]:
     """Rows by column name. Quotes are ordinary characters: an id may hold one."""
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE)

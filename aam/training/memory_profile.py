@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,6 +39,7 @@ TABLE, FIGURE = "memory.tsv", "memory.svg"
 LEAST_CALIBRATED, CALIBRATED_STEPS = 16, 4  # samples; times the run's step
 BATCHES_TRIED = 32  # of an epoch, to find its largest
 SEQUENCES = 8  # through the layer whose kept bytes are counted
+DRAW = "from aam.report.memory_figure import main; main()"
 KEPT = "kept for backward"
 
 
@@ -90,11 +94,19 @@ def write_memory_profile(trainer: Trainer) -> None:
     ]
     header = [field.name for field in fields(Row)]
     trainer.run.write_table(TABLE, header, [astuple(row) for row in table])
-    from aam.report.memory_figure import memory_figure, standalone
-
-    shown = [dict(zip(header, map(str, astuple(row)), strict=True)) for row in table]
-    write_text(trainer.run.path / FIGURE, standalone(memory_figure(shown)))
+    draw(trainer.run.path)
     summarise(trainer, watch, table, f"a step of {len(rows)} samples in {_pieces(pieces)}")
+
+
+def draw(folder: Path) -> None:
+    """Draw the figure in a process of its own: matplotlib would stay in the memory of training."""
+    command = [sys.executable, "-c", DRAW, str(folder / TABLE)]
+    done = subprocess.run(command, capture_output=True, check=False)
+    if done.returncode:
+        reason = ["no reason given", *done.stderr.decode(errors="replace").splitlines()][-1]
+        say(f"warning: {folder / FIGURE} could not be drawn: {reason}")
+    else:
+        write_text(folder / FIGURE, done.stdout.decode())
 
 
 # ------------------------------------------------------------------------------------ the step
