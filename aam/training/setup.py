@@ -186,12 +186,13 @@ def run_facts(
     started: float,
 ) -> dict[str, Any]:
     """What summary.json says of the run before its results."""
+    device = fabric.device
     return {
         "title": f"{config.command} {config.run.output_dir.name}",
         "command": command_line(config.command),
         "aam_version": __version__,
         "torch_version": torch.__version__,
-        "device": str(fabric.device),
+        "device": str(device) if ranks.size() == 1 else f"{ranks.size()} x {device.type}",
         "threads": torch.get_num_threads(),
         "started": datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(time.time() - started, 1),

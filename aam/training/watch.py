@@ -164,20 +164,26 @@ class Watch:
         link.heard = time.monotonic()
         *lines, link.unread = (link.unread + received).split(b"\n")
         for line in lines:
+            if link.rank < 0 and not self._welcome(link, line.decode("utf-8", "replace")):
+                return
             self._hear(link, line.decode("utf-8", "replace"))
+
+    def _welcome(self, link: Link, line: str) -> bool:
+        """Whether a new connection is a rank's; others look for open ports and are sent away."""
+        word, _, rest = line.partition(" ")
+        token, _, rank = rest.partition(" ")
+        if word != "hello" or not secrets.compare_digest(token.encode(), self.token.encode()):
+            self._selector.unregister(link.connection)
+            link.connection.close()
+            return False
+        link.rank = int(rank)
+        with self._lock:
+            self.links.append(link)
+        return True
 
     def _hear(self, link: Link, line: str) -> None:
         word, _, rest = line.partition(" ")
-        if link.rank < 0:
-            token, _, rank = rest.partition(" ")
-            if word == "hello" and secrets.compare_digest(token, self.token):
-                link.rank = int(rank)
-                with self._lock:
-                    self.links.append(link)
-            else:  # somebody who looks for open ports
-                self._selector.unregister(link.connection)
-                link.connection.close()
-        elif word == "done":
+        if word == "done":
             link.finished = True
         elif word == "end":
             self._quit("", int(rest))

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from aam.data.demo import simulate_community
 
 KILLS = int(os.environ.get("AAM_KILLS", "50"))
-STEPS = 400
+STEPS = 800
 CHECKPOINT_SECONDS = 0.3
 LONGEST_SECONDS = 4.0  # from the first step of a process to its end
 # What every process does at its end takes seconds and is tested elsewhere.
@@ -44,7 +44,7 @@ def words(tmp_path_factory) -> list[str]:
     return [
         "pretrain", "--table", str(files.table), "--tree", str(files.tree), "--num-layers", "1",
         "--embedding-dim", "32", "--num-heads", "2", "--rarefy-depth", "0", "--batch-size", "4",
-        "--epochs", str(STEPS // 5), "--validate-every", "20", "--no-tensorboard",
+        "--epochs", str(STEPS // 5), "--validate-every", "40", "--no-tensorboard",
         "--checkpoint-minutes", str(CHECKPOINT_SECONDS / 60),
     ]  # fmt: skip
 
@@ -108,7 +108,7 @@ def test_a_run_killed_at_random_moments_loses_nothing_but_the_last_interval(word
         f"{kills} kills, {finished} runs finished; seconds since the last checkpoint: "
         f"{sorted(round(one, 2) for one in lost)}"
     )
-    assert max(lost) < CHECKPOINT_SECONDS + 1.5  # an interval, a step and a validation
+    assert max(lost) < CHECKPOINT_SECONDS + 3  # an interval, a step, perhaps a validation
 
 
 def test_two_processes_end_when_either_is_killed_and_continue_exactly(words, tmp_path):
@@ -123,7 +123,7 @@ def test_two_processes_end_when_either_is_killed_and_continue_exactly(words, tmp
         for line in process.stderr:
             if line.startswith("step "):
                 break
-        time.sleep(chance.random() * 2)
+        time.sleep(1 + chance.random())  # after a checkpoint
         with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
             other = int(file.read().split()[0])
         os.kill(other if victim else process.pid, signal.SIGKILL)
@@ -164,5 +164,5 @@ def kill_at_random(words: list[str], chance: random.Random, run) -> tuple[bool, 
     path = run / "checkpoints" / "last.pt"
     if not path.is_file():
         return True, 0.0 if before else ended - begun
-    last_state(run)
-    return True, 0.0 if before else ended - max(begun, path.stat().st_mtime)
+    trained = last_state(run)["progress"]["step"] == STEPS  # what follows is done again
+    return True, 0.0 if before or trained else ended - max(begun, path.stat().st_mtime)
