@@ -21,7 +21,7 @@ from pdoc.render_helpers import to_html
 ROOT = Path(__file__).parent.parent
 GUIDE = [
     "inspect", "pretrain", "finetune", "predict", "evaluate", "unifrac", "demo",
-    "memory-profile", "files", "troubleshooting", "other-models", "verification",
+    "memory-profile", "several-devices", "files", "troubleshooting", "other-models", "verification",
 ]  # fmt: skip
 PAGES = {
     ROOT / "README.md": ("Start", "index.html"),
