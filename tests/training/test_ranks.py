@@ -73,6 +73,12 @@ assert ranks.tell(rank) == 0
 assert ranks.on_first(lambda: rank + 7) == 7
 assert ranks.highest(rank) == 1
 ranks.agree("the data", 5)
+try:
+    ranks.agree("the data", rank)
+except InputError as error:
+    assert str(error).startswith("the data of rank 1 differs from that of rank 0: all machines")
+else:
+    raise AssertionError
 """
     assert ends(start(2, body)) == [(0, "said by 0\n"), (0, "")]
 
