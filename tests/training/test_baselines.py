@@ -106,6 +106,14 @@ def test_one_training_sample_gives_no_calibration(community):
     assert found["Jaccard"].r > 0.7
 
 
+def test_consensus_of_many_sequences_is_counted_in_blocks(monkeypatch):
+    sequences = ["ACGA", "ACTA", "AGT", "acc", "TTTTTTC", "C"]
+    expected = baselines.consensus_bases(sequences).tolist()
+    for size in (1, 2, 4):
+        monkeypatch.setattr(baselines, "CONSENSUS_BLOCK", size)
+        assert baselines.consensus_bases(sequences).tolist() == expected
+
+
 def test_consensus_by_hand():
     consensus = baselines.consensus_bases(["ACGA", "ACTA", "AGT", "acc"])
     assert consensus.tolist() == [1, 2, 4, 1, 1]  # A C T A, and A wherever nothing reaches
