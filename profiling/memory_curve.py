@@ -179,7 +179,7 @@ def step(samples: int, pieces: int, **setting: Any) -> Callable[[], dict[str, fl
             "before_mb": before / MB,
             "peak_mb": peak / MB,
             "step_mb": (peak - before) / MB,
-            "kept_mb": max(sum(phase.kept.values()) for phase in watch.phases) / MB,
+            "kept_mb": watch.most_kept / MB,
             "kept_b_token_layer": kept_a_token(
                 dim, stack.num_heads, hidden, stack.impl, stack.recompute, device
             ),

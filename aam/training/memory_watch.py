@@ -96,6 +96,8 @@ class StepWatch:
         self.phases: list[Phase] = []
         self.most: Amounts = {}
         """Most bytes kept at a time, by module."""
+        self.most_kept = 0
+        """The same of all modules together."""
         self.largest: dict[tuple[str, str], Held] = {}
         self.groups = {name: group_of(name) for name, _ in objective.named_modules()}
         self._weights = {local(one).untyped_storage()._cdata for one in objective.parameters()}
@@ -236,8 +238,9 @@ class StepWatch:
     def _change(self, group: str, size: int) -> None:
         self._kept[group] = self._kept.get(group, 0) + size
         self.most[group] = max(self.most.get(group, 0), self._kept[group])
-        now = self._now
-        if now is not None and sum(self._kept.values()) > sum(now.kept.values()):
+        now, kept = self._now, sum(self._kept.values())
+        self.most_kept = max(self.most_kept, kept)
+        if now is not None and kept > sum(now.kept.values()):
             now.kept = dict(self._kept)
 
 

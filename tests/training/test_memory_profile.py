@@ -13,8 +13,9 @@ from torch import nn
 
 from aam.batching import Contents, CostModel, Meter
 from aam.training.loop import Trainer
-from aam.training.memory_profile import Fit, batch_rows, fitting_batches, kept_a_token
-from aam.training.memory_watch import OWN, StepWatch, group_of
+from aam.training.memory_profile import Fit, batch_rows, fitting_batches, kept_a_token, peak_rows
+from aam.training.memory_watch import OWN, Phase, StepWatch, group_of
+from aam.training.schedule import make_optimizer, make_state
 from aam.training.step import StepTooLarge
 from profiling import memory_curve
 
@@ -91,6 +92,7 @@ def test_a_stage_in_pieces_is_computed_without_graph_and_again():
         "making", "forward without graph", "forward again", "backward",
     ]  # fmt: skip
     assert [phase.peak for phase in watch.phases] == [1, 2, 50, 40], "of the largest piece"
+    assert watch.most_kept == 4 * 5 * (8 + 16 + 4)
     assert watch.most == {OWN: 4 * 5 * (8 + 16 + 4)}, "the larger piece, not the sum"
 
 
@@ -103,6 +105,7 @@ def test_a_stage_in_pieces_is_computed_without_graph_and_again():
         "predictor.stack": "target stack",
         "predictor.count_stack.norm": "count stack",
         "encoder": OWN,
+        "predictor.encoder": OWN,
         "": OWN,
     }.items(),
 )
@@ -258,3 +261,29 @@ def test_the_recommended_batch_fits_by_hand():
     ]  # fmt: skip
     batching.budget = 1000.0 + 600
     assert fitting_batches(model, batching, 2)[0] == Fit(2, 3, 1500.0)
+
+
+def test_the_peak_is_taken_apart_by_hand():
+    chain = Chain()
+    optimizer = make_optimizer(chain, 1e-3, 0.0)
+    make_state(optimizer)
+    chain.frozen_asvs = torch.zeros(10, 4)
+    watch = StepWatch(chain, Peaks())
+    watch.phases = [
+        Phase("small", "forward", 15_000),
+        Phase("large", "backward", 20_000, kept={"a": 2_000, "b": 1_000}, gradients={"a": 848}),
+    ]
+    trainer = SimpleNamespace(objective=chain, optimizer=optimizer)
+    rows = peak_rows(trainer, watch, before=10_000)
+    assert {row.name for row in rows} == {"large, backward"}
+    weights, state = 4 * (8 * 16 + 16 + 16 * 4 + 4), 2 * 848 + 4 * 4  # a count for each weight
+    assert {row.part: row.bytes for row in rows} == {
+        "program and data": 10_000 - weights - state - 160,
+        "frozen ASV vectors": 160,
+        "weights": 848,
+        "optimizer state": state,
+        "gradients": 848,
+        "kept for backward": 3_000,
+        "working memory and unexplained": 20_000 - 10_000 - 848 - 3_000,
+        "measured": 20_000,
+    }
