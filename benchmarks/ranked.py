@@ -23,6 +23,7 @@ from benchmarks.batching import GB, Case, Epoch, Result, in_turn
 
 RANKS = "AAM_BENCHMARK_RANKS"  # of a process that rank 0 started: rank, size, port
 END, FIRST, LATER = 0, 1, 2
+SHORT = 4  # samples of the step that warms up
 
 
 def steps_on_ranks(
@@ -47,7 +48,7 @@ def steps_on_ranks(
         return shared_step(case, rows) if exchanged else own_step(case, rows)
 
     def first() -> Result:
-        return step(batches[0][: 2 * ranks])
+        return step(batches[0][:SHORT])
 
     def later() -> Result:
         found = [step(rows) for rows in batches]

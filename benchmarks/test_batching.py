@@ -11,18 +11,20 @@ from benchmarks.comparison import Figure, Goal
 
 pytestmark = [pytest.mark.real, pytest.mark.batching]
 FILLED, FIXED, HALF, HALVED = "filled", "largest fixed size", "half of it", "halving from 1,024"
-# Budget in GB, recomputing or not, samples of an epoch: three to five filled steps each. Without
-# recomputation a sample takes six times the memory, so that it takes more than one step of the
-# whole set to fill 4 and 8 GB.
-BUDGETS = {
-    "1 GB": (1.0, True, 256),
-    "2 GB": (2.0, True, 1800),
-    "4 GB, activations kept": (4.0, False, 512),
-    "8 GB, activations kept": (8.0, False, 2000),
+# Budget in GB, samples of an epoch (three to five filled steps), and how the model is trained. At
+# its defaults all samples would be one step of 4 GB; without recomputation a sample takes six
+# times the memory, so that 4 and 8 GB can be filled more than once.
+KEPT, UNSHARED = {"recompute": False}, {"share_asvs": False}
+BUDGETS: dict[str, tuple[float, int, dict[str, bool]]] = {
+    "1 GB": (1.0, 256, {}),
+    "1 GB, activations kept": (1.0, 32, KEPT),
+    "2 GB": (2.0, 1800, {}),
+    "4 GB, activations kept": (4.0, 512, KEPT),
+    "8 GB, activations kept": (8.0, 2000, KEPT),
 }
-MORE_BUDGETS = {
-    "1 GB, activations kept": (1.0, False, 32),
-    "2 GB, activations kept": (2.0, False, 128),
+MORE_BUDGETS: dict[str, tuple[float, int, dict[str, bool]]] = {
+    "1 GB, ASVs not shared": (1.0, 64, UNSHARED),
+    "2 GB, activations kept": (2.0, 128, KEPT),
 }
 PREDICTED = {  # budget, recomputing or not, steps
     "1 GB": (1.0, True, 6),
@@ -57,9 +59,12 @@ def rate(result, comparison, name):
 
 def memory_figures(name, result, budget, *, asked):
     used = np.array(result["peaks"]) / budget
+    median = float(np.median(used))
     return [
-        Figure(f"{name}: largest peak / budget", used.max(), at_most=1.03 if asked else None),
-        Figure(f"{name}: median peak / budget", np.median(used), at_least=0.8 if asked else None),
+        Figure(
+            f"{name}: largest peak / budget", float(used.max()), at_most=1.03 if asked else None
+        ),
+        Figure(f"{name}: median peak / budget", median, at_least=0.8 if asked else None),
     ]
 
 
@@ -71,7 +76,7 @@ def options(small, timing, real_data):
         found = {"folder": str(real_data), **more}
         if small:
             samples, found["token_limit"] = 24, 8
-            budget = budget and (0.8 if timing else Meter.for_device("cpu").now() / GB + 0.3)
+            budget = budget and (0.8 if timing else Meter.for_device("cpu").now() / GB + 1)
         return found | {"samples": samples} | ({"budget_gb": budget} if budget else {})
 
     return make
@@ -108,8 +113,8 @@ def test_budgets(compare, own_process, options, timing, small, full, tmp_path, n
         pytest.skip("with --benchmark-size full")
     if small and name != "1 GB":
         pytest.skip("small steps are the same at every budget")
-    budget, recompute, samples = (BUDGETS | MORE_BUDGETS)[name]
-    arguments = options(budget, samples, name="mixed", recompute=recompute)
+    budget, samples, way = (BUDGETS | MORE_BUDGETS)[name]
+    arguments = options(budget, samples, name="mixed", **way)
     arguments["keep"] = str(tmp_path / "calibration.json")
     budget = arguments["budget_gb"]
     started = {
@@ -159,7 +164,10 @@ def test_pieces(compare, own_process, options, timing, full):
     arguments = options(samples=64, name="mixed")
     contestants = {
         f"{count} piece{'s' * (count > 1)}" if count else FORWARD: own_process(
-            "benchmarks.batching:in_pieces", pieces=count, **arguments
+            "benchmarks.batching:in_pieces",
+            environment={"OMP_NUM_THREADS": "1"},
+            pieces=count,
+            **arguments,
         )
         for count in (*PIECES, 0)
     }
@@ -178,7 +186,8 @@ def test_pieces(compare, own_process, options, timing, full):
         ]
 
     results, _ = compare(
-        f"a step of {arguments['samples']} samples in pieces, ibd and oral mixed", contestants,
+        f"a step of {arguments['samples']} samples in pieces, ibd and oral mixed, one thread",
+        contestants,
         reference="1 piece", rounds=5 if full else 3, figures=figures,
     )  # fmt: skip
     results = second(results, contestants, timing)
@@ -230,7 +239,7 @@ def test_ranks(compare, own_process, options, timing, small, full, data, batch, 
     results = second(results, contestants, timing)
     assert results[ONE]["asvs_encoded"] == results[TWO]["asvs_encoded"]
     assert results[OWN]["asvs_encoded"] >= results[TWO]["asvs_encoded"]
-    assert results[TWO]["loss"] == pytest.approx(results[ONE]["loss"], rel=0.05)
+    assert results[TWO]["loss"] == pytest.approx(results[ONE]["loss"], rel=1e-3)
 
 
 def test_tables_are_joined_by_sequence(real_data):
