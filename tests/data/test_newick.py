@@ -45,7 +45,8 @@ def test_the_quick_reader_reads_real_trees(real_data, data, monkeypatch):
         "(a:1,b:2);(c:1);", "(a:1,b:2)", "(a:1,b:2));", "((a:1,b:2);", "(a:1,b);", "(a:1,:2);",
         "(a:1,a:2);", "(a:1,b:-2);", "(a:1,b:inf);", "(a:1,b:x);", "(a:1:2,b:2);", "(a:1,b:2)[c];",
         "(a:1, b:2);", "('a':1,b:2);", "(a:1,'b c':2);", "(a:1,\u00e9:2);", "x(a:1,b:2);", "",
-        "(a:1,b:2)(c:1);", "(a:1,b:2)c(d:1,e:1);", ";", "(a:1,b:2);x",
+        "a:1,b:2;",
+    "a:1,b:2;", "(a:1,b:2)(c:1);", "(a:1,b:2)c(d:1,e:1);", ";", "(a:1,b:2);x",
     ],
 )  # fmt: skip
 def test_the_quick_reader_leaves_what_is_not_plain_to_the_general_one(text):
