@@ -27,7 +27,7 @@ from aam.model.encoder import EncoderShape
 from aam.training.evaluation import sample_embeddings
 from aam.training.loop import Trainer
 from aam.training.losses import DistanceLoss
-from aam.training.memory import Batching, contents_of
+from aam.training.memory import Batching
 from aam.training.objectives import PretrainObjective
 from benchmarks.baselines.padded_transformer import (
     STACKS,
@@ -160,7 +160,8 @@ def trainer_step(
         data.dataset,
         Batching(
             np.arange(len(data.dataset)),
-            contents_of(data.dataset, objective),
+            data.dataset,
+            objective,
             options,
             torch.device("cpu"),
             seed=0,

@@ -25,7 +25,7 @@ from aam.training.checkpoint import MODEL_FILE, load_encoder, read_model, save_m
 from aam.training.evaluation import encode_asvs, predict_outputs, target_metrics
 from aam.training.loop import Trainer
 from aam.training.losses import DistanceLoss, TargetLoss
-from aam.training.memory import make_batching
+from aam.training.memory import Batching
 from aam.training.objectives import FinetuneObjective
 from aam.training.predictions import in_units, prediction_cells, prediction_header
 from aam.training.prepare import (
@@ -161,7 +161,7 @@ def finetune(config: FinetuneConfig) -> Path:
         fabric,
         objective,
         dataset,
-        make_batching(train_rows, dataset, objective, config, fabric.device),
+        Batching(train_rows, dataset, objective, config.optimizer, fabric.device, config.run.seed),
         config.optimizer,
         run,
         validate=task.validate,

@@ -26,7 +26,6 @@ from aam.training.step import StepTooLarge
 
 DEFAULT_BATCH = 8
 CALIBRATION_STEPS = 10
-CALIBRATED_SHARE = 0.7  # of the budget, above which no larger calibration step is tried
 GB = 1e9
 Compute = Callable[[np.ndarray, int], dict[str, float]]
 
@@ -37,24 +36,25 @@ class Batching:
     def __init__(
         self,
         rows: np.ndarray,
-        contents: Contents,
+        dataset: SampleDataset,
+        objective: Objective,
         options: OptimizerOptions,
         device: torch.device,
         seed: int,
-        names: Sequence[str] = (),
     ) -> None:
         """Plan fixed steps; filling ones are planned once steps are measured.
 
         Args:
             rows: (n,) rows of the dataset to train on.
-            contents: what each sample of the dataset holds.
+            dataset: the samples; ``--oversize subsample`` limits their ASVs.
+            objective: what is learned of them.
             options: batch sizes and memory.
             device: whose memory is filled.
             seed: of the order.
-            names: sample ids, for messages.
         """
-        self.rows, self.contents, self.options = rows, contents, options
-        self.seed, self.names = seed, names
+        self.rows, self.options, self.seed = rows, options, seed
+        self.dataset, self.objective = dataset, objective
+        self.contents = contents_of(dataset, objective)
         self.meter = Meter.for_device(device)
         self.limited = options.max_memory_gb is not None or options.max_memory_fraction is not None
         whole, part = options.effective_batch_size, options.batch_size
@@ -98,36 +98,22 @@ class Batching:
             return
         order = np.random.default_rng([self.seed, CALIBRATION_STEPS]).permutation(self.rows)
         compute(order[:2], 1)  # the first step of a process takes more than later ones
-        count, pieces, steps = 2, 1, 0
-        while steps < CALIBRATION_STEPS:
-            rows = order[:count]
-            size = self.size(rows)
+        for count, pieces in self.calibration.steps(
+            len(order), lambda count: self.size(order[:count]), self.budget
+        ):
+            piece = self.size(order[:count]).split(pieces)
+            self.meter.reset()
             try:
-                self.meter.reset()
-                compute(rows, pieces)
+                compute(order[:count], pieces)
             except StepTooLarge:
-                self._note_failure(size.split(pieces))
+                self._note_failure(piece)
                 break
-            self.calibration.add(size.split(pieces), ranks.highest(self.meter.peak()))
-            steps += 1
-            if pieces == 1 and steps in (3, 5):
-                pieces = 3  # the same samples again: what pieces do not divide
-                continue
-            pieces = 1
-            if count == len(order):
-                break
-            count = min(len(order), 2 * count)
-            model = self.calibration.model
-            assert model is not None
-            if steps >= 4 and model.predict(self.size(order[:count])) > (
-                CALIBRATED_SHARE * self.budget
-            ):
-                break
+            self.calibration.add(piece, ranks.highest(self.meter.peak()))
         model = self.calibration.model
         if model is not None:
             say(
                 f"memory: {self.budget / GB:.2f} GB to fill, {model.constant / GB:.2f} GB taken "
-                f"before a step; measured in {steps} steps"
+                f"before a step; measured in {len(self.calibration.peaks)} steps"
             )
 
     def batches(self, epoch: int) -> Sequence[np.ndarray]:
@@ -137,30 +123,39 @@ class Batching:
         model = self.calibration.model
         assert model is not None
         if self._filling is None or self._filling.model != model:
-            self._filling = MemoryPlan(self.rows, self.contents, model, self.budget, self.seed)
-            self._check_oversize(self._filling)
+            self._filling = self._fill(model)
         return self._filling.batches(epoch)
 
-    def _check_oversize(self, plan: MemoryPlan) -> None:
-        """Say what becomes of samples that do not fit."""
+    def _fill(self, model: CostModel) -> MemoryPlan:
+        """The plan of filling steps; settles what becomes of samples that do not fit."""
+        plan = MemoryPlan(self.rows, self.contents, model, self.budget, self.seed)
         found = plan.oversize()
         if not found:
-            return
+            return plan
         worst = max(found, key=lambda one: one.needed)
-        name = self.names[worst.row] if len(self.names) else str(worst.row)
         what = (
             f"{len(found)} samples do not fit into {self.budget / GB:.2f} GB in one piece "
-            f"(largest: {name}, {worst.asvs} ASVs, {worst.needed / GB:.2f} GB)"
+            f"(largest: {self.dataset.sample_ids[worst.row]}, {worst.asvs} ASVs, "
+            f"{worst.needed / GB:.2f} GB)"
         )
         if self.options.oversize == "error":
             raise InputError(
                 f"{what}: give more memory, a smaller --token-limit or --oversize chunk"
             )
-        say(f"{what}: computed in pieces")
+        if self.options.oversize == "chunk":
+            say(f"{what}: computed in pieces")
+            return plan
+        lost = sum(one.asvs - max(1, one.keep) for one in found)
+        say(f"{what}: {lost} of their ASVs are left out (--oversize subsample)")
+        self.dataset.limit_asvs(
+            np.array([one.row for one in found]), np.array([max(1, one.keep) for one in found])
+        )
+        self.contents = contents_of(self.dataset, self.objective)
+        return MemoryPlan(self.rows, self.contents, model, self.budget, self.seed)
 
     def size(self, rows: np.ndarray) -> StepSize:
         """What each rank holds of a step in one piece."""
-        return share_of(self.contents.size(rows), ranks.size())
+        return self.contents.size(rows)
 
     def pieces(self, size: StepSize) -> int:
         """Into how many pieces a step is cut."""
@@ -242,26 +237,7 @@ class Batching:
         self.budget, self.failures = state["budget"], state["failures"]
         self.calibration = Calibration.from_dict(state["calibration"])
         if state["planned"] is not None and self.fixed is None:
-            model = CostModel.from_dict(state["planned"])
-            self._filling = MemoryPlan(self.rows, self.contents, model, self.budget, self.seed)
-
-
-def make_batching(
-    rows: np.ndarray,
-    dataset: SampleDataset,
-    objective: Objective,
-    config: Any,
-    device: torch.device,
-) -> Batching:
-    """The batching of a training command."""
-    return Batching(
-        rows,
-        contents_of(dataset, objective),
-        config.optimizer,
-        device,
-        config.run.seed,
-        dataset.sample_ids,
-    )
+            self._filling = self._fill(CostModel.from_dict(state["planned"]))
 
 
 def contents_of(dataset: SampleDataset, objective: Objective) -> Contents:
@@ -279,23 +255,7 @@ def contents_of(dataset: SampleDataset, objective: Objective) -> Contents:
         masked_share=objective.masked_share,
         mixtures=objective.mixtures,
         squares=objective.holds_matrices,
-    )
-
-
-def share_of(size: StepSize, count: int) -> StepSize:
-    """What each of some ranks holds of a step."""
-    return (
-        size
-        if count == 1
-        else StepSize(
-            size.tokens / count,
-            size.masked / count,
-            size.asvs,
-            max(size.slots / count, size.longest),
-            size.samples,
-            size.squares / count,
-            size.longest,
-        )
+        shares=ranks.size(),
     )
 
 
