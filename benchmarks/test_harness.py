@@ -8,6 +8,7 @@ import pytest
 from benchmarks import machine
 from benchmarks.comparison import (
     Comparison,
+    Figure,
     Goal,
     Rounds,
     Timing,
@@ -54,6 +55,20 @@ def test_goals_say_whether_they_are_reached():
     assert "reference" in table and "160" in table and "3 x forward" in table
 
 
+def test_figures_say_what_was_asked_of_them():
+    told, low, high = Figure("a", 2.0), Figure("b", 0.5, at_least=0.8), Figure("c", 2, at_most=2)
+    assert [one.reached for one in (told, low, high)] == [None, False, True]
+    found = comparison()
+    found.figures += [told, low, high]
+    lines = format_comparison(found).splitlines()
+    assert lines[-3:] == [
+        "  a: 2",
+        "  b: 0.5  (at least 0.8: MISSED)",
+        "  c: 2  (at most 2: reached)",
+    ]
+    assert [one["reached"] for one in found.to_dict()["figures"]] == [None, False, True]
+
+
 def test_what_does_not_fit_into_memory_leaves_the_rounds():
     def too_large():
         raise MemoryError("16 GB")
@@ -91,6 +106,20 @@ def test_a_worker_has_its_own_clock_memory_and_environment():
         assert 45 < worker.memory.growth < 80
         assert 0.05 <= worker.processor < 1 and worker.faults > 10
         assert rounds.timings["worker"].processor[0] >= 0.05
+    finally:
+        worker.close()
+
+
+def resetting():
+    """Work that begins the high-water mark again, and knows what it was."""
+    return lambda: {"peak_megabytes": 1e6}
+
+
+def test_a_worker_may_say_its_own_peak():
+    worker = Worker("benchmarks.test_harness:resetting")
+    try:
+        worker()
+        assert worker.memory.peak == 1e6
     finally:
         worker.close()
 
