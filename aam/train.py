@@ -277,7 +277,8 @@ def print_help() -> None:
 
 def quiet_libraries() -> None:
     """Keep other packages' notices off the screen; ours are plain lines."""
-    warnings.filterwarnings("ignore", module=r"(tensorboard|lightning_fabric|torch\.distributed)\b.*")
+    others = r"(tensorboard|lightning_fabric|torch\.distributed)\b.*"
+    warnings.filterwarnings("ignore", module=others)
 
 
 if __name__ == "__main__":
