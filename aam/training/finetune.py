@@ -155,13 +155,16 @@ def finetune(config: FinetuneConfig) -> Path:
         scaled,
         frozen,
     )
+    batching = Batching(
+        train_rows, dataset, objective, config.optimizer, fabric.device, config.run.seed
+    )
     run = Run(config.run, config, keep_steps=None if state is None else state["progress"]["step"])
     run.write_split(parts)
     trainer = Trainer(
         fabric,
         objective,
         dataset,
-        Batching(train_rows, dataset, objective, config.optimizer, fabric.device, config.run.seed),
+        batching,
         config.optimizer,
         run,
         validate=task.validate,

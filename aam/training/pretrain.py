@@ -154,13 +154,16 @@ def pretrain(config: PretrainConfig) -> Path:
         ),
     }
     check_same_data(state, config, description)
+    batching = Batching(
+        train_rows, dataset, objective, config.optimizer, fabric.device, config.run.seed
+    )
     run = Run(config.run, config, keep_steps=None if state is None else state["progress"]["step"])
     run.write_split(parts)
     trainer = Trainer(
         fabric,
         objective,
         dataset,
-        Batching(train_rows, dataset, objective, config.optimizer, fabric.device, config.run.seed),
+        batching,
         config.optimizer,
         run,
         validate=task.validate,
