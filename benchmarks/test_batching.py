@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from aam.batching import Meter
+from aam.data import read_table
 from benchmarks.batching import GB, read, simulated
 from benchmarks.comparison import Figure, Goal
+from benchmarks.steps import TABLES
 
 pytestmark = [pytest.mark.real, pytest.mark.batching]
 FILLED, FIXED, HALF, HALVED = "filled", "largest fixed size", "half of it", "halving from 1,024"
@@ -243,7 +245,8 @@ def test_ranks(compare, own_process, options, timing, small, full, data, batch, 
 
 
 def test_tables_are_joined_by_sequence(real_data):
-    one, other, both = (read(str(real_data), name) for name in ("ibd", "oral", "mixed"))
+    one, other = (read_table(real_data / name / file) for name, file in TABLES.items())
+    both = read(str(real_data), "mixed")
     assert both.counts.shape[0] == len(one.sample_ids) + len(other.sample_ids)
     assert set(both.feature_ids) == set(one.feature_ids) | set(other.feature_ids)
     assert both.counts.sum() == one.counts.sum() + other.counts.sum()
