@@ -2,7 +2,8 @@
 
 The command line, the TOML file (``--config run.toml``), the saved ``config.toml`` and the
 documentation are all made from these classes. Option names are the field names with dashes.
-Reading and writing them is in `aam.option_files`.
+The groups that commands share are in `aam.option_groups`; reading and writing is in
+`aam.option_files`.
 """
 
 from __future__ import annotations
@@ -21,246 +22,21 @@ from aam.option_files import (
     to_dict,
     write_toml,
 )
-
-DistanceMetric = Literal["unweighted", "weighted", "weighted-normalized", "faith-pd"]
-TargetTransform = Literal["none", "minmax", "zscore", "zscore-category", "log-minmax", "log-zscore"]
-BestMetric = Literal[
-    "loss", "unifrac_loss", "mantel_r", "distance_mae", "faith_pd_r2", "faith_pd_mae",
-    "nucleotide_loss", "nucleotide_accuracy",
-    "target_loss", "r2", "mae", "accuracy", "balanced_accuracy", "auc",
-]  # fmt: skip
-
-
-@dataclass(kw_only=True)
-class TableOptions:
-    """The feature table and what becomes of it before training."""
-
-    table: Path
-    """Feature table: BIOM 2.1 or 1.0, .qza or .tsv. Feature ids are the DNA sequences."""
-    sequences: Path | None = None
-    """FASTA or .qza that maps hashed feature ids to their sequences."""
-    rarefy_depth: int = 5000
-    """Reads a sample is rarefied to, without replacement; smaller samples are dropped and
-    counted. 0: use the counts as they are."""
-    max_bp: int = 150
-    """Longest sequence; what is cut is counted."""
-    token_limit: int = 1024
-    """Most ASVs of one sample; what is left out is counted."""
-    asv_sampling: Literal["abundance", "first", "random"] = "abundance"
-    """Which ASVs a sample with more than the limit keeps."""
-    share_asvs: bool = True
-    """Encode every distinct ASV once a batch (exact; samples that share an ASV also share its
-    dropout)."""
-    allow_missing: bool = False
-    """Go on when some samples have no metadata or distance; what is dropped is counted."""
-    on_disk: Literal["auto", "always", "never"] = "auto"
-    """Keep the counts and sequences in an index on disk, built once, instead of in memory; auto:
-    large HDF5 tables only."""
-    index_dir: Path | None = None
-    """Folder of that index; beside the table if not given."""
-
-
-@dataclass(kw_only=True)
-class DistanceOptions:
-    """Where the distances between samples come from."""
-
-    tree: Path | None = None
-    """Newick tree whose tips are the table's features (or their ids)."""
-    unifrac_metric: DistanceMetric = "unweighted"
-    """What the sample embedding learns; faith-pd learns each sample's Faith PD."""
-    unifrac_matrix: Path | None = None
-    """Precomputed distances (.h5 of ssu, .tsv, or .npy with ids) instead of a tree."""
-    unifrac_matrix_ids: Path | None = None
-    """Sample ids of a .npy matrix, one a line, in its order."""
-    drop_missing_tips: bool = False
-    """Drop features that are not in the tree; they are counted."""
-
-
-@dataclass(kw_only=True)
-class MetadataOptions:
-    """Sample metadata and the parts it is split into."""
-
-    metadata: Path | None = None
-    """Sample metadata, tab separated, by QIIME 2's rules."""
-    group_column: str | None = None
-    """Metadata column (for example the subject) whose values never cross the split."""
-    validation_fraction: float = 0.2
-    """Share of the samples held out for validation."""
-    train_ids: Path | None = None
-    """Samples to train on, one id a line, instead of a drawn split."""
-    validation_ids: Path | None = None
-    """Samples to validate on, one id a line; with --train-ids the rest of the table is unused."""
-
-
-@dataclass(kw_only=True)
-class ModelOptions:
-    """The shape of the encoder."""
-
-    embedding_dim: int = 128
-    """Width of every stack."""
-    num_heads: int = 4
-    """Attention heads."""
-    num_layers: int = 4
-    """Layers of each stack (nucleotides, samples, UniFrac, target, counts)."""
-    ffn_dim: int | None = None
-    """Width of the feed-forward part; 4 x embedding-dim if not given."""
-    dropout: float = 0.1
-    """Dropout; always 0 where distances are computed."""
-    count_embedding: Literal["none", "add", "concat", "film"] = "none"
-    """How ln(count + 1) enters a sample's ASVs."""
-    sample_position: Literal["none", "slot"] = "none"
-    """slot: a learned position per ASV slot (row order then matters; for imported models)."""
-    sample_embedding: Literal["lineages", "attention"] = "lineages"
-    """lineages: attention pooling, mean and max over the ASVs; attention: pooling alone."""
-    nucleotide_embedding: Literal["site", "sum"] = "site"
-    """site: token + position + a vector for each token at each position; sum: without the last."""
-    distance_scale: float = 0.0
-    """s in distance = tanh(|z_i - z_j| / s); 0: set from the data, then learned."""
-
-
-@dataclass(kw_only=True)
-class CategoricalOptions:
-    """Categorical covariates."""
-
-    categorical_columns: tuple[str, ...] = ()
-    """Metadata columns whose values the predictor is told."""
-    categorical_embed_dim: int = 16
-    """Width of each column's embedding."""
-    categorical_fusion: Literal["concat", "add"] = "concat"
-    """concat: W[h; c] at every position; add: h + Wc."""
-
-
-@dataclass(kw_only=True)
-class TargetOptions:
-    """What is predicted, and how."""
-
-    metadata_column: str
-    """Metadata column to predict."""
-    task: Literal["auto", "regression", "classification"] = "auto"
-    """auto: classification if the column holds text."""
-    target_transform: TargetTransform = "zscore"
-    """Transform of a numeric target, fitted on the training part and inverted in predictions."""
-    target_loss: Literal["smooth-l1", "mse", "mae", "quantile", "asymmetric"] = "smooth-l1"
-    """Loss of a numeric target."""
-    quantile: float = 0.5
-    """Level of the quantile loss; weight of under-prediction in the asymmetric loss."""
-    class_weights: bool = False
-    """Weight classes by the inverse of their frequency."""
-    target_head: Literal["linear", "mlp", "linear+mlp"] = "linear"
-    """Last step from the pooled sample to the prediction."""
-    target_norm: bool = True
-    """LayerNorm before the head."""
-
-
-@dataclass(kw_only=True)
-class PenaltyOptions:
-    """Weight of each loss in the total; a loss with weight 0 is not computed."""
-
-    unifrac_penalty: float = 10.0
-    """Weight of the distance (or Faith PD) loss."""
-    nucleotide_penalty: float = 1.0
-    """Weight of the masked-nucleotide loss."""
-    mask_strategy: Literal["random", "span"] = "random"
-    """Mask single nucleotides, or runs of 3 to 5."""
-    mask_probability: float = 0.15
-    """Share of the nucleotides that is masked."""
-    masked_share: float = 0.25
-    """Share of a batch's distinct ASVs of which a masked copy is encoded."""
-
-
-@dataclass(kw_only=True)
-class FinetunePenaltyOptions(PenaltyOptions):
-    """Weight of each loss in the total; a loss with weight 0 is not computed."""
-
-    target_penalty: float = 1.0
-    """Weight of the target's loss."""
-    count_penalty: float = 0.0
-    """Weight of the count loss: divergence of predicted from true relative abundances, in nats."""
-    unifrac_penalty: float = 0.0
-    """Weight of the distance loss (needs a tree or a distance matrix)."""
-    nucleotide_penalty: float = 0.0
-    """Weight of the masked-nucleotide loss."""
-
-
-@dataclass(kw_only=True)
-class OptimizerOptions:
-    """How weights are changed."""
-
-    batch_size: int | None = None
-    """Samples a step: 8, or, where a memory option is given, as many as fit. With
-    --effective-batch-size: most samples of one of its pieces."""
-    effective_batch_size: int | None = None
-    """Samples a step whatever the memory: it is computed in pieces that fit, and the loss and
-    its gradient are exactly those of the whole."""
-    max_memory_gb: float | None = None
-    """Memory to fill, GB (10^9 bytes): of the device, or of the process on a CPU; for each
-    device where there are several."""
-    max_memory_fraction: float | None = None
-    """The same as a share of what is free at the start; 0.85 if neither is given."""
-    oversize: Literal["chunk", "error", "subsample"] = "chunk"
-    """A sample too large for the memory is computed in pieces (exact), is an error, or keeps
-    only the ASVs that fit."""
-    epochs: int = 20
-    """Passes over the training samples."""
-    max_steps: int | None = None
-    """End after this many steps, whatever the epochs say."""
-    lr: float = 6e-4
-    """Highest learning rate."""
-    weight_decay: float = 0.01
-    """Decay of weight matrices (never of norms, biases and embeddings)."""
-    warmup_fraction: float = 0.05
-    """Share of the run in which the learning rate rises; a cosine follows."""
-    clip: float = 1.0
-    """Largest norm of the gradient."""
-    early_stopping: int = 0
-    """End after this many validations without a better best-metric; 0: never."""
-    best_metric: BestMetric | None = None
-    """Validation metric that chooses the best checkpoint; by default mantel_r (pretrain),
-    r2 or balanced_accuracy (finetune)."""
-    validate_every: int = 1
-    """Epochs from one validation to the next."""
-
-
-@dataclass(kw_only=True)
-class RunOptions:
-    """Where a run writes, and what it runs on."""
-
-    output_dir: Path
-    """Folder of the run."""
-    overwrite: bool = False
-    """Replace a run that is already there."""
-    resume_from: Path | None = None
-    """Folder of a run (or one of its checkpoints) to continue; auto: the run in --output-dir if
-    there is one, else a new one (for jobs that are queued again)."""
-    checkpoint_minutes: float = 10.0
-    """Longest time between two checkpoints."""
-    memory_profile: bool = False
-    """Write what takes the memory of a step, as a table and a figure."""
-    seed: int = 0
-    """Seed of the split, rarefaction, initial weights, order and masks."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    devices: int = 1
-    """Devices (processes on a CPU) of this machine that share every step."""
-    num_nodes: int = 1
-    """Machines that share every step; start the same command on each, by torchrun or SLURM."""
-    data_parallel: bool = False
-    """Use all devices of this machine."""
-    strategy: Literal["ddp", "fsdp"] = "ddp"
-    """What several devices hold: all of the model, or a part of its weights each."""
-    sharded_checkpoints: bool = False
-    """With --strategy fsdp: every rank writes its part of a checkpoint, beside last.pt and best.pt;
-    for models that are too large to gather on one device."""
-    attn_implementation: Literal["auto", "math", "sdpa", "triton", "cpu"] = "auto"
-    """Attention kernels; an explicit choice never falls back."""
-    gradient_checkpointing: bool = True
-    """Keep only each layer's input for the backward pass and recompute the rest."""
-    compile_model: bool = False
-    """Compile the model with torch.compile."""
-    tensorboard: bool = True
-    """Write TensorBoard logs beside metrics.csv."""
-    config: Path | None = None
-    """TOML file with any of these options; the command line wins over it."""
+from aam.option_groups import (
+    BestMetric,
+    CategoricalOptions,
+    DistanceMetric,
+    DistanceOptions,
+    FinetunePenaltyOptions,
+    MetadataOptions,
+    ModelOptions,
+    OptimizerOptions,
+    PenaltyOptions,
+    RunOptions,
+    TableOptions,
+    TargetOptions,
+    TargetTransform,
+)
 
 
 @dataclass(kw_only=True)

@@ -1,7 +1,8 @@
 """Build the documentation: the guide's pages, and a reference from the code's own docstrings.
 
 `python docs/build.py [OUTPUT]` writes a static site that needs no network. pdoc renders the
-Markdown and the reference; options of a command come from the dataclasses of `aam/config.py`.
+Markdown and the reference; options of a command come from the dataclasses of `aam/config.py` and
+`aam/option_groups.py`.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def build(output: Path) -> None:
     warnings.filterwarnings("ignore", module=r"pdoc\.doc_types")
     pdoc.render.configure(docformat="google", search=True, show_source=False)
     pdoc.pdoc(*REFERENCE, output_directory=output / "reference")
-    options = command_options(ROOT / "aam/config.py")
+    options = command_options(ROOT / "aam/config.py", ROOT / "aam/option_groups.py")
     for source, (title, target) in PAGES.items():
         if not source.exists():
             print(f"not there yet: {source.relative_to(ROOT)}", file=sys.stderr)
@@ -103,10 +104,11 @@ def relink(body: str, source: Path, target: str) -> str:
     return re.sub(r'href="([^":#]+\.md)"', replace, body)
 
 
-def command_options(config_file: Path) -> dict[str, str]:
+def command_options(*config_files: Path) -> dict[str, str]:
     """A Markdown table of options for each command, from the docstrings of the dataclass fields."""
     classes = {
         node.name: node
+        for config_file in config_files
         for node in ast.parse(config_file.read_text(encoding="utf-8")).body
         if isinstance(node, ast.ClassDef)
     }

@@ -411,20 +411,11 @@ def test_a_few_samples_cost_what_they_hold_and_not_the_tree(newick):
     tips = 200_000
     blocks = [",".join(f"t{n}:1" for n in range(low, low + 100)) for low in range(0, tips, 100)]
     tree = read_tree(newick("(" + ",".join(f"({block}):1" for block in blocks) + ");"))
-    table = FeatureTable(
-        ("one", "two", "rest"),
-        tuple(f"t{tip}" for tip in range(tips)),
-        scipy.sparse.csr_array(
-            (
-                np.ones(tips + 40, dtype=np.int64),
-                np.concatenate([np.sort(generator.choice(tips, 20, False)) for _ in range(2)]
-                               + [np.arange(tips)]),
-                [0, 20, 40, tips + 40],
-            ),
-            (3, tips),
-        ),
-        "t",
-    )  # fmt: skip
+    few = [np.sort(generator.choice(tips, 20, False)) for _ in range(2)]
+    reads, reached = np.ones(tips + 40, dtype=np.int64), np.concatenate([*few, np.arange(tips)])
+    counts = scipy.sparse.csr_array((reads, reached, [0, 20, 40, tips + 40]), (3, tips))
+    names = ("one", "two", "rest"), tuple(f"t{tip}" for tip in range(tips))
+    table = FeatureTable(*names, counts, "t")
     unifrac = UniFrac(table, tree)
     unifrac.pairwise([0, 1])
     tracemalloc.start()
@@ -444,12 +435,8 @@ def test_memory_follows_the_block_and_not_samples_times_branches(newick):
         (np.ones(40_000, dtype=np.int64), chosen.ravel(), np.arange(0, 40_001, 20)), (2000, 6000)
     )
     counts.sort_indices()
-    table = FeatureTable(
-        tuple(f"s{row}" for row in range(2000)),
-        tuple(f"t{tip}" for tip in range(6000)),
-        counts,
-        "t",
-    )
+    names = tuple(f"s{row}" for row in range(2000)), tuple(f"t{tip}" for tip in range(6000))
+    table = FeatureTable(*names, counts, "t")
     for metric in METRICS:
         tracemalloc.start()
         unifrac = UniFrac(table, tree, metric)
