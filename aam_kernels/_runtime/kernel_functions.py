@@ -67,6 +67,19 @@ def row_factors(word, rows, head):
 
 
 @triton.jit
+def rows_base(seed_ptr, first, head):
+    """What the places of a head's rows have in common: one register in a loop instead of two."""
+    return whole_row(seed_ptr, first) * 0x9E3779B1 + head.to(tl.uint32) * 0x85EBCA77
+
+
+@triton.jit
+def row_factors_from(word, base, rows):
+    """`row_factors` of rows that are counted from the first one of `rows_base`."""
+    place = rows.to(tl.uint32) * 0x9E3779B1 + base
+    return (mix(place ^ word) >> 8) | 0x800001
+
+
+@triton.jit
 def column_factors(columns):
     """Of key rows, or feature indices: < 2**24, odd."""
     x = (columns.to(tl.uint32) & 0xFFFFFF) * 0x9E3779

@@ -186,7 +186,11 @@ def _forward_candidates(
             return []
         warps = 1 if size <= 7168 else 2 if size <= 10240 else 4
     found = _configurations(architecture, length, warps, (2, 1), wide=size <= 160 * 32)
-    return found + _configurations(architecture, length, 2 * warps, (2,), wide=True)
+    more = _configurations(architecture, length, 2 * warps, (2,), wide=True)
+    if architecture in AMD:
+        # Registers leave room for one wave in any case; where that is said, none of them spills.
+        more = [one._replace(options={**one.options, "waves_per_eu": 1}) for one in more]
+    return found + more
 
 
 def _backward_candidates(

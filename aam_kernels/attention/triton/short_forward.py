@@ -16,10 +16,10 @@ from aam_kernels._runtime.kernel_functions import (
     column_factors,
     dropped,
     narrow,
-    row_factors,
+    row_factors_from,
+    rows_base,
     seed_word,
     whole_key_row,
-    whole_row,
 )
 from aam_kernels.attention.triton.short_rows import (
     fill_rows,
@@ -74,7 +74,7 @@ def _attend(
     columns = ()
     if DROPOUT:
         word = seed_word(seed_ptr)
-        query_place = whole_row(seed_ptr, first)
+        base = rows_base(seed_ptr, first, head)
         key_place = whole_key_row(seed_ptr, key_first)
         zero = unknown_zero(keep_scale)
         for tile in tl.static_range(COUNT):
@@ -101,7 +101,7 @@ def _attend(
         weight = tl.full([BLOCK_M, WIDTH], 0.0, tl.float32)
         accumulator = tl.full([BLOCK_M, D], 0.0, tl.float32)
         if DROPOUT:
-            row = row_factors(word, query_place + start + block, head)[:, None]
+            row = row_factors_from(word, base, start + block)[:, None]
         for tile in tl.static_range(COUNT):
             p = tl.exp2(scores[tile] * scale_log2 - top[:, None])
             weight += tl.sum(_narrower(p, WIDTH), 1)

@@ -44,6 +44,8 @@ def _feed_forward(
 ) -> list[Configuration]:
     if architecture in AMD:
         return _fused(architecture, dtype, ((64, 32), (64, 64)))
+    if architecture == "sm_80":  # eight warps of the same rows spill
+        return _fused(architecture, dtype, ((64, 64), (64, 32)), warps=4)
     return _fused(architecture, dtype, ((128, 64), (64, 64), (128, 32)))
 
 
