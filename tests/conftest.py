@@ -47,10 +47,11 @@ def community(tmp_path_factory) -> DemoFiles:
     )
 
 
-TINY = [
+TINY_MODEL = [
     "--num-layers", "1", "--embedding-dim", "32", "--num-heads", "2", "--rarefy-depth", "0",
-    "--batch-size", "4", "--no-tensorboard",
+    "--no-tensorboard",
 ]  # fmt: skip
+TINY = [*TINY_MODEL, "--batch-size", "4"]
 
 
 @pytest.fixture(scope="session")
@@ -62,10 +63,16 @@ def aam(community) -> Callable[..., int]:
     """
     from aam.train import main
 
-    def run(command: str, *words: object, files: bool = True, complete: bool = False) -> int:
+    def run(
+        command: str,
+        *words: object,
+        files: bool = True,
+        complete: bool = False,
+        filling: bool = False,
+    ) -> int:
         arguments = [command]
         if command in ("pretrain", "finetune"):
-            arguments += TINY
+            arguments += TINY_MODEL if filling else TINY
         if files and command != "demo":
             arguments += ["--table", str(community.table)]
             arguments += {

@@ -97,7 +97,7 @@ class Batching:
         if not self.calibrates or self.calibration.model is not None:
             return
         order = np.random.default_rng([self.seed, CALIBRATION_STEPS]).permutation(self.rows)
-        compute(order[:2], 1)  # the first step of a process takes more than later ones
+        self._warm_up(order[:2], compute)
         for count, pieces in self.calibration.steps(
             len(order), lambda count: self.size(order[:count]), self.budget
         ):
@@ -106,7 +106,7 @@ class Batching:
             try:
                 compute(order[:count], pieces)
             except StepTooLarge:
-                self._note_failure(piece)
+                self._note_failure(self.size(order[:count]), pieces)
                 break
             self.calibration.add(piece, ranks.highest(self.meter.peak()))
         model = self.calibration.model
@@ -115,6 +115,17 @@ class Batching:
                 f"memory: {self.budget / GB:.2f} GB to fill, {model.constant / GB:.2f} GB taken "
                 f"before a step; measured in {len(self.calibration.peaks)} steps"
             )
+
+    def _warm_up(self, rows: np.ndarray, compute: Compute) -> None:
+        """Take the first step of the process, which needs more than later ones, unmeasured."""
+        size, pieces = self.size(rows), 1
+        while True:
+            try:
+                compute(rows, pieces)
+                return
+            except StepTooLarge:
+                self._note_failure(size, pieces)
+                pieces *= 2
 
     def batches(self, epoch: int) -> Sequence[np.ndarray]:
         """The rows of each step of an epoch."""
@@ -192,12 +203,7 @@ class Batching:
             try:
                 terms = compute(rows, pieces)
             except StepTooLarge:
-                self._note_failure(size.split(pieces))
-                if pieces >= max(size.asvs, size.samples):
-                    raise InputError(
-                        "out of memory: a step does not fit even one sequence at a time; use a "
-                        "smaller model or --token-limit"
-                    ) from None
+                self._note_failure(size, pieces)
                 pieces *= 2
                 say(f"out of memory: the same step again in {pieces} pieces")
                 continue
@@ -218,9 +224,19 @@ class Batching:
             say(f"memory: predictions were off, fitted again ({self.calibration.refits} times)")
         return found
 
-    def _note_failure(self, piece: StepSize) -> None:
+    def _note_failure(self, size: StepSize, pieces: int) -> None:
+        """Remember a step that did not fit.
+
+        Raises:
+            InputError: it cannot be cut any further.
+        """
         self.failures += 1
-        self.largest = piece
+        self.largest = size.split(pieces)
+        if pieces >= max(size.asvs, size.samples):
+            raise InputError(
+                "out of memory: a step does not fit even one sequence at a time; use a smaller "
+                "model or --token-limit"
+            )
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: a resumed epoch is planned as the first time."""

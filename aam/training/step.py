@@ -39,7 +39,10 @@ from aam.training.objectives import Objective, SamplePart, Work
 from aam_kernels import Ragged
 
 T = TypeVar("T")
-FULL = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")
+FULL = (
+    "out of memory", "can't allocate memory", "not enough memory", "bad_alloc",
+    "could not create a primitive",  # oneDNN
+)  # fmt: skip
 
 
 class StepTooLarge(MemoryError):
