@@ -100,21 +100,25 @@ class CostModel:
     def pieces_that_fit(self, size: StepSize, budget: float) -> int | None:
         """Fewest pieces in which a step stays in the budget; None if no number does.
 
+        With the margin, unless it is the margin alone that fits in no number of pieces.
+
         Args:
             size: the step in one piece.
             budget: bytes.
         """
-        if self.bound(size) <= budget:
-            return 1
         least = size.split(MOST_PIECES)
-        if self.bound(least) > budget:
+        cost = self.bound if self.bound(least) <= budget else self.predict
+        if cost(least) > budget:
             return None
+        if cost(size) <= budget:
+            return 1
         low, high = 1, MOST_PIECES  # `low` does not fit, `high` does
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (
-                (low, middle) if self.bound(size.split(middle)) <= budget else (middle, high)
-            )
+            if cost(size.split(middle)) <= budget:
+                high = middle
+            else:
+                low = middle
         return high
 
     def to_dict(self) -> dict[str, Any]:
