@@ -20,6 +20,7 @@ from aam.errors import InputError
 GIGABYTE = 1e9
 DEFAULT_FRACTION = 0.85  # of what is free
 MOST_PIECES = 4096
+TOLERANCE = 0.03  # by which a peak may exceed its bound: the batches planned with it stay whole
 DRIFT = 0.05  # relative error of a prediction that is no longer noise
 DRIFT_STEPS = 3  # in a row, before the model is fitted again
 CALIBRATION_STEPS = 10
@@ -283,15 +284,15 @@ class Calibration:
 
         Returns:
             Whether the model was fitted again: after three steps in a row that were off by more
-            than 5 %. A step above its bound raises the margin at once.
+            than 5 %. A step more than 3 % above its bound raises the margin at once.
         """
         if self.model is None:
             self.add(size, peak)
             return False
         predicted = self.model.predict(size)
         excess = peak - predicted
-        if peak > self.model.bound(size):
-            self.model = replace(self.model, margin=excess / predicted)
+        if peak > (1 + TOLERANCE) * self.model.bound(size):
+            self.model = replace(self.model, margin=peak / (1 + TOLERANCE) / predicted - 1)
         if abs(excess) / predicted <= DRIFT:
             self._off.clear()
             return False

@@ -169,13 +169,15 @@ def test_one_odd_step_is_no_drift():
     assert calibration.model.predict(LATER[0]) == before
 
 
-def test_a_step_over_its_bound_raises_the_margin_at_once():
+def test_a_step_far_over_its_bound_raises_the_margin_at_once():
     calibration = Calibration()
     for size, peak in zip(CALIBRATION, peaks(CALIBRATION, 0.01), strict=True):
         calibration.add(size, peak)
-    size = LATER[0]
-    assert not calibration.check(size, 1.2 * calibration.model.predict(size))
-    assert calibration.model.bound(size) == pytest.approx(1.2 * calibration.model.predict(size))
+    size, model = LATER[0], calibration.model
+    assert not calibration.check(size, 1.02 * model.bound(size))
+    assert calibration.model == model
+    assert not calibration.check(size, 1.2 * model.predict(size))
+    assert 1.03 * calibration.model.bound(size) == pytest.approx(1.2 * model.predict(size))
     margin = calibration.model.margin
     assert not calibration.check(size, 0.5 * calibration.model.predict(size))
     assert calibration.model.margin == margin
