@@ -22,7 +22,8 @@ from pdoc.render_helpers import to_html
 ROOT = Path(__file__).parent.parent
 GUIDE = [
     "inspect", "pretrain", "finetune", "predict", "evaluate", "unifrac", "demo",
-    "memory-profile", "several-devices", "files", "troubleshooting", "other-models", "verification",
+    "batches-and-memory", "memory-profile", "several-devices", "files", "troubleshooting",
+    "other-models", "verification",
 ]  # fmt: skip
 PAGES = {
     ROOT / "README.md": ("Start", "index.html"),
