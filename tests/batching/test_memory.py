@@ -230,3 +230,12 @@ def test_calibration_of_few_samples_ends():
         tried.append((count, pieces))
         calibration.add(step(count, pieces=pieces), TRUE.predict(step(count, pieces=pieces)))
     assert tried == [(2, 1), (4, 1), (5, 1), (5, 3)]
+
+
+def test_calibration_measures_the_largest_step_that_fits():
+    calibration, tried = Calibration(), []
+    for count, pieces in calibration.steps(300, step, 0.97 * TRUE.predict(step(16)) / 0.85):
+        tried.append((count, pieces))
+        calibration.add(step(count, pieces=pieces), TRUE.predict(step(count, pieces=pieces)))
+    assert max(count for count, pieces in tried if pieces == 1) in (14, 15)
+    assert max(count for count, _ in tried) > 16
