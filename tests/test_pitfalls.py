@@ -173,7 +173,7 @@ def test_pitfall_the_token_limit_cost_and_changed_what_was_learned(aam, tmp_path
         assert aam("pretrain", *words) == 0
     one, other = (
         [line for line in (tmp_path / name / "metrics.csv").read_text().splitlines()
-         if "samples_per_second" not in line]
+         if "samples_per_second" not in line and "memory" not in line]
         for name in ("64", "4096")
     )  # fmt: skip
     assert one == other
@@ -192,7 +192,7 @@ def test_pitfall_validation_accuracy_measured_copying(community):
         def asv_encoder(self):
             return self
 
-        def forward(self, tokens):
+        def forward(self, tokens, first_row=0):
             self.seen.append(tokens.values.clone())
             hidden = torch.nn.functional.one_hot(tokens.values.long(), 7).float()
             return type(tokens)(hidden, tokens.offsets, tokens.max_length)

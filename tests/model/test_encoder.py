@@ -99,7 +99,7 @@ def test_count_embeddings_compute_their_formulas():
         torch.manual_seed(0)
         encoder = CommunityEncoder(EncoderShape(32, 2, 1, count_embedding=kind)).sample_encoder
         seen = []
-        encoder.stack.forward = lambda x, seen=seen: seen.append(x.values) or x
+        encoder.stack.forward = lambda x, _row, seen=seen: seen.append(x.values) or x
         encoder(slots, counts)
         c = encoder.count_projection(torch.log(counts + 1)[:, None])
         x = slots.values

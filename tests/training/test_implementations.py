@@ -64,12 +64,13 @@ def test_training_goes_the_same_way_with_dropout_and_masks(dataset, real_data):
 
 def loss_curve(impl, dataset, distances):
     model = twin(impl, embedding_dim=32, num_heads=2, num_layers=2, dropout=0.1)
-    step = Step(PretrainObjective(model, PenaltyOptions(), DistanceLoss(distances)), Exchange())
+    objective = PretrainObjective(model, PenaltyOptions(), DistanceLoss(distances))
+    compute = Step(objective, Exchange())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
     for step in range(STEPS):
         torch.manual_seed(step)  # the same masks and dropout seeds
         optimizer.zero_grad()
-        losses.append(step(dataset.batch(np.arange(4)))["loss"])
+        losses.append(compute(dataset.batch(np.arange(4)))["loss"])
         optimizer.step()
     return losses

@@ -41,6 +41,9 @@ PRETRAIN = {
     "npy": "NOTREE --unifrac-matrix NPY --unifrac-matrix-ids IDS",
     "toml": "--config CONFIG",
     "tensorboard": "--tensorboard",
+    "effective batch": "--effective-batch-size 8 --max-memory-fraction 0.5 --checkpoint-minutes 1",
+    "limited memory": "--max-memory-gb 4 --oversize subsample",
+    "on disk": "--on-disk always --index-dir INDEX",
 }
 FINETUNE = {
     "defaults": "age",
@@ -85,6 +88,7 @@ def files(community, aam, tmp_path_factory) -> dict[str, Path]:
         for name, file in {
             "H5": "d.h5", "TSV": "d.tsv", "NPY": "d.npy", "IDS": "ids.txt", "TRAIN": "train.txt",
             "VALIDATION": "validation.txt", "CONFIG": "run.toml", "META": "metadata.tsv",
+            "INDEX": "index",
             "PRE": "pre",
         }.items()
     }  # fmt: skip
@@ -183,6 +187,9 @@ def test_no_option_is_left_out(command):
         "--overwrite", "--resume-from",  # test_resume, test_command_line
         "--sequences",  # test_command_line
         "--compile-model",  # below
+        "--memory-profile",  # test_memory_profile
+        "--devices", "--num-nodes", "--data-parallel", "--strategy",  # test_ranks, test_layout
+        "--sharded-checkpoints",  # test_ranks_training
     }  # fmt: skip
     kind = {"pretrain": config.PretrainConfig, "finetune": config.FinetuneConfig}[command]
     options = {f"--{leaf[-1].replace('_', '-')}" for leaf in config.leaves(kind)}
