@@ -241,14 +241,12 @@ class Calibration:
             size_of: the step of so many samples in one piece.
             budget: bytes.
         """
-        count, full = min(2, most), False
+        count = min(2, most)
         budget *= CALIBRATED_SHARE
         for number in range(CALIBRATION_STEPS):
             pieces = self.model.pieces_that_fit(size_of(count), budget) if self.model else 1
             if number in (3, 5):
                 pieces = 3
-            elif number < 3:
-                pieces = 1
             if pieces is None or pieces > CALIBRATED_PIECES:
                 return
             yield count, pieces
@@ -256,13 +254,8 @@ class Calibration:
                 continue  # the same samples again
             if count == most:
                 return
-            following = min(2 * count, most)
-            assert self.model is not None
-            if not full and self.model.bound(size_of(following)) > budget:
-                full = True
-                largest = self._largest(count, following, size_of, budget)
-                following = following if largest == count else largest
-            count = following
+            largest = self._largest(count, min(2 * count, most) + 1, size_of, budget)
+            count = largest if largest > 1.1 * count else min(2 * count, most)
 
     def _largest(
         self, low: int, high: int, size_of: Callable[[int], StepSize], budget: float

@@ -98,6 +98,7 @@ class Batching:
             return
         order = np.random.default_rng([self.seed, CALIBRATION_STEPS]).permutation(self.rows)
         self._warm_up(order[:2], compute)
+        self.calibration.floor = float(self.meter.now())
         for count, pieces in self.calibration.steps(
             len(order), lambda count: self.size(order[:count]), self.budget
         ):

@@ -211,13 +211,13 @@ def test_budget():
 
 @pytest.mark.parametrize("budget", [0.7e9, 1e9, 1.5e9, 100e9])
 def test_calibration_steps_stay_in_the_budget_and_come_near_it(budget):
-    calibration, tried = Calibration(), []
+    calibration, tried = Calibration(480 * MB), []
     for count, pieces in calibration.steps(300, step, budget):
         peak = peaks([step(count, pieces=pieces)], 0.01, len(tried))[0]
         assert peak <= budget
         tried.append((count, pieces))
         calibration.add(step(count, pieces=pieces), peak)
-    assert tried[:2] == [(2, 1), (4, 1)] and 5 <= len(tried) <= 10
+    assert tried[0] == (2, 1) and 5 <= len(tried) <= 10
     assert sum(pieces == 3 for _, pieces in tried) >= 1
     largest = max(p for p, (_, pieces) in zip(calibration.peaks, tried, strict=True) if pieces == 1)
     assert largest > 0.72 * min(budget, TRUE.predict(step(128)))
@@ -225,7 +225,7 @@ def test_calibration_steps_stay_in_the_budget_and_come_near_it(budget):
 
 
 def test_calibration_of_few_samples_ends():
-    calibration, tried = Calibration(), []
+    calibration, tried = Calibration(480 * MB), []
     for count, pieces in calibration.steps(5, step, 100e9):
         tried.append((count, pieces))
         calibration.add(step(count, pieces=pieces), TRUE.predict(step(count, pieces=pieces)))
@@ -233,9 +233,9 @@ def test_calibration_of_few_samples_ends():
 
 
 def test_calibration_measures_the_largest_step_that_fits():
-    calibration, tried = Calibration(), []
+    calibration, tried = Calibration(480 * MB), []
     for count, pieces in calibration.steps(300, step, 0.97 * TRUE.predict(step(16)) / 0.85):
         tried.append((count, pieces))
         calibration.add(step(count, pieces=pieces), TRUE.predict(step(count, pieces=pieces)))
-    assert max(count for count, pieces in tried if pieces == 1) in (14, 15)
+    assert max(count for count, pieces in tried if pieces == 1) == 13
     assert max(count for count, _ in tried) > 16
