@@ -25,6 +25,7 @@ DRIFT = 0.05  # relative error of a prediction that is no longer noise
 DRIFT_STEPS = 3  # in a row, before the model is fitted again
 CALIBRATION_STEPS = 10
 CALIBRATED_SHARE = 0.85  # of the budget, which no calibration step is predicted to exceed
+FASTEST_GROWTH = 64  # times as many samples as in the step before are looked at
 CALIBRATED_PIECES = 4  # more would take long and say little
 REMEMBERED = 64  # steps that a new fit looks at
 TIE = 1e-4  # weight of the preference below, far under that of a measurement
@@ -232,9 +233,9 @@ class Calibration:
     ) -> Iterator[tuple[int, int]]:
         """Steps to measure, as numbers of samples and of pieces; `add` each before the next.
 
-        The number of samples doubles. Where the next number is predicted not to fit, the largest
-        one that does comes first; larger ones follow in pieces. Two steps are repeated in three
-        pieces, which tells what pieces do not divide.
+        The number of samples at least doubles, up to the largest that is predicted to fit; larger
+        ones follow in pieces. Two steps are repeated in three pieces, which tells what pieces do
+        not divide.
 
         Args:
             most: samples there are.
@@ -254,8 +255,11 @@ class Calibration:
                 continue  # the same samples again
             if count == most:
                 return
-            largest = self._largest(count, min(2 * count, most) + 1, size_of, budget)
-            count = largest if largest > 1.1 * count else min(2 * count, most)
+            largest = self._largest(count, min(FASTEST_GROWTH * count, most) + 1, size_of, budget)
+            wanted = min(2 * count, most)
+            if largest > 1.1 * count:
+                wanted = min(largest, max(2 * count, round((count * largest) ** 0.5)))
+            count = wanted
 
     def _largest(
         self, low: int, high: int, size_of: Callable[[int], StepSize], budget: float
@@ -287,7 +291,7 @@ class Calibration:
         if peak > (1 + TOLERANCE) * self.model.bound(size):
             self.model = replace(self.model, margin=peak / (1 + TOLERANCE) / predicted - 1)
         if abs(excess) / predicted <= DRIFT:
-            self._off.clear()
+            self._forget_odd()
             return False
         self._off.append(excess)
         self.sizes.append(size)
@@ -297,16 +301,33 @@ class Calibration:
         self._refit()
         return True
 
-    def _refit(self) -> None:
-        """Fit to the steps that were off and to the earlier ones, moved by the median excess.
+    def _forget_odd(self) -> None:
+        """Drop steps that were off, but not in a row of them."""
+        kept = len(self.sizes) - len(self._off)
+        del self.sizes[kept:], self.peaks[kept:]
+        self._off.clear()
 
-        What changes in a run is mostly what the process holds beside the step. If it was the cost
-        of a token, the new steps say so, and further ones if it takes more than one fit.
+    def _refit(self) -> None:
+        """Fit to the steps that were off and to the earlier ones, as they would be now.
+
+        Where steps take more than predicted, what the process holds beside them has mostly grown:
+        earlier peaks are moved by the median excess. It does not shrink: where steps take less,
+        what they hold themselves was overestimated, and earlier peaks are scaled above the
+        constant. If that is not how it was, the new steps say so, and further ones if it takes
+        more than one fit.
         """
-        new = len(self._off)
-        shift = float(np.median(self._off))
-        self.floor = max(0.0, self.floor + shift)
-        earlier = [max(one + shift, self.floor, 1.0) for one in self.peaks[:-new]]
+        assert self.model is not None
+        new, constant = len(self._off), self.model.constant
+        shift, scale = max(0.0, float(np.median(self._off))), 1.0
+        if shift == 0:
+            sizes = self.sizes[-new:]
+            own = np.array([self.model.predict(one) for one in sizes]) - constant + 1.0
+            scale = max(0.0, 1 + float(np.median(self._off / own)))
+        self.floor += shift
+        earlier = [
+            shift + min(one, constant) + scale * max(0.0, one - constant)
+            for one in self.peaks[:-new]
+        ]
         self.peaks = (earlier + self.peaks[-new:])[-REMEMBERED:]
         self.sizes = self.sizes[-REMEMBERED:]
         self.model = fit(self.sizes, self.peaks, self.floor)

@@ -140,8 +140,8 @@ def test_saved_and_read_again():
     "changed",
     [
         replace(TRUE, constant=650 * MB),
-        replace(TRUE, constant=400 * MB),
         replace(TRUE, rates=tuple(1.4 * rate for rate in TRUE.rates)),
+        replace(TRUE, rates=tuple(0.7 * rate for rate in TRUE.rates)),
     ],
 )
 def test_drift_is_noticed_and_learned(changed):
@@ -156,6 +156,8 @@ def test_drift_is_noticed_and_learned(changed):
     assert refits[:3] == [False, False, True]
     assert calibration.refits == sum(refits)
     assert np.abs(errors(calibration.model, sizes, measured)).max() < 0.05
+    small = [step(6, seed=seed) for seed in range(5)]
+    assert errors(calibration.model, small, peaks(small, model=changed)).min() > -0.05
 
 
 def test_one_odd_step_is_no_drift():
@@ -167,6 +169,7 @@ def test_one_odd_step_is_no_drift():
         odd = 1.5 if i % 3 == 2 else 1.0
         assert not calibration.check(LATER[0], odd * TRUE.predict(LATER[0]))
     assert calibration.model.predict(LATER[0]) == before
+    assert len(calibration.peaks) == len(LADDER) + 1  # the last odd one; the next step decides
 
 
 def test_a_step_far_over_its_bound_raises_the_margin_at_once():
