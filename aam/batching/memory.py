@@ -26,6 +26,7 @@ DRIFT_STEPS = 3  # in a row, before the model is fitted again
 CALIBRATION_STEPS = 10
 CALIBRATED_SHARE = 0.85  # of the budget, which no calibration step is predicted to exceed
 FASTEST_GROWTH = 64  # times as many samples as in the step before are looked at
+REPEATED = (3, 6)  # steps that are followed by one in pieces and one of other samples
 CALIBRATED_PIECES = 4  # more would take long and say little
 REMEMBERED = 64  # steps that a new fit looks at
 TIE = 1e-4  # weight of the preference below, far under that of a measurement
@@ -81,8 +82,8 @@ class CostModel:
     Attributes:
         constant: bytes of a step that holds nothing: program, data, weights, optimizer state.
         rates: bytes for each of ``FEATURES``, all >= 0.
-        margin: what `bound` adds to a prediction, relative to it: the largest amount by which
-            steps left out of the fit were underestimated.
+        margin: what `bound` adds to a prediction, relative to it: the largest error of a step left
+            out of the fit. Upwards or downwards: so few steps do not tell them apart.
         error: 95th percentile of the relative error of steps left out of the fit.
     """
 
@@ -174,7 +175,7 @@ def fit(sizes: Sequence[StepSize], peaks: Sequence[float], floor: float = 0.0) -
     under = measured / left_out - 1
     error = np.quantile(np.abs(left_out / measured - 1), 0.95)
     return CostModel(
-        float(solution[0]), tuple(solution[1:].tolist()), max(0.0, float(under.max())), float(error)
+        float(solution[0]), tuple(solution[1:].tolist()), float(np.abs(under).max()), float(error)
     )
 
 
@@ -229,46 +230,68 @@ class Calibration:
         self.model = fit(self.sizes, self.peaks, self.floor)
 
     def steps(
-        self, most: int, size_of: Callable[[int], StepSize], budget: float
-    ) -> Iterator[tuple[int, int]]:
-        """Steps to measure, as numbers of samples and of pieces; `add` each before the next.
+        self,
+        order: np.ndarray,
+        richest: np.ndarray,
+        size_of: Callable[[np.ndarray], StepSize],
+        budget: float,
+    ) -> Iterator[tuple[np.ndarray, int]]:
+        """Samples and pieces of the steps to measure; `add` each before the next.
 
         The number of samples at least doubles, up to the largest that is predicted to fit; larger
         ones follow in pieces. Two steps are repeated in three pieces, which tells what pieces do
-        not divide.
+        not divide, and two are of the samples with the most ASVs, which share fewer: that tells
+        tokens from slots.
 
         Args:
-            most: samples there are.
-            size_of: the step of so many samples in one piece.
+            order: rows of the dataset, at random.
+            richest: the same rows, those with the most ASVs first.
+            size_of: the step of some rows in one piece.
             budget: bytes.
         """
-        count = min(2, most)
+        most, count, number = len(order), min(2, len(order)), 0
         budget *= CALIBRATED_SHARE
-        for number in range(CALIBRATION_STEPS):
-            pieces = self.model.pieces_that_fit(size_of(count), budget) if self.model else 1
-            if number in (3, 5):
-                pieces = 3
-            if pieces is None or pieces > CALIBRATED_PIECES:
+        while number < CALIBRATION_STEPS:
+            rows = order[:count]
+            pieces = self._pieces(size_of(rows), budget)
+            if pieces is None:
                 return
-            yield count, pieces
-            if number in (2, 4):
-                continue  # the same samples again
+            yield rows, pieces
+            number += 1
+            if number in REPEATED:
+                yield rows, 3
+                few = self._largest(richest, 1, count + 1, size_of, budget)
+                if few >= min(2, most):
+                    yield richest[:few], 1
+                number += 2
             if count == most:
                 return
-            largest = self._largest(count, min(FASTEST_GROWTH * count, most) + 1, size_of, budget)
+            largest = self._largest(
+                order, count, min(FASTEST_GROWTH * count, most) + 1, size_of, budget
+            )
             wanted = min(2 * count, most)
             if largest > 1.1 * count:
                 wanted = min(largest, max(2 * count, round((count * largest) ** 0.5)))
             count = wanted
 
+    def _pieces(self, size: StepSize, budget: float) -> int | None:
+        """Fewest pieces for a step to measure; None where it would take too many."""
+        pieces = 1 if self.model is None else self.model.pieces_that_fit(size, budget)
+        return None if pieces is None or pieces > CALIBRATED_PIECES else pieces
+
     def _largest(
-        self, low: int, high: int, size_of: Callable[[int], StepSize], budget: float
+        self,
+        order: np.ndarray,
+        low: int,
+        high: int,
+        size_of: Callable[[np.ndarray], StepSize],
+        budget: float,
     ) -> int:
         """The largest number of samples from `low` to below `high` that is predicted to fit."""
         assert self.model is not None
         while high - low > 1:
             middle = (low + high) // 2
-            fits = self.model.bound(size_of(middle)) <= budget
+            fits = self.model.bound(size_of(order[:middle])) <= budget
             low, high = (middle, high) if fits else (low, middle)
         return low
 

@@ -99,17 +99,16 @@ class Batching:
         order = np.random.default_rng([self.seed, CALIBRATION_STEPS]).permutation(self.rows)
         self._warm_up(order[:2], compute)
         self.calibration.floor = float(self.meter.now())
-        for count, pieces in self.calibration.steps(
-            len(order), lambda count: self.size(order[:count]), self.budget
-        ):
-            piece = self.size(order[:count]).split(pieces)
+        richest = self.rows[np.argsort(-self.contents.counts[self.rows], kind="stable")]
+        for rows, pieces in self.calibration.steps(order, richest, self.size, self.budget):
+            size = self.size(rows)
             self.meter.reset()
             try:
-                compute(order[:count], pieces)
+                compute(rows, pieces)
             except StepTooLarge:
-                self._note_failure(self.size(order[:count]), pieces)
+                self._note_failure(size, pieces)
                 break
-            self.calibration.add(piece, ranks.highest(self.meter.peak()))
+            self.calibration.add(size.split(pieces), ranks.highest(self.meter.peak()))
         model = self.calibration.model
         if model is not None:
             say(

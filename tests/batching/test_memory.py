@@ -212,33 +212,48 @@ def test_budget():
         memory_budget(meter, max_memory_gb=4, max_memory_fraction=0.5)
 
 
-@pytest.mark.parametrize("budget", [0.7e9, 1e9, 1.5e9, 100e9])
-def test_calibration_steps_stay_in_the_budget_and_come_near_it(budget):
+def calibrate(samples, budget, noise=0.0):
+    """Calibrate on samples of which the second half of the rows has three times the ASVs."""
     calibration, tried = Calibration(480 * MB), []
-    for count, pieces in calibration.steps(300, step, budget):
-        peak = peaks([step(count, pieces=pieces)], 0.01, len(tried))[0]
+    rows = np.arange(samples)
+
+    def size_of(chosen):
+        return step(len(chosen), richness=250 if samples - 1 in chosen else 100)
+
+    for chosen, pieces in calibration.steps(rows, rows[::-1], size_of, budget):
+        size = size_of(chosen).split(pieces)
+        peak = peaks([size], noise, len(tried))[0]
         assert peak <= budget
-        tried.append((count, pieces))
-        calibration.add(step(count, pieces=pieces), peak)
-    assert tried[0] == (2, 1) and 5 <= len(tried) <= 10
+        tried.append((chosen.tolist(), pieces))
+        calibration.add(size, peak)
+    return calibration, tried
+
+
+@pytest.mark.parametrize("budget", [0.75e9, 1e9, 1.5e9, 100e9])
+def test_calibration_steps_stay_in_the_budget_and_come_near_it(budget):
+    calibration, tried = calibrate(300, budget, 0.01)
+    assert tried[0] == ([0, 1], 1) and 6 <= len(tried) <= 10
     assert sum(pieces == 3 for _, pieces in tried) >= 1
+    assert budget < 1e9 or sum(299 in rows for rows, _ in tried) >= 1
     largest = max(p for p, (_, pieces) in zip(calibration.peaks, tried, strict=True) if pieces == 1)
     assert largest > 0.72 * min(budget, TRUE.predict(step(128)))
     assert np.abs(errors(calibration.model, LATER, peaks(LATER))).max() < 0.1
 
 
 def test_calibration_of_few_samples_ends():
-    calibration, tried = Calibration(480 * MB), []
-    for count, pieces in calibration.steps(5, step, 100e9):
-        tried.append((count, pieces))
-        calibration.add(step(count, pieces=pieces), TRUE.predict(step(count, pieces=pieces)))
-    assert tried == [(2, 1), (4, 1), (5, 1), (5, 3)]
+    _, tried = calibrate(5, 100e9)
+    assert [(len(rows), pieces) for rows, pieces in tried] == [
+        (2, 1),
+        (4, 1),
+        (5, 1),
+        (5, 3),
+        (5, 1),
+    ]
+    _, tried = calibrate(2, 100e9)
+    assert [(len(rows), pieces) for rows, pieces in tried] == [(2, 1)]
 
 
 def test_calibration_measures_the_largest_step_that_fits():
-    calibration, tried = Calibration(480 * MB), []
-    for count, pieces in calibration.steps(300, step, 0.97 * TRUE.predict(step(16)) / 0.85):
-        tried.append((count, pieces))
-        calibration.add(step(count, pieces=pieces), TRUE.predict(step(count, pieces=pieces)))
-    assert max(count for count, pieces in tried if pieces == 1) == 13
-    assert max(count for count, _ in tried) > 16
+    _, tried = calibrate(300, 0.97 * TRUE.predict(step(16)) / 0.85)
+    assert max(len(rows) for rows, pieces in tried if pieces == 1) == 13
+    assert max(len(rows) for rows, _ in tried) > 16
