@@ -26,6 +26,7 @@ DRIFT_STEPS = 3  # in a row, before the model is fitted again
 CALIBRATION_STEPS = 10
 CALIBRATED_SHARE = 0.85  # of the budget, which no calibration step is predicted to exceed
 FASTEST_GROWTH = 64  # times as many samples as in the step before are looked at
+FIRST_STEPS = 3  # small ones, whatever they are predicted to take
 REPEATED = (3, 6)  # steps that are followed by one in pieces and one of other samples
 CALIBRATED_PIECES = 4  # more would take long and say little
 REMEMBERED = 64  # steps that a new fit looks at
@@ -276,7 +277,9 @@ class Calibration:
 
     def _pieces(self, size: StepSize, budget: float) -> int | None:
         """Fewest pieces for a step to measure; None where it would take too many."""
-        pieces = 1 if self.model is None else self.model.pieces_that_fit(size, budget)
+        if self.model is None or len(self.peaks) < FIRST_STEPS:
+            return 1  # the model of so few steps has a margin that says nothing
+        pieces = self.model.pieces_that_fit(size, budget)
         return None if pieces is None or pieces > CALIBRATED_PIECES else pieces
 
     def _largest(
