@@ -12,6 +12,7 @@ import functools
 import os
 import sys
 import threading
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ HEAP_TOP = 16 << 20  # bytes of free small blocks that stay with the process
 UNIFIED_NAMES = ("MI300A",)
 
 
-class Meter:
+class Meter(ABC):
     """Memory of one device. All numbers are bytes."""
 
     @staticmethod
@@ -31,25 +32,25 @@ class Meter:
         device = torch.device(device)
         return CudaMeter(device) if device.type == "cuda" else ProcessMeter()
 
+    @abstractmethod
     def reset(self) -> None:
         """Begin a new peak at what is in use now."""
-        raise NotImplementedError
 
+    @abstractmethod
     def peak(self) -> int:
         """Most memory in use since `reset`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def now(self) -> int:
         """Memory in use."""
-        raise NotImplementedError
 
+    @abstractmethod
     def free(self) -> int:
         """What could be taken beside what is in use."""
-        raise NotImplementedError
 
+    @abstractmethod
     def total(self) -> int:
         """All there is."""
-        raise NotImplementedError
 
 
 class CudaMeter(Meter):
@@ -67,23 +68,28 @@ class CudaMeter(Meter):
             name in properties.name for name in UNIFIED_NAMES
         )
 
-    def reset(self) -> None:  # noqa: D102
+    def reset(self) -> None:
+        """Begin a new peak of the allocator."""
         torch.cuda.reset_peak_memory_stats(self.device)
 
-    def peak(self) -> int:  # noqa: D102
+    def peak(self) -> int:
+        """Most that the allocator has handed out since `reset`."""
         return torch.cuda.max_memory_allocated(self.device)
 
-    def now(self) -> int:  # noqa: D102
+    def now(self) -> int:
+        """What the allocator has handed out."""
         return torch.cuda.memory_allocated(self.device)
 
-    def free(self) -> int:  # noqa: D102
+    def free(self) -> int:
+        """Free on the device or in the shared pool, and what the allocator keeps for later."""
         free, _ = torch.cuda.mem_get_info(self.device)
         cached = torch.cuda.memory_reserved(self.device) - self.now()
         if self.unified:
             free = min(free, free_host_memory())
         return free + cached
 
-    def total(self) -> int:  # noqa: D102
+    def total(self) -> int:
+        """Of the device, or of the shared pool."""
         total = torch.cuda.mem_get_info(self.device)[1]
         return min(total, total_host_memory()) if self.unified else total
 
@@ -99,22 +105,27 @@ class ProcessMeter(Meter):
         return_freed_blocks()
         self._sampler = None if _can_reset_mark() else _Sampler()
 
-    def reset(self) -> None:  # noqa: D102
+    def reset(self) -> None:
+        """Begin a new high-water mark."""
         if self._sampler is None:
             Path("/proc/self/clear_refs").write_text("5")
         else:
             self._sampler.reset()
 
-    def peak(self) -> int:  # noqa: D102
+    def peak(self) -> int:
+        """Most resident memory since `reset`."""
         return _status("VmHWM") if self._sampler is None else self._sampler.peak()
 
-    def now(self) -> int:  # noqa: D102
+    def now(self) -> int:
+        """Resident memory."""
         return _resident()
 
-    def free(self) -> int:  # noqa: D102
+    def free(self) -> int:
+        """What the machine, or its memory group, has left."""
         return free_host_memory()
 
-    def total(self) -> int:  # noqa: D102
+    def total(self) -> int:
+        """Of the machine, or of its memory group."""
         return total_host_memory()
 
 

@@ -179,7 +179,12 @@ class Batching:
                     f"(at least {model.bound(size.split(1 << 12)) / GB:.2f} GB): give more memory"
                 )
             pieces = max(pieces, found)
-        while self.largest is not None and _as_large(size.split(pieces), self.largest):
+        most = max(size.asvs, size.samples)  # the largest sample is never cut
+        while (
+            self.largest is not None
+            and pieces < most
+            and _as_large(size.split(pieces), self.largest)
+        ):
             pieces *= 2
         return ranks.highest(pieces)
 

@@ -11,6 +11,7 @@ work on a part: some of the ASVs, or of the samples. See `aam.training.step`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +70,7 @@ class SamplePart:
     categories: Tensor | None
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, ABC):
     """Stages of a loss. Called through `forward`, so that sharded weights are there when needed."""
 
     frozen_asvs: Tensor | None = None
@@ -97,21 +98,21 @@ class Objective(nn.Module):
         """Whether the attention implementation may hold squares of the lengths."""
         return self.encoder.asv_encoder.stack.impl in ("math", "sdpa")
 
+    @abstractmethod
     def draw(self, batch: Batch) -> Work:
         """Draw mixtures and masks from torch's default generator."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode_asvs(self, tokens: Ragged, first_row: int) -> Tensor:
         """Vectors (asvs, dim) of some ASVs; `first_row` is their first token's row in the step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode_samples(self, vectors: Tensor, part: SamplePart) -> Terms:
         """Outputs of some samples, each (samples of the part, ...)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def losses(self, outputs: Terms, work: Work, first: int, last: int) -> Terms:
         """The share of samples `first` to `last` in every loss of the step."""
-        raise NotImplementedError
 
     def nucleotides(self, copies: MaskedCopies, total: int, first_row: int) -> Terms:
         """The share of some masked copies in the nucleotide loss."""

@@ -8,8 +8,6 @@ import csv
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -17,21 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 from aam.data.demo import simulate_community
+from tests.processes import start_command
 
 KILLS = int(os.environ.get("AAM_KILLS", "50"))
 STEPS = 800
 CHECKPOINT_SECONDS = 0.3
 LONGEST_SECONDS = 4.0  # from the first step of a process to its end
-# What every process does at its end takes seconds and is tested elsewhere.
-MAIN = """
-import sys
-import aam.report
-import aam.training.baselines as baselines
-aam.report.write_report = lambda folder: folder / "report.html"
-baselines.distance_baselines = lambda *_, **__: {}
-from aam.train import main
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +38,8 @@ def words(tmp_path_factory) -> list[str]:
     ]  # fmt: skip
 
 
-def start(words: list[str]) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", MAIN, *words]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-
-
 def finish(words: list[str]) -> str:
-    process = start(words)
+    process = start_command(words)
     said = process.communicate(timeout=600)[1]
     assert process.returncode == 0, said
     return said
@@ -119,7 +100,7 @@ def test_two_processes_end_when_either_is_killed_and_continue_exactly(words, tmp
     chance = random.Random(seed)
     resume = [*words, "--output-dir", str(tmp_path / "run"), "--resume-from", "auto"]
     for victim in (1, 0, chance.choice([0, 1])):
-        process = start(resume)
+        process = start_command(resume)
         for line in process.stderr:
             if line.startswith("step "):
                 break
@@ -143,7 +124,7 @@ def kill_at_random(words: list[str], chance: random.Random, run) -> tuple[bool, 
     Returns:
         Whether it was killed before it ended, and the seconds of training it lost.
     """
-    process = start(words)
+    process = start_command(words)
     before = chance.random() < 0.2  # while it reads its files
     begun = time.time()
     if before:

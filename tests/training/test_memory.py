@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aam.batching import Calibration, CostModel
+from aam.batching import Calibration, CostModel, StepSize
 from aam.config import OptimizerOptions, PenaltyOptions
 from aam.data.dataset import SampleDataset
 from aam.data.table import read_table
@@ -122,6 +122,14 @@ def test_memory_that_runs_out_halves_the_pieces_of_the_same_samples(batching, ca
 
     with pytest.raises(InputError, match="does not fit even one sequence at a time"):
         one.run(np.arange(8), never)
+
+
+def test_a_step_after_one_that_failed_is_cut_no_finer_than_its_samples(batching):
+    """With a frozen base a step has no tokens, and no piece is smaller than its largest sample."""
+    one = batching()
+    size = StepSize(tokens=0, masked=0, asvs=5, slots=100, samples=8, longest=30)
+    one._note_failure(size, 4)
+    assert one.pieces(size) == 8
 
 
 def test_a_run_that_ran_out_of_memory_ends_as_one_that_did_not(aam, tmp_path, monkeypatch):

@@ -5,7 +5,8 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+
+from tests.processes import ends
 
 PREPARE = """
 import os, sys, time
@@ -54,16 +55,6 @@ def start(count: int, body: str) -> list[subprocess.Popen]:
 def until_ready(processes: list[subprocess.Popen]) -> None:
     for one in processes:
         assert one.stdout.readline() == "ready\n", one.stderr.read()
-
-
-def ends(processes: list[subprocess.Popen], seconds: float = 60) -> list[tuple[int, str]]:
-    """Exit code and what was said, of each process."""
-    deadline = time.monotonic() + seconds
-    found = []
-    for one in processes:
-        said = one.communicate(timeout=max(0.1, deadline - time.monotonic()))[1]
-        found.append((one.returncode, said))
-    return found
 
 
 def test_what_rank_0_knows_reaches_all_and_only_rank_0_speaks():

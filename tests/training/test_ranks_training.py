@@ -4,7 +4,6 @@ import csv
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -12,17 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import TINY
+from tests.processes import start_command
 
-# What every run does at its end takes seconds and is tested elsewhere.
-MAIN = """
-import sys
-import aam.report
-import aam.training.baselines as baselines
-aam.report.write_report = lambda folder: folder / "report.html"
-baselines.distance_baselines = baselines.target_baselines = lambda *_, **__: {}
-from aam.train import main
-sys.exit(main(sys.argv[1:]))
-"""
 STEPS = 5
 COMMANDS = {
     "pretrain": ["pretrain", *TINY],
@@ -52,16 +42,8 @@ def words(community):
     return make
 
 
-def start(words: list[str]) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", MAIN, *words]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-
-
 def run(words: list[str]) -> None:
-    process = start(words)
+    process = start_command(words)
     said = process.communicate(timeout=300)[1]
     assert process.returncode == 0, said
     assert said.count("24 samples used") == 1  # one rank speaks
@@ -132,7 +114,7 @@ def test_sharded_weights_continue_a_run_and_are_continued_by_one_process(
 def long_run(words, folder) -> tuple[subprocess.Popen, int]:
     """A run of two processes in its first steps, and the process id of rank 1."""
     more = ("--devices", 2, "--epochs", 100000, "--validate-every", 100000)
-    process = start(words("pretrain", *more, "--output-dir", folder))
+    process = start_command(words("pretrain", *more, "--output-dir", folder))
     for line in process.stderr:
         if line.startswith("step "):
             break

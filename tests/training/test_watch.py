@@ -4,9 +4,10 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
+
+from tests.processes import ends
 
 # A rank: tells or is told on its first line where rank 0 listens, then does as its body says.
 PREPARE = """
@@ -46,16 +47,6 @@ def start(count: int, body: str, silence: float = 45.0) -> tuple[list[subprocess
     for one in processes:
         assert one.stdout.readline() == "ready\n", one.stderr.read()
     return processes, place
-
-
-def ends(processes: list[subprocess.Popen], seconds: float = 20) -> list[tuple[int, str]]:
-    """Exit code and what was said, of each process."""
-    deadline = time.monotonic() + seconds
-    found = []
-    for one in processes:
-        said = one.communicate(timeout=max(0.1, deadline - time.monotonic()))[1]
-        found.append((one.returncode, said))
-    return found
 
 
 @pytest.mark.parametrize("count", [2, 3])
