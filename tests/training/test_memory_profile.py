@@ -78,6 +78,11 @@ class Peaks(Meter):
     def peak(self) -> int:
         return self.peaks.pop(0)
 
+    def now(self) -> int:
+        raise AssertionError("only peaks are known")
+
+    free = total = now
+
 
 def test_a_stage_in_pieces_is_computed_without_graph_and_again():
     chain = Chain()
