@@ -121,6 +121,7 @@ class Case:
         token_limit: int = 1024,
         recompute: bool = True,
         share_asvs: bool = True,
+        effective: int | None = None,
         seed: int = 0,
     ) -> None:
         """Set up.
@@ -133,6 +134,7 @@ class Case:
             token_limit: most ASVs of a sample.
             recompute: what `--no-gradient-checkpointing` turns off.
             share_asvs: what `--no-share-asvs` turns off.
+            effective: samples of a step, in pieces that fit the budget; None: as many as fit whole.
             seed: of weights, samples and order.
         """
         from lightning_fabric import Fabric
@@ -143,7 +145,7 @@ class Case:
         self.rows = np.random.default_rng(seed).permutation(len(dataset))[:samples]
         encoder = CommunityEncoder(EncoderShape(token_limit=token_limit), recompute=recompute)
         objective = PretrainObjective(encoder, PenaltyOptions(), loss)
-        options = OptimizerOptions(max_memory_gb=budget_gb or None)
+        options = OptimizerOptions(max_memory_gb=budget_gb or None, effective_batch_size=effective)
         fabric = Fabric(accelerator="cpu", devices=1)
         batching = Batching(self.rows, dataset, objective, options, fabric.device, seed)
         self.trainer = Trainer(

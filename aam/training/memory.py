@@ -16,6 +16,7 @@ import torch
 
 from aam.batching import Calibration, Contents, CostModel, EpochPlan, MemoryPlan, Meter, StepSize
 from aam.batching import memory_budget as budget_of
+from aam.batching.calibration import CALIBRATION_STEPS
 from aam.config import OptimizerOptions
 from aam.data.dataset import SampleDataset
 from aam.errors import InputError
@@ -25,7 +26,6 @@ from aam.training.runs import say
 from aam.training.step import StepTooLarge
 
 DEFAULT_BATCH = 8
-CALIBRATION_STEPS = 10
 GB = 1e9
 Compute = Callable[[np.ndarray, int], dict[str, float]]
 
@@ -100,7 +100,8 @@ class Batching:
         self._warm_up(order[:2], compute)
         self.calibration.floor = float(self.meter.now())
         richest = self.rows[np.argsort(-self.contents.counts[self.rows], kind="stable")]
-        for rows, pieces in self.calibration.steps(order, richest, self.size, self.budget):
+        most = None if self.fixed is None else self.fixed.batch_size
+        for rows, pieces in self.calibration.steps(order, richest, self.size, self.budget, most):
             size = self.size(rows)
             self.meter.reset()
             try:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from aam.batching import Contents, CostModel, MemoryPlan
 from aam.errors import InputError
 
-MODEL = CostModel(1000.0, (2.0, 0.5, 30.0, 8.0, 5.0, 0.0), margin=0.02)
+MODEL = CostModel(1000.0, (2.0, 0.5, 30.0, 8.0, 5.0, 0.0, 0.0), margin=0.02)
 SHAPES = {
     "equal": lambda n, rng: np.full(n, 50),
     "one giant": lambda n, rng: np.r_[np.full(n - 1, 5), 4000],

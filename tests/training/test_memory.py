@@ -20,7 +20,7 @@ from aam.training.memory import Batching
 from aam.training.objectives import PretrainObjective
 from aam.training.step import Step, StepTooLarge
 
-MODEL = CostModel(1e8, (2000.0, 3000.0, 1000.0, 4000.0, 1e5, 0.0), margin=0.1)
+MODEL = CostModel(1e8, (2000.0, 3000.0, 1000.0, 4000.0, 1e5, 0.0, 0.0), margin=0.1)
 
 
 def measured(run, part="train"):

@@ -256,7 +256,7 @@ def test_the_recommended_batch_fits_by_hand():
     batching = SimpleNamespace(
         rows=np.arange(11), seed=0, budget=1000.0 + 3 * 500 + 1, size=contents.size
     )
-    model = CostModel(1000.0, (1.0, 0.0, 0.0, 0.0, 0.0, 0.0))
+    model = CostModel(1000.0, (1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0))
     assert fitting_batches(model, batching, 2) == [
         Fit(2, 1, 2500.0), Fit(3, 1, 2500.0), Fit(6, 2, 2500.0), Fit(11, 4, 2375.0),
     ]  # fmt: skip
