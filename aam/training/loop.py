@@ -109,7 +109,7 @@ class Trainer:
     @property
     def scheduled_steps(self) -> int:
         """Steps of the run, if all epochs are cut into as many as the first."""
-        steps = self.options.epochs * len(self.batching.batches(0))
+        steps = self.options.epochs * self.batching.steps_an_epoch
         return min(steps, self.options.max_steps or steps)
 
     def train(self, state: dict[str, Any] | None) -> None:
@@ -197,8 +197,8 @@ class Trainer:
                 "train; a larger --max-steps goes on"
             )
         with ProgressDisplay(self.scheduled_steps, at.step) as display, self.signals:
-            batches = self.batching.batches(at.epoch)
             while True:
+                batches = self.batching.batches(at.epoch, at.batch)
                 if at.batch >= len(batches):
                     at.epoch, at.batch = at.epoch + 1, 0
                     batches = self.batching.batches(at.epoch)

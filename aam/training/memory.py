@@ -8,7 +8,8 @@ step that still runs out of memory is computed again, the same one, in smaller p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,10 @@ class Batching:
         self.budget = 0.0
         self.failures = 0  # times that memory ran out
         self.largest: StepSize | None = None  # a piece that did not fit
-        self._filling: MemoryPlan | None = None
+        self.limits: dict[int, int] = {}  # most ASVs of rows, by --oversize subsample
+        self._epoch = -1  # that is planned
+        self._plan: list[tuple[int, CostModel]] = []  # from which batch on, with which costs
+        self._batches: list[np.ndarray] = []
 
     @property
     def calibrates(self) -> bool:
@@ -128,22 +132,54 @@ class Batching:
                 self._note_failure(size, pieces)
                 pieces *= 2
 
-    def batches(self, epoch: int) -> Sequence[np.ndarray]:
-        """The rows of each step of an epoch."""
+    def batches(self, epoch: int, done: int = 0) -> list[np.ndarray]:
+        """The rows of each step of an epoch.
+
+        Args:
+            epoch: its number.
+            done: batches that were taken already. Where steps are filled and their costs are known
+                better by now, those after them are planned again.
+        """
         if self.fixed is not None:
-            return self.fixed.batches(epoch)
+            if epoch != self._epoch:
+                self._epoch, self._batches = epoch, self.fixed.batches(epoch)
+            return self._batches
         model = self.calibration.model
         assert model is not None
-        if self._filling is None or self._filling.model != model:
-            self._filling = self._fill(model)
-        return self._filling.batches(epoch)
+        if epoch != self._epoch or not done:
+            if epoch == self._epoch and self._plan == [(0, model)]:
+                return self._batches
+            self._epoch, self._plan, self._batches = epoch, [], []
+        if not self._plan or self._plan[-1][1] != model:
+            self._plan_from(done if self._plan else 0, model)
+        return self._batches
 
-    def _fill(self, model: CostModel) -> MemoryPlan:
-        """The plan of filling steps; settles what becomes of samples that do not fit."""
-        plan = MemoryPlan(self.rows, self.contents, model, self.budget, self.seed)
-        found = plan.oversize()
+    @property
+    def steps_an_epoch(self) -> int:
+        """Steps of an epoch; where they are filled, of the one that is planned."""
+        if self.fixed is not None:
+            return len(self.fixed)
+        return len(self._batches or self.batches(0))
+
+    def _plan_from(self, first: int, model: CostModel) -> None:
+        """Plan the epoch's batches from one on."""
+        if not first:
+            self._settle_oversize(model)
+        left = self._batches[first:] if first else [self.rows]
+        if left:
+            plan = MemoryPlan(np.concatenate(left), self.contents, model, self.budget, self.seed)
+            self._batches = self._batches[:first] + plan.batches(self._epoch)
+        self._plan.append((first, model))
+
+    def _settle_oversize(self, model: CostModel) -> None:
+        """Do with samples that do not fit what ``--oversize`` says.
+
+        Raises:
+            InputError: it says that they are an error.
+        """
+        found = MemoryPlan(self.rows, self.contents, model, self.budget, self.seed).oversize()
         if not found:
-            return plan
+            return
         worst = max(found, key=lambda one: one.needed)
         what = (
             f"{len(found)} samples do not fit into {self.budget / GB:.2f} GB in one piece "
@@ -156,14 +192,16 @@ class Batching:
             )
         if self.options.oversize == "chunk":
             say(f"{what}: computed in pieces")
-            return plan
+            return
         lost = sum(one.asvs - max(1, one.keep) for one in found)
         say(f"{what}: {lost} of their ASVs are left out (--oversize subsample)")
-        self.dataset.limit_asvs(
-            np.array([one.row for one in found]), np.array([max(1, one.keep) for one in found])
-        )
+        self._limit({one.row: max(1, one.keep) for one in found})
+
+    def _limit(self, limits: dict[int, int]) -> None:
+        """Let rows have no more than so many ASVs."""
+        self.limits |= limits
+        self.dataset.limit_asvs(np.array(list(limits)), np.array(list(limits.values())))
         self.contents = contents_of(self.dataset, self.objective)
-        return MemoryPlan(self.rows, self.contents, model, self.budget, self.seed)
 
     def size(self, rows: np.ndarray) -> StepSize:
         """What each rank holds of a step in one piece."""
@@ -246,20 +284,27 @@ class Batching:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: a resumed epoch is planned as the first time."""
-        planned = None if self._filling is None else self._filling.model.to_dict()
         return {
             "budget": self.budget,
             "failures": self.failures,
+            "largest": None if self.largest is None else asdict(self.largest),
             "calibration": self.calibration.to_dict(),
-            "planned": planned,
+            "limits": self.limits,
+            "epoch": self._epoch,
+            "plan": [(first, model.to_dict()) for first, model in self._plan],
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what a checkpoint kept."""
         self.budget, self.failures = state["budget"], state["failures"]
+        self.largest = None if state["largest"] is None else StepSize(**state["largest"])
         self.calibration = Calibration.from_dict(state["calibration"])
-        if state["planned"] is not None and self.fixed is None:
-            self._filling = self._fill(CostModel.from_dict(state["planned"]))
+        if state["limits"]:
+            self._limit(state["limits"])
+        if self.fixed is None:
+            self._epoch, self._plan, self._batches = state["epoch"], [], []
+            for first, model in state["plan"]:
+                self._plan_from(first, CostModel.from_dict(model))
 
 
 def contents_of(dataset: SampleDataset, objective: Objective) -> Contents:

@@ -113,7 +113,7 @@ def draw(folder: Path) -> None:
 def next_rows(trainer: Trainer) -> np.ndarray:
     """The samples of the step that comes next."""
     at = trainer.progress
-    batches = trainer.batching.batches(at.epoch)
+    batches = trainer.batching.batches(at.epoch, at.batch)
     return batches[at.batch] if at.batch < len(batches) else batches[0]
 
 

@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -171,11 +172,26 @@ def fill(aam, output, *more):
     return aam(*words, filling=True)
 
 
-def test_a_filling_run_stopped_in_an_epoch_continues_to_the_bit(aam, tmp_path, fixed_costs):
+@pytest.fixture(params=["fixed", "rising"])
+def costs(request, fixed_costs, monkeypatch):
+    """Fixed costs; or ones that turn out higher in the first and the second epoch."""
+
+    def check(self, size, peak):
+        self.refits += 1
+        if self.refits in (2, 7):
+            self.model = replace(self.model, rates=tuple(1.3 * one for one in self.model.rates))
+        return False
+
+    if request.param == "rising":
+        monkeypatch.setattr(Calibration, "check", check)
+
+
+@pytest.mark.parametrize("after", [1, 3, 5])
+def test_a_filling_run_stopped_in_an_epoch_continues_to_the_bit(aam, tmp_path, costs, after):
     assert fill(aam, tmp_path / "whole") == 0
     steps = {step for step, _ in measured(tmp_path / "whole")}
     assert len(steps) > 8  # several an epoch
-    assert fill(aam, tmp_path / "part", "--max-steps", 5) == 0
+    assert fill(aam, tmp_path / "part", "--max-steps", after) == 0
     words = ("--resume-from", tmp_path / "part", "--max-steps", 1000)
     assert aam("pretrain", *words, files=False) == 0
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "part"))
@@ -184,6 +200,45 @@ def test_a_filling_run_stopped_in_an_epoch_continues_to_the_bit(aam, tmp_path, f
     for key, value in measured(tmp_path / "whole").items():
         if not key[1].startswith(("samples", "memory")):
             assert again[key] == value, key
+
+
+def test_the_rest_of_an_epoch_is_planned_again_with_higher_costs(batching):
+    one = batching(max_memory_gb=0.1135)
+    one.budget, one.calibration.model = 0.1135e9, MODEL
+    first = one.batches(0)
+    assert len(first) > 2 and one.batches(0, 1) is first
+    one.calibration.model = replace(MODEL, rates=tuple(1.15 * one for one in MODEL.rates))
+    again = one.batches(0, 1)
+    assert [rows.tolist() for rows in again[:1]] == [rows.tolist() for rows in first[:1]]
+    assert len(again) > len(first)
+    assert all(one.pieces(one.size(rows)) == 1 for rows in again[1:])
+    assert not all(one.pieces(one.size(rows)) == 1 for rows in first[1:])
+    assert sorted(np.concatenate(again).tolist()) == list(range(24))
+    one.calibration.model = MODEL
+    assert one.batches(0, len(again)) is again, "nothing is left to plan"
+
+    other = batching(max_memory_gb=0.1135)
+    other.load_state(one.state())
+    assert [rows.tolist() for rows in other.batches(0, len(again))] == [
+        rows.tolist() for rows in again
+    ]
+    assert [rows.tolist() for rows in other.batches(1)] == [
+        rows.tolist() for rows in one.batches(1)
+    ]
+
+
+def test_a_checkpoint_keeps_what_did_not_fit_and_what_was_left_out(batching):
+    one = batching(max_memory_gb=0.112, oversize="subsample")
+    one.budget, one.calibration.model = 0.1117e9, MODEL
+    one.batches(0)
+    assert one.limits
+    one.largest = StepSize(1000, 250, 10, 400, 16)
+    counts = one.contents.counts.tolist()
+    other = batching(max_memory_gb=0.112, oversize="subsample")
+    assert (other.contents.counts[list(one.limits)] >= list(one.limits.values())).all()
+    other.load_state(one.state())
+    assert other.contents.counts.tolist() == counts
+    assert other.largest == one.largest and other.limits == one.limits
 
 
 @pytest.mark.parametrize("choice", ["error", "chunk", "subsample"])
