@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -300,6 +301,30 @@ def halving(folder: str, name: str, *, keep: str, **options: Any) -> Epoch:
         return {**result, "fixed_size": size, "lost_seconds": lost}
 
     return in_turn(lambda: case.train([case.rows[:2]]), epoch)
+
+
+def in_large_steps(folder: str, name: str, *, keep: str, times: float, **options: Any) -> Epoch:
+    """Steps of far more samples than fit, exact, in pieces that do: `--effective-batch-size`.
+
+    Args:
+        folder: of the data.
+        name: see `read`.
+        keep: file beside which the largest fixed number of samples is.
+        times: so many times that number, so that an epoch's steps are about equal.
+        options: of `Case`.
+    """
+    cases: list[Case] = []
+
+    def calibrate() -> Result:
+        size = times * int(Path(f"{keep}.size").read_text())
+        everything = len(unlimited(folder, name, **options).rows)
+        steps = max(1, round(everything / size))
+        case = Case(folder, name, effective=math.ceil(everything / steps), **options)
+        case.trainer.batching.prepare(case.trainer.compute)
+        cases.append(case)
+        return {}
+
+    return in_turn(calibrate, lambda: cases[0].train(cases[0].trainer.batching.batches(0)))
 
 
 def unlimited(folder: str, name: str, *, budget_gb: float, **options: Any) -> Case:

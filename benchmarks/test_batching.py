@@ -13,6 +13,7 @@ from benchmarks.steps import TABLES
 
 pytestmark = [pytest.mark.real, pytest.mark.batching]
 FILLED, FIXED, HALF, HALVED = "filled", "largest fixed size", "half of it", "halving from 1,024"
+LARGE = "4 times the fixed size, in pieces"
 # Budget in GB, samples of an epoch (three to five filled steps), and how the model is trained. At
 # its defaults all samples would be one step of 4 GB; without recomputation a sample takes six
 # times the memory, so that 4 and 8 GB can be filled more than once.
@@ -124,6 +125,7 @@ def test_budgets(compare, own_process, options, timing, small, full, tmp_path, n
         FIXED: ("largest_fixed", {}),
         HALF: ("largest_fixed", {"share": 0.5}),
         HALVED: ("halving", {}),
+        LARGE: ("in_large_steps", {"times": 4}),
     }
     contestants = {
         one: own_process(f"benchmarks.batching:{function}", **arguments, **more)
@@ -134,6 +136,7 @@ def test_budgets(compare, own_process, options, timing, small, full, tmp_path, n
         filled, halved = results[FILLED], results[HALVED]
         found = memory_figures(FILLED, filled, budget, asked=True) + error_figures(filled)
         found += memory_figures(FIXED, results[FIXED], budget, asked=False)
+        found += memory_figures(LARGE, results[LARGE], budget, asked=True)
         found += [
             Figure(f"{one}: samples a second", rate(results[one], comparison, one))
             for one in contestants
@@ -152,8 +155,8 @@ def test_budgets(compare, own_process, options, timing, small, full, tmp_path, n
 
     results, _ = compare(
         f"filling {name}, ibd and oral mixed, {arguments['samples']} samples", contestants,
-        reference=[FIXED, HALF], rounds=3 if full else 1, goals=[Goal(FILLED, 1.2)],
-        figures=figures,
+        reference=[FIXED, HALF], rounds=3 if full else 1,
+        goals=[Goal(FILLED, 1.2), Goal(LARGE, 1.2)], figures=figures,
     )  # fmt: skip
     results = second(results, contestants, timing)
     assert {result["samples"] for result in results.values()} == {arguments["samples"]}
