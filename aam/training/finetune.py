@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aam.config import FinetuneConfig, to_dict
+from aam.config import FinetuneConfig
 from aam.data.dataset import SampleDataset
 from aam.data.facts import DataFact, name_some
 from aam.data.metadata import require_values
@@ -20,12 +20,10 @@ from aam.model import CommunityEncoder, Predictor
 from aam.model.encoder import EncoderShape
 from aam.model.predictor import PredictorShape, category_codes
 from aam.option_files import flag
-from aam.training import baselines, ranks
-from aam.training.checkpoint import MODEL_FILE, load_encoder, read_model, save_model
+from aam.training import baselines
+from aam.training.checkpoint import load_encoder, read_model
 from aam.training.evaluation import encode_asvs, predict_outputs, target_metrics
-from aam.training.loop import Trainer
 from aam.training.losses import DistanceLoss, TargetLoss
-from aam.training.memory import Batching
 from aam.training.objectives import FinetuneObjective
 from aam.training.predictions import in_units, prediction_cells, prediction_header
 from aam.training.prepare import (
@@ -40,7 +38,7 @@ from aam.training.prepare import (
 from aam.training.results import print_results, result
 from aam.training.resume import check_same_data, compatible_state, fingerprint
 from aam.training.runs import Run, check_output, refuse_breaks, say
-from aam.training.setup import compile_stacks, make_fabric, run_facts
+from aam.training.setup import make_fabric
 from aam.training.targets import (
     TargetInfo,
     TargetTransform,
@@ -48,6 +46,7 @@ from aam.training.targets import (
     class_weights,
     is_classification,
 )
+from aam.training.train_and_report import train_and_report
 
 BASELINE_SEED = 0
 
@@ -100,6 +99,7 @@ def finetune(config: FinetuneConfig) -> Path:
     if state is None:
         adopt_pretrained(config)
     fabric = make_fabric(config.run)
+    device = fabric.device
     samples = read_samples(config.data, config.run.seed, metadata=config.metadata.metadata)
     keep_samples_with_target(samples, config)
     distances = None
@@ -118,7 +118,7 @@ def finetune(config: FinetuneConfig) -> Path:
         config.data,
         targets=scaled.astype(np.int64 if classes else np.float32),
         categories=categories,
-    ).to(fabric.device)
+    ).to(device)
     tell(samples)
     near = None if distances is None else distances.pairwise(train_rows[:16])
     description = {
@@ -131,7 +131,7 @@ def finetune(config: FinetuneConfig) -> Path:
     check_same_data(state, config, description)
 
     torch.manual_seed(config.run.seed)
-    predictor = make_predictor(config, target, category_classes, state).to(fabric.device)
+    predictor = make_predictor(config, target, category_classes, state).to(device)
     frozen = frozen_vectors(predictor, dataset) if config.freeze_base else None
     weights = None
     if classes and config.target.class_weights:
@@ -141,8 +141,6 @@ def finetune(config: FinetuneConfig) -> Path:
     objective = FinetuneObjective(
         predictor, config.losses, target_loss, unifrac=unifrac, frozen_asvs=frozen
     )
-    if config.run.compile_model:
-        compile_stacks(predictor)
     task = Task(
         predictor,
         dataset,
@@ -155,35 +153,21 @@ def finetune(config: FinetuneConfig) -> Path:
         scaled,
         frozen,
     )
-    batching = Batching(
-        train_rows, dataset, objective, config.optimizer, fabric.device, config.run.seed
-    )
-    run = Run(config.run, config, keep_steps=None if state is None else state["progress"]["step"])
-    run.write_split(parts)
-    trainer = Trainer(
+    return train_and_report(
+        config,
         fabric,
+        state,
         objective,
+        predictor,
         dataset,
-        batching,
-        config.optimizer,
-        run,
+        samples,
+        parts,
         validate=task.validate,
-        best_metric=config.optimizer.best_metric or ("balanced_accuracy" if classes else "r2"),
+        best_metric="balanced_accuracy" if classes else "r2",
         description=description,
-        config=to_dict(config),
-        seed=config.run.seed,
+        write_results=lambda run, summary: write_results(run, task, samples, summary),
+        started=started,
     )
-    trainer.train(state)
-    if not ranks.first():
-        return run.path
-    save_model(run.path / MODEL_FILE, predictor, description)
-    summary = run_facts(config, fabric, trainer, samples, parts, predictor, started)
-    write_results(run, task, samples, summary)
-    run.close()
-    from aam.report import write_report
-
-    say(f"report: {write_report(run.path)}")
-    return run.path
 
 
 def frozen_vectors(predictor: Predictor, dataset: SampleDataset) -> Tensor:

@@ -32,7 +32,7 @@ from aam.training.runs import CHECKPOINTS, Run, resume_checkpoint, say
 from aam.training.schedule import make_optimizer, make_state, set_learning_rate, warmup_cosine
 from aam.training.sharding import clip_gradients, load_module, load_optimizer, sharded_copy, whole
 from aam.training.shards import remove_older, write_shards
-from aam.training.step import Step
+from aam.training.step import Step, StepTooLarge, is_out_of_memory
 from aam.training.stopping import Stopped, StopSignals
 
 LOWER_IS_BETTER = ("loss", "mae", "mse")
@@ -273,11 +273,22 @@ class Trainer:
 
         Raises:
             StepTooLarge: the memory does not hold it; no gradients are left.
+            InputError: nor does it hold what no piece makes smaller.
         """
         self.trained.train()
         self.optimizer.zero_grad(set_to_none=True)
         torch.manual_seed(step_seed(self.seed, self.progress.step))
-        return self._step(self.dataset.batch(rows).to(self.device), pieces)
+        try:
+            return self._step(self.dataset.batch(rows).to(self.device), pieces)
+        except StepTooLarge:
+            raise
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise InputError(
+                f"out of memory before a step of {len(rows)} samples could be cut into pieces: "
+                "give more memory or smaller steps (--effective-batch-size, --batch-size)"
+            ) from error
 
     def _validate(self, due: bool) -> dict[str, float | None]:
         """Measure the validation part, keep the best weights, save.

@@ -10,23 +10,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from aam.config import PretrainConfig, to_dict
+from aam.config import PretrainConfig
 from aam.data.dataset import SampleDataset
 from aam.data.phylogeny import UniFrac
 from aam.errors import InputError
 from aam.model import CommunityEncoder
 from aam.model.encoder import EncoderShape
-from aam.training import baselines, metrics, ranks
-from aam.training.checkpoint import MODEL_FILE, save_model
+from aam.training import baselines, metrics
 from aam.training.evaluation import (
     check_nucleotides,
     distance_metrics,
     predicted_distances,
     sample_embeddings,
 )
-from aam.training.loop import Trainer
 from aam.training.losses import DistanceLoss, FaithLoss
-from aam.training.memory import Batching
 from aam.training.objectives import PretrainObjective
 from aam.training.prepare import (
     Samples,
@@ -41,7 +38,8 @@ from aam.training.prepare import (
 from aam.training.results import print_results, result
 from aam.training.resume import check_same_data, compatible_state, fingerprint
 from aam.training.runs import Run, check_output, say
-from aam.training.setup import compile_stacks, make_fabric, run_facts
+from aam.training.setup import make_fabric
+from aam.training.train_and_report import train_and_report
 
 CALIBRATION_SAMPLES = 64  # samples that set the distance scale
 MODE_SAMPLES = 48  # training samples whose distances are compared in train and eval mode
@@ -119,6 +117,7 @@ def pretrain(config: PretrainConfig) -> Path:
     check_output(config.run)
     state = compatible_state(config)
     fabric = make_fabric(config.run)
+    device = fabric.device
     samples = read_samples(config.data, config.run.seed, metadata=config.metadata.metadata)
     if not (config.losses.unifrac_penalty or config.losses.nucleotide_penalty):
         raise InputError("--unifrac-penalty and --nucleotide-penalty are both 0: nothing to learn")
@@ -126,63 +125,42 @@ def pretrain(config: PretrainConfig) -> Path:
     if config.losses.unifrac_penalty:
         distances = attach_distances(samples, config.data, config.distances)
     parts = split(samples, config.metadata, config.run.seed)
-    dataset = make_dataset(samples, config.data).to(fabric.device)
+    dataset = make_dataset(samples, config.data).to(device)
     validation_rows = judged_rows(samples, parts)
     tell(samples)
     train_rows = samples.rows(parts.train)
+    near = None if distances is None else distances.pairwise(train_rows[:16])
+    description = {
+        "command": "pretrain",
+        "data": data_description(config),
+        "metric": config.distances.unifrac_metric,
+        "fingerprint": fingerprint(samples.table, parts, near),
+    }
+    check_same_data(state, config, description)
 
     torch.manual_seed(config.run.seed)
-    encoder = CommunityEncoder(
-        encoder_shape(config),
-        impl=config.run.attn_implementation,
-        recompute=config.run.gradient_checkpointing,
-    ).to(fabric.device)
+    impl, recompute = config.run.attn_implementation, config.run.gradient_checkpointing
+    encoder = CommunityEncoder(encoder_shape(config), impl=impl, recompute=recompute).to(device)
     faith = make_faith_loss(config, distances, len(samples.ids), train_rows)
     task = Task(encoder, dataset, distances, faith, train_rows, validation_rows, config)
     if distances is not None and faith is None and state is None:
         calibrate(task)
     unifrac = faith or make_distance_loss(config, distances, dataset)
-    objective = PretrainObjective(encoder, config.losses, unifrac)
-    if config.run.compile_model:
-        compile_stacks(encoder)
-    description = {
-        "command": "pretrain",
-        "data": data_description(config),
-        "metric": config.distances.unifrac_metric,
-        "fingerprint": fingerprint(
-            samples.table, parts, None if distances is None else distances.pairwise(train_rows[:16])
-        ),
-    }
-    check_same_data(state, config, description)
-    batching = Batching(
-        train_rows, dataset, objective, config.optimizer, fabric.device, config.run.seed
-    )
-    run = Run(config.run, config, keep_steps=None if state is None else state["progress"]["step"])
-    run.write_split(parts)
-    trainer = Trainer(
+    return train_and_report(
+        config,
         fabric,
-        objective,
+        state,
+        PretrainObjective(encoder, config.losses, unifrac),
+        encoder,
         dataset,
-        batching,
-        config.optimizer,
-        run,
+        samples,
+        parts,
         validate=task.validate,
-        best_metric=config.optimizer.best_metric or default_metric(config),
+        best_metric=default_metric(config),
         description=description,
-        config=to_dict(config),
-        seed=config.run.seed,
+        write_results=lambda run, summary: write_results(run, task, samples, summary),
+        started=started,
     )
-    trainer.train(state)
-    if not ranks.first():
-        return run.path
-    save_model(run.path / MODEL_FILE, encoder, description)
-    summary = run_facts(config, fabric, trainer, samples, parts, encoder, started)
-    write_results(run, task, samples, summary)
-    run.close()
-    from aam.report import write_report
-
-    say(f"report: {write_report(run.path)}")
-    return run.path
 
 
 def encoder_shape(config: PretrainConfig) -> EncoderShape:

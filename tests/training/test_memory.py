@@ -1,6 +1,7 @@
 """Steps that fill a budget, that are cut to fit it, and that run out of memory all the same."""
 
 import csv
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -165,6 +166,23 @@ def test_an_effective_batch_in_pieces_trains_as_the_whole_one(aam, tmp_path):
         assert aam(command, *more, *words, *size, "--output-dir", cut) == 0
         assert measured(cut)[1, "pieces"] == 3
         assert_same_training(whole, cut)
+
+
+def test_memory_that_no_piece_saves_ends_the_run_with_a_line(aam, tmp_path, monkeypatch, capsys):
+    """Samples of a step are gathered whole."""
+    gather, calls = SampleDataset.batch, []
+
+    def batch(self, rows, **more):
+        calls.append(rows)
+        if len(calls) > 2 and not more:
+            raise MemoryError
+        return gather(self, rows, **more)
+
+    monkeypatch.setattr(SampleDataset, "batch", batch)
+    words = ("--batch-size", 12, "--epochs", 5, "--output-dir", tmp_path / "run")
+    assert aam("pretrain", *words) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(r"(aam: )?error: out of memory before a step of \d+ samples could be cut", said)
 
 
 def fill(aam, output, *more):
