@@ -19,6 +19,7 @@ from aam.errors import InputError
 GIGABYTE = 1e9
 DEFAULT_FRACTION = 0.85  # of what is free
 MOST_PIECES = 4096
+LEAST_MARGIN = 0.05  # steps alike differ by that, and so few of them need not show it
 BEYOND = 1.25  # times as much as any other step holds is too far to predict it by them
 TIE = 1e-3  # weight of the expectation below, under that of a measurement
 # Within one table tokens, ASVs and samples grow together, so few steps cannot always tell whose
@@ -78,7 +79,7 @@ class CostModel:
         constant: bytes of a step that holds nothing: program, data, weights, optimizer state.
         rates: bytes for each of ``FEATURES``, all >= 0.
         margin: what `bound` adds to a prediction, relative to it: the largest error of a step left
-            out of the fit. Upwards or downwards: so few steps do not tell them apart.
+            out of the fit, at least 5 %. Upwards or downwards: so few steps do not tell them apart.
         error: 95th percentile of the relative error of steps left out of the fit.
     """
 
@@ -161,13 +162,9 @@ def fit(sizes: Sequence[StepSize], peaks: Sequence[float], floor: float = 0.0) -
     floor = min(floor, float(measured.min()))
     solution = _solve(rows, measured, floor)
     left_out = np.array([_left_out(rows, measured, floor, i) for i in range(len(rows))])
-    if len(rows) == 1:
-        return CostModel(float(solution[0]), tuple(solution[1:].tolist()))
-    under = measured / left_out - 1
-    error = np.quantile(np.abs(left_out / measured - 1), 0.95)
-    return CostModel(
-        float(solution[0]), tuple(solution[1:].tolist()), float(np.abs(under).max()), float(error)
-    )
+    margin = max(LEAST_MARGIN, float(np.abs(measured / left_out - 1).max()))
+    error = float(np.quantile(np.abs(left_out / measured - 1), 0.95))
+    return CostModel(float(solution[0]), tuple(solution[1:].tolist()), margin, error)
 
 
 def _solve(rows: np.ndarray, peaks: np.ndarray, floor: float) -> np.ndarray:
