@@ -1,9 +1,14 @@
-"""What a model says about samples, in evaluation mode: vectors, distances, nucleotides, targets."""
+"""What a model says about samples, in evaluation mode: vectors, distances, nucleotides, targets.
+
+With an `Exchange` the ranks share the work, chunk by chunk, and each gets all of the result;
+without one, this process does it alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,8 +19,10 @@ from aam.config import PenaltyOptions
 from aam.data.dataset import Batch, SampleDataset
 from aam.model import CommunityEncoder, Predictor
 from aam.training import metrics
+from aam.training.exchange import Exchange, cut
 from aam.training.masking import mask_tokens, nucleotide_logits
 
+T = TypeVar("T")
 ASV_CHUNK = 512  # sequences encoded at a time: bounds memory, not the result
 SAMPLE_CHUNK = 64  # samples encoded at a time
 
@@ -31,54 +38,80 @@ class NucleotideCheck:
 
 
 @torch.no_grad()
-def encode_asvs(encoder: CommunityEncoder, dataset: SampleDataset, asv_ids: np.ndarray) -> Tensor:
+def encode_asvs(
+    encoder: CommunityEncoder,
+    dataset: SampleDataset,
+    asv_ids: np.ndarray,
+    exchange: Exchange | None = None,
+) -> Tensor:
     """Vectors of some of the dataset's sequences, (len(asv_ids), dim), without dropout."""
     device = next(encoder.parameters()).device
     encoder.eval()
-    parts = [
-        encoder.encode_asvs(dataset.gather_tokens(chunk).to(device))
-        for chunk in _chunks(asv_ids, ASV_CHUNK)
-    ]
-    dim = encoder.shape.embedding_dim
-    return torch.cat(parts) if parts else torch.empty(0, dim, device=device)
+    if not len(asv_ids):
+        return torch.empty(0, encoder.shape.embedding_dim, device=device)
+    return _shared(
+        _chunks(asv_ids, ASV_CHUNK),
+        len,
+        lambda chunk: encoder.encode_asvs(dataset.gather_tokens(chunk).to(device)),
+        exchange,
+    )
 
 
 @torch.no_grad()
-def encoded_batches(
+def encode_batches(
     encoder: CommunityEncoder,
     dataset: SampleDataset,
     rows: np.ndarray,
+    compute: Callable[[Batch, Tensor], Tensor],
     *,
+    frozen_asvs: Tensor | None = None,
     seed: int = 0,
     chunk: int = SAMPLE_CHUNK,
-) -> Iterator[tuple[Batch, Tensor]]:
-    """Batches of samples with their ASVs' vectors; every distinct ASV is encoded once.
+    exchange: Exchange | None = None,
+) -> Tensor:
+    """What a function makes of samples, (len(rows), ...); every distinct ASV is encoded once.
 
-    Yields:
-        A batch, and the vectors (all distinct ASVs of `rows`, dim) with the batch's `slots`
-        pointing into them.
+    Args:
+        encoder: the base of the model.
+        dataset: the samples.
+        rows: which of them.
+        compute: makes one row for each sample of a batch and the vectors of its ASVs.
+        frozen_asvs: vectors of all the dataset's ASVs, where they are known already.
+        seed: of the ASVs that represent a sample with more than the token limit.
+        chunk: samples encoded at a time.
+        exchange: the ranks that share the work.
     """
     device = next(encoder.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     batches = [dataset.batch(part, generator=generator) for part in _chunks(rows, chunk)]
-    asv_ids = np.unique(np.concatenate([batch.asv_ids.cpu().numpy() for batch in batches]))
-    vectors = encode_asvs(encoder, dataset, asv_ids)
-    for batch in batches:
-        place = torch.from_numpy(np.searchsorted(asv_ids, batch.asv_ids.cpu().numpy())).to(device)
-        yield batch.to(device), vectors[place]
+    vectors = frozen_asvs
+    if vectors is None:
+        asv_ids = np.unique(np.concatenate([batch.asv_ids.cpu().numpy() for batch in batches]))
+        vectors = encode_asvs(encoder, dataset, asv_ids, exchange)
+
+    def one(batch: Batch) -> Tensor:
+        place = batch.asv_ids
+        if frozen_asvs is None:
+            place = torch.from_numpy(np.searchsorted(asv_ids, place.cpu().numpy()))
+        return compute(batch.to(device), vectors[place.to(device)])
+
+    return _shared(batches, lambda batch: len(batch.slots), one, exchange)
 
 
-@torch.no_grad()
 def sample_embeddings(
-    encoder: CommunityEncoder, dataset: SampleDataset, rows: np.ndarray
+    encoder: CommunityEncoder,
+    dataset: SampleDataset,
+    rows: np.ndarray,
+    exchange: Exchange | None = None,
 ) -> Tensor:
     """UniFrac embeddings z of samples, (len(rows), width)."""
     encoder.eval()
-    return torch.cat(
-        [
-            encoder.embed(vectors, batch.slots, batch.counts)
-            for batch, vectors in encoded_batches(encoder, dataset, rows)
-        ]
+    return encode_batches(
+        encoder,
+        dataset,
+        rows,
+        lambda batch, vectors: encoder.embed(vectors, batch.slots, batch.counts),
+        exchange=exchange,
     )
 
 
@@ -100,6 +133,7 @@ def check_nucleotides(
     penalties: PenaltyOptions,
     *,
     seed: int = 0,
+    exchange: Exchange | None = None,
 ) -> NucleotideCheck:
     """Mask nucleotides of sequences with a fixed seed, and ask the model for them.
 
@@ -107,7 +141,7 @@ def check_nucleotides(
     """
     encoder.eval()
     device = next(encoder.parameters()).device
-    positions, bases, predicted, losses = [], [], [], 0.0
+    chunks, positions, bases = [], [], []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for chunk in _chunks(asv_ids, ASV_CHUNK):
@@ -117,19 +151,23 @@ def check_nucleotides(
                 continue
             row = torch.searchsorted(tokens.offsets[1:].long(), hit, right=True)
             positions.append((hit - tokens.offsets[row] - 1).numpy())  # START stands at 0
-            true = tokens.values[hit].long()
-            logits = nucleotide_logits(encoder, masked.to(device), hit.to(device)).cpu()
-            losses += float(F.cross_entropy(logits, true, reduction="sum"))
-            bases.append(true.numpy())
-            predicted.append(logits.argmax(-1).numpy())
-    all_bases = np.concatenate(bases) if bases else np.empty(0, dtype=np.int64)
-    all_predicted = np.concatenate(predicted) if predicted else np.empty(0, dtype=np.int64)
-    count = max(1, len(all_bases))
+            bases.append(tokens.values[hit].long())
+            chunks.append((masked, hit))
+    if not chunks:
+        none = np.empty(0, dtype=np.int64)
+        return NucleotideCheck(none, none, float("nan"), float("nan"))
+    logits = _shared(
+        chunks,
+        lambda chunk: len(chunk[1]),
+        lambda chunk: nucleotide_logits(encoder, chunk[0].to(device), chunk[1].to(device)),
+        exchange,
+    ).cpu()
+    true = torch.cat(bases)
     return NucleotideCheck(
-        np.concatenate(positions) if positions else np.empty(0, dtype=np.int64),
-        all_bases,
-        losses / count if len(all_bases) else float("nan"),
-        float((all_bases == all_predicted).mean()) if len(all_bases) else float("nan"),
+        np.concatenate(positions),
+        true.numpy(),
+        float(F.cross_entropy(logits, true)),
+        float((logits.argmax(-1) == true).double().mean()),
     )
 
 
@@ -153,6 +191,7 @@ def predict_outputs(
     *,
     frozen_asvs: Tensor | None = None,
     chunk: int = SAMPLE_CHUNK,
+    exchange: Exchange | None = None,
 ) -> Tensor:
     """The predictor's outputs for samples, (len(rows), outputs), on the CPU.
 
@@ -162,24 +201,21 @@ def predict_outputs(
         rows: which of them.
         frozen_asvs: vectors of all the dataset's ASVs, where they are known already.
         chunk: samples encoded at a time.
+        exchange: the ranks that share the work.
     """
     predictor.eval()
-    device = next(predictor.parameters()).device
-    if frozen_asvs is None:
-        pairs = encoded_batches(predictor.encoder, dataset, rows, chunk=chunk)
-    else:
-        generator = torch.Generator().manual_seed(0)
-        pairs = (
-            (batch, frozen_asvs[batch.asv_ids])
-            for batch in (
-                dataset.batch(part, generator=generator).to(device) for part in _chunks(rows, chunk)
-            )
-        )
-    outputs = []
-    for batch, vectors in pairs:
-        encoded = predictor.encoder.encode_samples(vectors, batch.slots, batch.counts)
-        outputs.append(predictor(encoded, batch.categories).cpu())
-    return torch.cat(outputs)
+    encoder = predictor.encoder
+    return encode_batches(
+        encoder,
+        dataset,
+        rows,
+        lambda batch, vectors: predictor(
+            encoder.encode_samples(vectors, batch.slots, batch.counts), batch.categories
+        ),
+        frozen_asvs=frozen_asvs,
+        chunk=chunk,
+        exchange=exchange,
+    ).cpu()
 
 
 def target_metrics(outputs: np.ndarray, true: np.ndarray, classes: int) -> dict[str, float | None]:
@@ -201,6 +237,29 @@ def target_metrics(outputs: np.ndarray, true: np.ndarray, classes: int) -> dict[
         "balanced_accuracy": metrics.balanced_accuracy(chosen, true),
         "auc": metrics.auc(outputs, true),
     }
+
+
+def _shared(
+    parts: Sequence[T],
+    rows: Callable[[T], int],
+    compute: Callable[[T], Tensor],
+    exchange: Exchange | None,
+) -> Tensor:
+    """The rows that all parts give, in order; each rank computes some of the parts.
+
+    Args:
+        parts: at least one.
+        rows: how many a part gives.
+        compute: gives them.
+        exchange: the ranks; None: this process alone.
+    """
+    if exchange is None or exchange.size == 1:
+        return torch.cat([compute(one) for one in parts])
+    bounds = np.cumsum([0, *map(rows, parts)])
+    cuts = cut(bounds, exchange.size)
+    low, high = cuts[exchange.rank], cuts[exchange.rank + 1]
+    own = [compute(one) for one in parts[low:high]] or [compute(parts[0])[:0]]
+    return exchange.gather(torch.cat(own), np.diff(bounds[cuts]).tolist())
 
 
 def _chunks(values: np.ndarray, size: int) -> list[np.ndarray]:

@@ -23,6 +23,7 @@ from aam.option_files import flag
 from aam.training import baselines
 from aam.training.checkpoint import load_encoder, read_model
 from aam.training.evaluation import encode_asvs, predict_outputs, target_metrics
+from aam.training.exchange import Exchange
 from aam.training.losses import DistanceLoss, TargetLoss
 from aam.training.objectives import FinetuneObjective
 from aam.training.predictions import in_units, prediction_cells, prediction_header
@@ -66,16 +67,20 @@ class Task:
     scaled: np.ndarray  # (samples,) what the model learns
     frozen_asvs: Tensor | None
 
-    def predict(self, rows: np.ndarray) -> tuple[np.ndarray, Tensor]:
+    def predict(
+        self, rows: np.ndarray, exchange: Exchange | None = None
+    ) -> tuple[np.ndarray, Tensor]:
         """Predictions (numbers in the user's units, or probabilities) and raw outputs."""
-        outputs = predict_outputs(self.predictor, self.dataset, rows, frozen_asvs=self.frozen_asvs)
+        outputs = predict_outputs(
+            self.predictor, self.dataset, rows, frozen_asvs=self.frozen_asvs, exchange=exchange
+        )
         keys = None if self.keys is None else [self.keys[row] for row in rows]
         return in_units(outputs, self.target, keys), outputs
 
     def validate(self) -> dict[str, float | None]:
-        """Validation metrics of the current weights, in evaluation mode."""
+        """Validation metrics of the current weights, in evaluation mode; all ranks call it."""
         rows = self.validation_rows
-        predicted, outputs = self.predict(rows)
+        predicted, outputs = self.predict(rows, Exchange())
         true = torch.as_tensor(self.scaled[rows])
         true = true.long() if self.target.classes else true.float()
         loss = float(self.target_loss(outputs, true))
@@ -174,7 +179,8 @@ def frozen_vectors(predictor: Predictor, dataset: SampleDataset) -> Tensor:
     """Freeze the base, and encode each distinct ASV of the table once."""
     predictor.encoder.requires_grad_(False)
     say(f"encoding {len(dataset.sequences)} distinct ASVs once (--freeze-base)")
-    return encode_asvs(predictor.encoder, dataset, np.arange(len(dataset.sequences)))
+    everything = np.arange(len(dataset.sequences))
+    return encode_asvs(predictor.encoder, dataset, everything, Exchange())
 
 
 def check_options(config: FinetuneConfig) -> None:

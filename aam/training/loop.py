@@ -81,7 +81,7 @@ class Trainer:
             batching: which of them share a step, and in how many pieces it fits the memory.
             options: how weights change.
             run: where it is logged.
-            validate: validation metrics of the current weights.
+            validate: validation metrics of the current weights; all ranks call it.
             best_metric: the metric that chooses the best checkpoint.
             description: kept in every checkpoint beside the weights.
             config: all options, kept in every checkpoint.
@@ -298,12 +298,10 @@ class Trainer:
         """
         at = self.progress
         if self.sharded:
-            state = whole(self.trained.state_dict())
-            if ranks.first():
-                self.objective.load_state_dict(state)
+            self.objective.load_state_dict(whole(self.trained.state_dict()))
         self.objective.eval()
         with torch.no_grad():
-            measured = ranks.on_first(self.validate)
+            measured = ranks.tell(self.validate())
         self.run.log(at.step, at.epoch, "validation", measured)
         if self.best_metric not in measured:
             raise InputError(

@@ -23,6 +23,7 @@ from aam.training.evaluation import (
     predicted_distances,
     sample_embeddings,
 )
+from aam.training.exchange import Exchange
 from aam.training.losses import DistanceLoss, FaithLoss
 from aam.training.objectives import PretrainObjective
 from aam.training.prepare import (
@@ -62,11 +63,11 @@ class Task:
     config: PretrainConfig
 
     def validate(self) -> dict[str, float | None]:
-        """Validation metrics of the current weights, in evaluation mode."""
+        """Validation metrics of the current weights, in evaluation mode; all ranks call it."""
         measured: dict[str, float | None] = {}
-        penalties = self.config.losses
+        penalties, exchange = self.config.losses, Exchange()
         if penalties.unifrac_penalty:
-            z = sample_embeddings(self.encoder, self.dataset, self.validation_rows)
+            z = sample_embeddings(self.encoder, self.dataset, self.validation_rows, exchange)
             if self.faith is not None:
                 measured |= self.faith_metrics(z)
             else:
@@ -76,7 +77,12 @@ class Task:
                 )
         if penalties.nucleotide_penalty:
             check = check_nucleotides(
-                self.encoder, self.dataset, self.validation_asvs(), penalties, seed=CHECK_SEED
+                self.encoder,
+                self.dataset,
+                self.validation_asvs(),
+                penalties,
+                seed=CHECK_SEED,
+                exchange=exchange,
             )
             measured |= {"nucleotide_loss": check.loss, "nucleotide_accuracy": check.accuracy}
         weights = {
