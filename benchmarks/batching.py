@@ -201,7 +201,7 @@ def filling(
         started = time.perf_counter()
         if keep is not None and Path(keep).exists():
             known = {"calibration": json.loads(Path(keep).read_text()), "budget": case.budget}
-            batching.load_state({**known, "failures": 0, "planned": None})
+            batching.load_state({**batching.state(), **known})
         batching.prepare(case.trainer.compute)
         if keep is not None:
             Path(keep).write_text(json.dumps(batching.calibration.to_dict()))

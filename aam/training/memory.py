@@ -75,6 +75,7 @@ class Batching:
         self._epoch = -1  # that is planned
         self._plan: list[tuple[int, CostModel]] = []  # from which batch on, with which costs
         self._batches: list[np.ndarray] = []
+        self._settled: CostModel | None = None  # by which samples that do not fit were looked for
 
     @property
     def calibrates(self) -> bool:
@@ -163,8 +164,9 @@ class Batching:
 
     def _plan_from(self, first: int, model: CostModel) -> None:
         """Plan the epoch's batches from one on."""
-        if not first:
+        if not first and model != self._settled:
             self._settle_oversize(model)
+            self._settled = model
         left = self._batches[first:] if first else [self.rows]
         if left:
             plan = MemoryPlan(np.concatenate(left), self.contents, model, self.budget, self.seed)

@@ -264,7 +264,7 @@ def test_a_sample_over_the_budget_is_what_the_option_says(
     choice, aam, tmp_path, fixed_costs, capsys
 ):
     run = tmp_path / "run"
-    words = ("--max-memory-gb", 0.1117, "--oversize", choice, "--max-steps", 2, "--epochs", 1)
+    words = ("--max-memory-gb", 0.1117, "--oversize", choice, "--epochs", 3)
     code = aam("pretrain", *words, "--output-dir", run, filling=True)
     said = capsys.readouterr().err
     assert "do not fit into 0.11 GB in one piece (largest: " in said
@@ -275,6 +275,7 @@ def test_a_sample_over_the_budget_is_what_the_option_says(
         pieces = [value for (_, name), value in measured(run).items() if name == "pieces"]
         assert max(pieces) > 1 or choice == "subsample"
         assert ("of their ASVs are left out" in said) == (choice == "subsample")
+    assert said.count("do not fit into") == 1, "said once, not every epoch"
 
 
 LIMITED = """
