@@ -268,7 +268,8 @@ def halving(folder: str, name: str, *, keep: str, **options: Any) -> Epoch:
     """An epoch that begins again with half as many samples a step whenever one does not fit.
 
     A step whose peak is over the budget has failed, as if the allocator had refused, and all that
-    the epoch took so far is lost. Steps far over the budget fail at once and cost nothing.
+    the epoch took so far is lost. Steps far over the budget fail at once and cost nothing. Steps of
+    two samples are taken whatever they need.
 
     Args:
         folder: of the data.
@@ -281,10 +282,10 @@ def halving(folder: str, name: str, *, keep: str, **options: Any) -> Epoch:
     def attempt(model: CostModel, size: int) -> Result | None:
         parts = []
         for rows in case.fixed(size):
-            if case.predict(model, [rows])[0] > FAR * case.budget:
+            if size > 2 and case.predict(model, [rows])[0] > FAR * case.budget:
                 return None
             parts.append(case.train([rows]))
-            if parts[-1]["peaks"][0] * GB > case.budget:
+            if size > 2 and parts[-1]["peaks"][0] * GB > case.budget:
                 return None
         lists = ("sizes", "peaks", "predicted", "losses")
         return {
