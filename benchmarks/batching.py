@@ -21,6 +21,7 @@ import scipy.sparse as sp
 import torch
 
 from aam.batching import Calibration, CostModel, EpochPlan
+from aam.batching.calibration import LEARNING_STEPS
 from aam.config import OptimizerOptions, PenaltyOptions
 from aam.data import FeatureTable, SampleDataset, read_table
 from aam.data.phylogeny import UniFrac
@@ -185,7 +186,7 @@ def filling(
     keep: str | None = None,
     **options: Any,
 ) -> Epoch:
-    """Steps that fill the budget, as `--max-memory-gb` takes them.
+    """Steps that fill the budget, as `--max-memory-gb` takes them after the first few.
 
     Args:
         folder: of the data.
@@ -203,6 +204,9 @@ def filling(
             known = {"calibration": json.loads(Path(keep).read_text()), "budget": case.budget}
             batching.load_state({**batching.state(), **known})
         batching.prepare(case.trainer.compute)
+        if steps is None:  # a run soon knows its steps better
+            for done in range(min(LEARNING_STEPS, len(batching.batches(0)))):
+                case.train([batching.batches(0, done)[done]])
         if keep is not None:
             Path(keep).write_text(json.dumps(batching.calibration.to_dict()))
         return {

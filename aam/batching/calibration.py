@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from aam.batching.memory import CostModel, StepSize, fit
+from aam.batching.memory import CostModel, StepSize, fit, left_out_errors
 
 TOLERANCE = 0.03  # by which a peak may exceed its bound: the batches planned with it stay whole
 DRIFT = 0.05  # relative error of a prediction that is no longer noise
 DRIFT_STEPS = 3  # in a row, before the model is fitted again
+LEARNING_STEPS = 8  # of training that were as predicted: they say more of the next than others do
+LEARNED_MARGIN = 0.02  # least margin that they leave
 CALIBRATED_SHARE = 0.85  # of the budget, which no calibration step is predicted to exceed
 FASTEST_GROWTH = 64  # times as many samples as in the step before are looked at
 GROWING_STEPS = 5  # that hold more and more samples
@@ -42,12 +44,15 @@ class Calibration:
         self.peaks: list[float] = []
         self.model: CostModel | None = None
         self.refits = 0
+        self.steady = 0  # steps of training since the last drift that were as predicted
+        self._calibrated = 0  # of the remembered steps, those before training
         self._off: list[float] = []  # excess of the last steps, while all of them were off
 
     def add(self, size: StepSize, peak: float) -> None:
         """Take a calibration step and fit the model again."""
         self.sizes.append(size)
         self.peaks.append(float(peak))
+        self._calibrated = len(self.sizes)
         self.model = fit(self.sizes, self.peaks, self.floor)
 
     def steps(
@@ -134,9 +139,13 @@ class Calibration:
             size: what the step held, pieces included.
             peak: its measured peak, bytes.
 
+        A step more than 3 % above its bound raises the margin at once. After 8, 16, 32, ... steps
+        that were as predicted the model is fitted to them too, and keeps only the margin that they
+        need.
+
         Returns:
-            Whether the model was fitted again: after three steps in a row that were off by more
-            than 5 %. A step more than 3 % above its bound raises the margin at once.
+            Whether the model no longer held and was fitted again: after three steps in a row that
+            were off by more than 5 %.
         """
         if self.model is None:
             self.add(size, peak)
@@ -145,22 +154,35 @@ class Calibration:
         excess = peak - predicted
         if peak > (1 + TOLERANCE) * self.model.bound(size):
             self.model = replace(self.model, margin=peak / (1 + TOLERANCE) / predicted - 1)
-        if abs(excess) / predicted <= DRIFT:
+        off = abs(excess) / predicted > DRIFT
+        if not off:
             self._forget_odd()
-            return False
-        self._off.append(excess)
         self.sizes.append(size)
         self.peaks.append(float(peak))
-        if len(self._off) < DRIFT_STEPS:
+        if len(self.sizes) > REMEMBERED:
+            del self.sizes[self._calibrated], self.peaks[self._calibrated]
+        if off:
+            self._off.append(excess)
+            if len(self._off) == DRIFT_STEPS:
+                self._refit()
+                return True
             return False
-        self._refit()
-        return True
+        self.steady += 1
+        if self.steady >= LEARNING_STEPS and self.steady & (self.steady - 1) == 0:
+            self._learn()
+        return False
 
     def _forget_odd(self) -> None:
         """Drop steps that were off, but not in a row of them."""
         kept = len(self.sizes) - len(self._off)
         del self.sizes[kept:], self.peaks[kept:]
         self._off.clear()
+
+    def _learn(self) -> None:
+        """Fit to the steps of training too; their errors are those of the steps to come."""
+        errors = left_out_errors(self.sizes, self.peaks, self.floor)[self._calibrated :]
+        margin = max(LEARNED_MARGIN, float(np.abs(errors).max()))
+        self.model = replace(fit(self.sizes, self.peaks, self.floor), margin=margin)
 
     def _refit(self) -> None:
         """Fit to the steps that were off and to the earlier ones, as they would be now.
@@ -183,10 +205,10 @@ class Calibration:
             shift + min(one, constant) + scale * max(0.0, one - constant)
             for one in self.peaks[:-new]
         ]
-        self.peaks = (earlier + self.peaks[-new:])[-REMEMBERED:]
-        self.sizes = self.sizes[-REMEMBERED:]
+        self.peaks = earlier + self.peaks[-new:]
         self.model = fit(self.sizes, self.peaks, self.floor)
         self.refits += 1
+        self.steady = 0
         self._off.clear()
 
     def to_dict(self) -> dict[str, Any]:
@@ -194,6 +216,9 @@ class Calibration:
         return {
             "floor": self.floor,
             "refits": self.refits,
+            "steady": self.steady,
+            "calibrated": self._calibrated,
+            "off": list(self._off),
             "steps": [asdict(one) for one in self.sizes],
             "peaks": list(self.peaks),
             "model": None if self.model is None else self.model.to_dict(),
@@ -203,7 +228,8 @@ class Calibration:
     def from_dict(cls, saved: dict[str, Any]) -> Calibration:
         """Read what `to_dict` gave."""
         one = cls(saved["floor"])
-        one.refits = saved["refits"]
+        one.refits, one.steady = saved["refits"], saved["steady"]
+        one._calibrated, one._off = saved["calibrated"], list(saved["off"])
         one.sizes = [StepSize(**size) for size in saved["steps"]]
         one.peaks = list(saved["peaks"])
         one.model = None if saved["model"] is None else CostModel.from_dict(saved["model"])

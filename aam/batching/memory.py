@@ -8,7 +8,7 @@ so it is measured: a few real steps and a non-negative least-squares fit (`calib
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -156,21 +156,37 @@ def fit(sizes: Sequence[StepSize], peaks: Sequence[float], floor: float = 0.0) -
     Raises:
         ValueError: no steps, or a peak that is not a positive number.
     """
+    rows, measured = _measured(sizes, peaks)
+    solution = _solve(rows, measured, floor)
+    errors = np.abs(left_out_errors(sizes, peaks, floor))
+    model = CostModel(float(solution[0]), tuple(solution[1:].tolist()))
+    if len(rows) == 1:
+        return model
+    margin, error = max(LEAST_MARGIN, float(errors.max())), float(np.quantile(errors, 0.95))
+    return replace(model, margin=margin, error=error)
+
+
+def left_out_errors(
+    sizes: Sequence[StepSize], peaks: Sequence[float], floor: float = 0.0
+) -> np.ndarray:
+    """By how much each step, (steps,), took more than a fit to the others predicts, relative."""
+    rows, measured = _measured(sizes, peaks)
+    predicted = [_left_out(rows, measured, floor, i) for i in range(len(rows))]
+    return measured / np.array(predicted) - 1
+
+
+def _measured(sizes: Sequence[StepSize], peaks: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     rows, measured = np.stack([features(one) for one in sizes]), np.asarray(peaks, np.float64)
     if len(rows) != len(measured) or not (np.isfinite(measured) & (measured > 0)).all():
         raise ValueError(f"expected {len(rows)} positive peaks, got {peaks}")
-    floor = min(floor, float(measured.min()))
-    solution = _solve(rows, measured, floor)
-    left_out = np.array([_left_out(rows, measured, floor, i) for i in range(len(rows))])
-    margin = max(LEAST_MARGIN, float(np.abs(measured / left_out - 1).max()))
-    error = float(np.quantile(np.abs(left_out / measured - 1), 0.95))
-    return CostModel(float(solution[0]), tuple(solution[1:].tolist()), margin, error)
+    return rows, measured
 
 
 def _solve(rows: np.ndarray, peaks: np.ndarray, floor: float) -> np.ndarray:
     """Constant and rates, (1 + features,), of a weighted non-negative fit."""
     from scipy.optimize import nnls
 
+    floor = min(floor, float(peaks.min()))
     held = float(np.max(peaks - floor)) + 1.0
     expected = np.array([EXPECTED.get(name, 0.0) for name in FEATURES])
     expected *= held / max(1.0, float((rows @ expected).max()))

@@ -184,8 +184,37 @@ def test_one_odd_step_is_no_drift():
     for i in range(12):
         odd = 1.5 if i % 3 == 2 else 1.0
         assert not calibration.check(LATER[0], odd * TRUE.predict(LATER[0]))
-    assert calibration.model.predict(LATER[0]) == before
-    assert len(calibration.peaks) == len(LADDER) + 1  # the last odd one; the next step decides
+    assert calibration.model.predict(LATER[0]) == pytest.approx(before, rel=0.01)
+    assert len(calibration.peaks) == len(LADDER) + 9  # with the last odd one; the next step decides
+
+
+def test_steps_of_training_narrow_the_margin_to_what_they_need():
+    """Calibration steps of all sizes differ more than full ones do."""
+    calibration = Calibration()
+    for size, peak in zip(CALIBRATION, peaks(CALIBRATION, 0.05, 3), strict=True):
+        calibration.add(size, peak)
+    first = calibration.model
+    assert first.margin > 0.05
+    sizes = [step(60, seed=seed) for seed in range(200)]
+    margins = []
+    for size, peak in zip(sizes, peaks(sizes, 0.01, 5), strict=True):
+        assert not calibration.check(size, peak)
+        margins.append(calibration.model.margin)
+    assert margins[6] == first.margin and 0.02 <= margins[7] < 0.03
+    assert max(margins[7:]) < 0.03 and calibration.steady == 200 and not calibration.refits
+    assert np.abs(errors(calibration.model, sizes, peaks(sizes))).max() < 0.02
+    assert len(calibration.sizes) == 64 and calibration.sizes[: len(LADDER)] == CALIBRATION
+    assert calibration.sizes[-1] == sizes[-1]
+
+
+def test_steps_of_training_that_differ_keep_a_wide_margin():
+    calibration = Calibration()
+    for size, peak in zip(CALIBRATION, peaks(CALIBRATION), strict=True):
+        calibration.add(size, peak)
+    sizes = [step(60, seed=seed) for seed in range(8)]
+    for size, peak in zip(sizes, peaks(sizes, 0.045, 2), strict=True):
+        calibration.check(size, peak)
+    assert calibration.steady == 8 and calibration.model.margin > 0.03
 
 
 def test_a_step_far_over_its_bound_raises_the_margin_at_once():
