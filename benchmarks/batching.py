@@ -205,8 +205,8 @@ def filling(
             batching.load_state({**batching.state(), **known})
         batching.prepare(case.trainer.compute)
         if steps is None:  # a run soon knows its steps better
-            for done in range(min(LEARNING_STEPS, len(batching.batches(0)))):
-                case.train([batching.batches(0, done)[done]])
+            later = itertools.chain.from_iterable(map(batching.batches, itertools.count(1)))
+            case.train(list(itertools.islice(later, LEARNING_STEPS)))
         if keep is not None:
             Path(keep).write_text(json.dumps(batching.calibration.to_dict()))
         return {
