@@ -14,7 +14,7 @@ TOLERANCE = 0.03  # by which a peak may exceed its bound: the batches planned wi
 DRIFT = 0.05  # relative error of a prediction that is no longer noise
 DRIFT_STEPS = 3  # in a row, before the model is fitted again
 LEARNING_STEPS = 8  # of training that were as predicted: they say more of the next than others do
-LEARNED_MARGIN = 0.02  # least margin that they leave
+LEARNED_MARGIN = 0.03  # least margin that they leave
 CALIBRATED_SHARE = 0.85  # of the budget, which no calibration step is predicted to exceed
 FASTEST_GROWTH = 64  # times as many samples as in the step before are looked at
 GROWING_STEPS = 5  # that hold more and more samples
@@ -91,9 +91,12 @@ class Calibration:
         for number in range(1, OTHER_STEPS + 1):
             if largest < len(order):
                 yield np.roll(order, -number * largest)[:largest], 1
-        few = self._largest(richest, 1, largest + 1, size_of, budget)
-        if min(2, whole) <= few < len(order):
-            yield richest[:few], 1
+        for left_out in (0, len(order) // 16, len(order) // 4):  # the very richest, if need be
+            rich = richest[left_out:]
+            few = self._largest(rich, 1, min(largest, len(rich)) + 1, size_of, budget)
+            if largest < len(order) and few >= min(2, whole):
+                yield rich[:few], 1
+                break
         if largest > 2:
             yield order[: grown[-2]] if len(grown) > FIRST_STEPS else order[:largest], 3
         if most is not None and largest < whole and self.model is not None:
@@ -190,15 +193,16 @@ class Calibration:
         Where steps take more than predicted, what the process holds beside them has mostly grown:
         earlier peaks are moved by the median excess. It does not shrink: where steps take less,
         what they hold themselves was overestimated, and earlier peaks are scaled above the
-        constant. If that is not how it was, the new steps say so, and further ones if it takes
-        more than one fit.
+        constant. Larger steps may take as much again, so the margin is what was overestimated:
+        steps do not grow before more of them have been seen. If that is not how it was, the new
+        steps say so, and further ones if it takes more than one fit.
         """
         assert self.model is not None
-        new, constant = len(self._off), self.model.constant
+        old, new, constant = self.model, len(self._off), self.model.constant
         shift, scale = max(0.0, float(np.median(self._off))), 1.0
+        sizes = self.sizes[-new:]
         if shift == 0:
-            sizes = self.sizes[-new:]
-            own = np.array([self.model.predict(one) for one in sizes]) - constant + 1.0
+            own = np.array([old.predict(one) for one in sizes]) - constant + 1.0
             scale = max(0.0, 1 + float(np.median(self._off / own)))
         self.floor += shift
         earlier = [
@@ -207,6 +211,8 @@ class Calibration:
         ]
         self.peaks = earlier + self.peaks[-new:]
         self.model = fit(self.sizes, self.peaks, self.floor)
+        over = max(old.predict(one) / self.model.predict(one) - 1 for one in sizes)
+        self.model = replace(self.model, margin=max(self.model.margin, over))
         self.refits += 1
         self.steady = 0
         self._off.clear()
