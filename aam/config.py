@@ -30,7 +30,9 @@ from aam.option_groups import (
     FinetunePenaltyOptions,
     MetadataOptions,
     ModelOptions,
+    NucleotideOptions,
     OptimizerOptions,
+    OptionalTableOptions,
     PenaltyOptions,
     RunOptions,
     TableOptions,
@@ -41,14 +43,11 @@ from aam.option_groups import (
 
 @dataclass(kw_only=True)
 class PretrainConfig:
-    """Learn sample embeddings from UniFrac distances and masked nucleotides."""
+    """Learn a tree's clades (or distances between samples) and masked nucleotides."""
 
     command: ClassVar[str] = "pretrain"
-    data: TableOptions
+    data: OptionalTableOptions
     distances: DistanceOptions = field(default_factory=DistanceOptions)
-    mixed_samples: float = 1.0
-    """Mixtures of two samples a batch also learns distances from, for each real one; they cost
-    little and need --tree (a matrix knows none)."""
     metadata: MetadataOptions = field(default_factory=MetadataOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     losses: PenaltyOptions = field(default_factory=PenaltyOptions)
@@ -68,8 +67,9 @@ class FinetuneConfig:
     """Run folder of `pretrain`; its model options are taken over."""
     freeze_base: bool = False
     """Keep the encoder as it is; every distinct ASV is then encoded once for the whole run."""
+    count_embedding: Literal["none", "add", "concat", "film"] = "none"
+    """How ln(count + 1) enters a sample's ASVs."""
     categorical: CategoricalOptions = field(default_factory=CategoricalOptions)
-    distances: DistanceOptions = field(default_factory=DistanceOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     losses: FinetunePenaltyOptions = field(default_factory=FinetunePenaltyOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
@@ -117,9 +117,9 @@ class EvaluateConfig:
     metadata: Path | None = None
     """Sample metadata (needed for a fine-tuned model)."""
     tree: Path | None = None
-    """Newick tree (for a pretrained model)."""
+    """Newick tree with all of the table's features: the truth about a pretrained model."""
     unifrac_matrix: Path | None = None
-    """Precomputed distances instead of a tree."""
+    """Precomputed unweighted distances instead of a tree."""
     unifrac_matrix_ids: Path | None = None
     """Sample ids of a .npy matrix, one a line, in its order."""
     drop_missing_tips: bool = False
@@ -156,6 +156,8 @@ class InspectConfig:
     metadata_column: str | None = None
     """Metadata column to predict."""
     distances: DistanceOptions = field(default_factory=DistanceOptions)
+    model: Path | None = None
+    """Run folder of `pretrain` or `finetune`: how much of the table it knows."""
     batch_size: int | None = None
     """Samples a step: 8, or, where a memory option is given, as many as fit."""
     max_memory_gb: float | None = None
@@ -168,13 +170,15 @@ class InspectConfig:
 
 @dataclass(kw_only=True)
 class UnifracConfig:
-    """UniFrac distances between all samples of a table."""
+    """UniFrac distances between all samples of a table, by a tree or by a pretrained model."""
 
     command: ClassVar[str] = "unifrac"
     table: Path
     """Feature table."""
-    tree: Path
-    """Newick tree."""
+    tree: Path | None = None
+    """Newick tree with all of the table's features."""
+    model: Path | None = None
+    """Run folder of `pretrain` instead of a tree; it places features that are in no tree."""
     output: Path
     """.h5 (as ssu writes it) or .tsv."""
     metric: DistanceMetric = "unweighted"
@@ -189,6 +193,38 @@ class UnifracConfig:
     """Drop features that are not in the tree; they are counted."""
     overwrite: bool = False
     """Replace an output file that is already there."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N, with --model."""
+
+
+@dataclass(kw_only=True)
+class EmbedConfig:
+    """One vector a sample (or an ASV) by a pretrained model; no tree is needed."""
+
+    command: ClassVar[str] = "embed"
+    model: Path
+    """Run folder of `pretrain` with a tree."""
+    table: Path
+    """Feature table."""
+    output: Path
+    """.tsv or .npz."""
+    dimensions: int | None = None
+    """Numbers a sample, beside its Faith PD: half of them clades projected, half a sketch of the
+    pendant branches. As many as pretraining fitted if not given."""
+    asvs: bool = False
+    """Write the ASVs instead: vector, nearest known ASV, its distance, support of the clades."""
+    sequences: Path | None = None
+    """FASTA or .qza that maps hashed feature ids to their sequences."""
+    rarefy_depth: int = 0
+    """Reads a sample is rarefied to; 0: use the counts as they are."""
+    seed: int = 0
+    """Seed of the rarefaction."""
+    overwrite: bool = False
+    """Replace an output file that is already there."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    attn_implementation: Literal["auto", "math", "sdpa", "triton", "cpu"] = "auto"
+    """Attention kernels; an explicit choice never falls back."""
 
 
 @dataclass(kw_only=True)
@@ -215,6 +251,7 @@ Config = (
     | EvaluateConfig
     | InspectConfig
     | UnifracConfig
+    | EmbedConfig
     | DemoConfig
 )
 
@@ -236,8 +273,9 @@ def check(config: Config) -> None:
 
 __all__ = [
     "BestMetric", "CategoricalOptions", "Config", "DemoConfig", "DistanceMetric",
-    "DistanceOptions", "EvaluateConfig", "FinetuneConfig", "FinetunePenaltyOptions",
-    "InspectConfig", "MetadataOptions", "ModelOptions", "OptimizerOptions", "PenaltyOptions",
+    "DistanceOptions", "EmbedConfig", "EvaluateConfig", "FinetuneConfig", "FinetunePenaltyOptions",
+    "InspectConfig", "MetadataOptions", "ModelOptions", "NucleotideOptions",
+    "OptimizerOptions", "OptionalTableOptions", "PenaltyOptions",
     "PredictConfig", "PretrainConfig", "RunOptions", "TableOptions", "TargetOptions",
     "TargetTransform", "UnifracConfig", "check", "from_dict", "leaves", "merge", "read_toml",
     "to_dict", "write_toml",

@@ -8,8 +8,9 @@ from typing import Literal
 
 DistanceMetric = Literal["unweighted", "weighted", "weighted-normalized", "faith-pd"]
 TargetTransform = Literal["none", "minmax", "zscore", "zscore-category", "log-minmax", "log-zscore"]
+TableDistance = Literal["bray-curtis", "jaccard", "aitchison"]
 BestMetric = Literal[
-    "loss", "unifrac_loss", "mantel_r", "distance_mae", "faith_pd_r2", "faith_pd_mae",
+    "loss", "unifrac_loss", "clade_loss", "clade_jaccard", "mantel_r", "distance_mae",
     "nucleotide_loss", "nucleotide_accuracy",
     "target_loss", "r2", "mae", "accuracy", "balanced_accuracy", "auc",
 ]  # fmt: skip
@@ -45,17 +46,26 @@ class TableOptions:
 
 
 @dataclass(kw_only=True)
+class OptionalTableOptions(TableOptions):
+    """The feature table and what becomes of it before training."""
+
+    table: Path | None = None  # type: ignore[assignment]
+    """Feature table: BIOM 2.1 or 1.0, .qza or .tsv. Feature ids are the DNA sequences. Without
+    one, --sequences and --tree teach alone: a FASTA (or .qza) whose ids are tips of the tree."""
+
+
+@dataclass(kw_only=True)
 class DistanceOptions:
-    """Where the distances between samples come from."""
+    """What teaches: a tree, or distances between samples."""
 
     tree: Path | None = None
     """Newick tree whose tips are the table's features (or their ids)."""
-    unifrac_metric: DistanceMetric = "unweighted"
-    """What the sample embedding learns; faith-pd learns each sample's Faith PD."""
     unifrac_matrix: Path | None = None
     """Precomputed distances (.h5 of ssu, .tsv, or .npy with ids) instead of a tree."""
     unifrac_matrix_ids: Path | None = None
     """Sample ids of a .npy matrix, one a line, in its order."""
+    distance: TableDistance | None = None
+    """Distances of the table itself instead of a tree."""
     drop_missing_tips: bool = False
     """Drop features that are not in the tree; they are counted."""
 
@@ -80,26 +90,21 @@ class MetadataOptions:
 class ModelOptions:
     """The shape of the encoder."""
 
+    encoder: Literal["transformer", "wide"] = "transformer"
+    """transformer: a wide path that a transformer joins; wide: the wide path alone, which is
+    trained in a fraction of the time, for those who only want UniFrac."""
     embedding_dim: int = 128
-    """Width of every stack."""
+    """Width of an ASV's vector and of every stack."""
+    wide_dim: int = 512
+    """Width of the wide path."""
     num_heads: int = 4
     """Attention heads."""
     num_layers: int = 4
-    """Layers of each stack (nucleotides, samples, UniFrac, target, counts)."""
+    """Layers of each stack (nucleotides, samples, target, counts)."""
     ffn_dim: int | None = None
     """Width of the feed-forward part; 4 x embedding-dim if not given."""
     dropout: float = 0.1
-    """Dropout; always 0 where distances are computed."""
-    count_embedding: Literal["none", "add", "concat", "film"] = "none"
-    """How ln(count + 1) enters a sample's ASVs."""
-    sample_position: Literal["none", "slot"] = "none"
-    """slot: a learned position per ASV slot (row order then matters; for imported models)."""
-    sample_embedding: Literal["lineages", "attention"] = "lineages"
-    """lineages: attention pooling, mean and max over the ASVs; attention: pooling alone."""
-    nucleotide_embedding: Literal["site", "sum"] = "site"
-    """site: token + position + a vector for each token at each position; sum: without the last."""
-    distance_scale: float = 0.0
-    """s in distance = tanh(|z_i - z_j| / s); 0: set from the data, then learned."""
+    """Dropout of the stacks; always 0 where distances between samples are learned."""
 
 
 @dataclass(kw_only=True)
@@ -137,11 +142,9 @@ class TargetOptions:
 
 
 @dataclass(kw_only=True)
-class PenaltyOptions:
-    """Weight of each loss in the total; a loss with weight 0 is not computed."""
+class NucleotideOptions:
+    """Masked nucleotides."""
 
-    unifrac_penalty: float = 10.0
-    """Weight of the distance (or Faith PD) loss."""
     nucleotide_penalty: float = 1.0
     """Weight of the masked-nucleotide loss."""
     mask_strategy: Literal["random", "span"] = "random"
@@ -149,19 +152,25 @@ class PenaltyOptions:
     mask_probability: float = 0.15
     """Share of the nucleotides that is masked."""
     masked_share: float = 0.25
-    """Share of a batch's distinct ASVs of which a masked copy is encoded."""
+    """Share of a step's distinct ASVs of which nucleotides are masked."""
 
 
 @dataclass(kw_only=True)
-class FinetunePenaltyOptions(PenaltyOptions):
+class PenaltyOptions(NucleotideOptions):
+    """Weight of each loss in the total; a loss with weight 0 is not computed."""
+
+    unifrac_penalty: float = 1.0
+    """Weight of what the tree (memberships in its clades) or the distances teach."""
+
+
+@dataclass(kw_only=True)
+class FinetunePenaltyOptions(NucleotideOptions):
     """Weight of each loss in the total; a loss with weight 0 is not computed."""
 
     target_penalty: float = 1.0
     """Weight of the target's loss."""
     count_penalty: float = 0.0
     """Weight of the count loss: divergence of predicted from true relative abundances, in nats."""
-    unifrac_penalty: float = 0.0
-    """Weight of the distance loss (needs a tree or a distance matrix)."""
     nucleotide_penalty: float = 0.0
     """Weight of the masked-nucleotide loss."""
 
@@ -171,11 +180,11 @@ class OptimizerOptions:
     """How weights are changed."""
 
     batch_size: int | None = None
-    """Samples a step: 8, or, where a memory option is given, as many as fit. With
-    --effective-batch-size: most samples of one of its pieces."""
+    """Samples a step: 8, or, where a memory option is given, as many as fit; with a tree ASVs
+    a step, about 16,384 nucleotides. With --effective-batch-size: most of one of its pieces."""
     effective_batch_size: int | None = None
-    """Samples a step whatever the memory: it is computed in pieces that fit, and the loss and
-    its gradient are exactly those of the whole."""
+    """Samples (with a tree ASVs) a step whatever the memory: it is computed in pieces that fit,
+    and the loss and its gradient are exactly those of the whole."""
     max_memory_gb: float | None = None
     """Memory to fill, GB (10^9 bytes): of the device, or of the process on a CPU; for each
     device where there are several."""
@@ -184,12 +193,13 @@ class OptimizerOptions:
     oversize: Literal["chunk", "error", "subsample"] = "chunk"
     """A sample too large for the memory is computed in pieces (exact), is an error, or keeps
     only the ASVs that fit."""
-    epochs: int = 20
-    """Passes over the training samples."""
+    epochs: int | None = None
+    """Passes over the training samples, 20 if not given; with a tree over the training ASVs, as
+    many as see some tens of millions of nucleotides."""
     max_steps: int | None = None
     """End after this many steps, whatever the epochs say."""
-    lr: float = 6e-4
-    """Highest learning rate."""
+    lr: float | None = None
+    """Highest learning rate; 6e-4 if not given, with a tree 3e-3."""
     weight_decay: float = 0.01
     """Decay of weight matrices (never of norms, biases and embeddings)."""
     warmup_fraction: float = 0.05
@@ -199,8 +209,8 @@ class OptimizerOptions:
     early_stopping: int = 0
     """End after this many validations without a better best-metric; 0: never."""
     best_metric: BestMetric | None = None
-    """Validation metric that chooses the best checkpoint; by default mantel_r (pretrain),
-    r2 or balanced_accuracy (finetune)."""
+    """Validation metric that chooses the best checkpoint; by default clade_jaccard or
+    mantel_r (pretrain), r2 or balanced_accuracy (finetune)."""
     validate_every: int = 1
     """Epochs from one validation to the next."""
 

@@ -72,7 +72,6 @@ class Contents:
     asvs: np.ndarray  # (entries,) int64, indices of `lengths`
     lengths: np.ndarray  # (distinct ASVs,) tokens to encode; 0 where they are known already
     masked_share: float = 0.0  # of the tokens, of which a masked copy is encoded
-    mixtures: float = 0.0  # for each sample of a step
     squares: bool = False  # whether the implementation holds attention matrices
     shares: int = 1  # processes that share the ASVs and the samples of each step
 
@@ -88,19 +87,19 @@ class Contents:
     def size(self, rows: Sequence[int] | np.ndarray) -> StepSize:
         """What a process holds of the step of these samples in one piece.
 
-        With as many mixtures and masked tokens as there are on average.
+        With as many masked tokens as there are on average.
         """
         distinct = np.unique(np.concatenate([self.of(row) for row in rows]))
         lengths, counts = self.lengths[distinct], self.counts[np.asarray(rows)]
-        tokens, mixed = float(lengths.sum()) / self.shares, 1 + self.mixtures
-        matrices = float(np.square(lengths).sum() + mixed * np.square(counts).sum()) / self.shares
+        tokens = float(lengths.sum()) / self.shares
+        matrices = float(np.square(lengths).sum() + np.square(counts).sum()) / self.shares
         longest = float(counts.max())
         return StepSize(
             tokens=tokens,
             masked=self.masked_share * tokens,
             asvs=len(distinct),
-            slots=max(mixed * float(counts.sum()) / self.shares, longest),
-            samples=mixed * len(rows),
+            slots=max(float(counts.sum()) / self.shares, longest),
+            samples=len(rows),
             squares=matrices if self.squares else 0.0,
             longest=longest,
         )
@@ -213,10 +212,10 @@ class MemoryPlan:
         return int(np.searchsorted(own, self.room - self.alone[other], side="right"))
 
     def _cost_of_slots(self, counts: np.ndarray) -> np.ndarray:
-        """Bytes of samples with so many ASVs each, beside those of the ASVs; with mixtures."""
+        """Bytes of samples with so many ASVs each, beside those of the ASVs."""
         squares = self._rates["squares"] * counts.astype(np.float64) ** 2
-        own = self._rates["samples"] + self._rates["slots"] * counts + squares
-        return (1 + self.contents.mixtures) * own
+        own: np.ndarray = self._rates["samples"] + self._rates["slots"] * counts + squares
+        return own
 
     def _place_last(self, batches: list[list[int]]) -> None:
         """Find a place for one sample that is left: with others, or with one of them."""

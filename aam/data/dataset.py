@@ -80,6 +80,10 @@ class SampleDataset:
         facts: sequences cut, samples cut at ``token_limit``.
     """
 
+    unit = "samples"
+    fills_memory = True  # where a memory is given, a step holds as many samples as fit
+    default_batch = 8
+
     def __init__(
         self,
         table: FeatureTable,

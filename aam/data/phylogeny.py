@@ -80,6 +80,7 @@ class UniFrac:
         facts: what was left out, as counted facts.
         sample_ids: the ids of the samples, in the order of the rows.
         tree: the sheared phylogeny.
+        tip_of_column: (features,) int64, each feature's tip in it; -1 where it has none.
 
     Raises:
         InputError: unknown metric, features missing in the tree, samples without reads.
@@ -101,7 +102,7 @@ class UniFrac:
         self.sample_ids = tuple(table.sample_ids)
         self.facts: list[DataFact] = []
         self._counts = table.counts
-        self._tip_of_column = self._match(table, tree, drop_missing)
+        self.tip_of_column = self._match(table, tree, drop_missing)
         self._check_reads(table)
         self._walk = TreeWalk(self.tree)
         self._kept: Reached | None = None
@@ -119,7 +120,7 @@ class UniFrac:
         starts = self._counts.indptr[rows].astype(np.int64)
         lengths = self._counts.indptr[rows + 1] - starts
         entries = ranges(starts, lengths)
-        tips = self._tip_of_column[self._counts.indices[entries]]
+        tips = self.tip_of_column[self._counts.indices[entries]]
         sample = np.repeat(np.arange(len(rows)), lengths)
         keys = sample * self._walk.tips + tips
         order = np.argsort(keys, kind="stable")
@@ -155,15 +156,10 @@ class UniFrac:
         distances[rows_a[:, None] == rows_b] = 0.0
         return distances
 
-    def of(self, counts: scipy.sparse.csr_array) -> UniFrac:
-        """The same metric on the same tree for other samples of the table's features.
-
-        Args:
-            counts: (n, features of the table) reads, no explicit zeros; every row needs a read.
-        """
+    def by(self, metric: str) -> UniFrac:
+        """The same samples on the same tree by another metric."""
         other = copy.copy(self)
-        other.sample_ids = tuple(map(str, range(counts.shape[0])))
-        other._counts, other._kept = counts, None
+        other.metric, other._kept = metric, None
         return other
 
     def all_pairs(self) -> NDArray[np.float64]:
@@ -230,7 +226,7 @@ class UniFrac:
         if self.facts:
             for part in row_blocks(counts.indptr):
                 low, high = counts.indptr[part.start], counts.indptr[part.stop]
-                missing = self._tip_of_column[counts.indices[low:high]] < 0
+                missing = self.tip_of_column[counts.indices[low:high]] < 0
                 rows = np.repeat(np.arange(part.start, part.stop), on_tree[part])
                 on_tree -= np.bincount(rows[missing], minlength=len(on_tree))
         empty = np.flatnonzero(on_tree == 0)

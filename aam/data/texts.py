@@ -8,6 +8,8 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from aam.data.rows import ranges
+
 _BLOCK = 16_384
 """Strings looked at together; their bytes, padded to the longest, stay in the cache."""
 
@@ -82,6 +84,21 @@ class Texts(Sequence[str]):
     def cut(self, most: int) -> Texts:
         """The first ``most`` bytes of each string."""
         return Texts(self.buffer, self.starts, np.minimum(self.stops, self.starts + most))
+
+    def packed(self) -> Texts:
+        """The same strings one after the other in bytes of their own."""
+        buffer = self.buffer[ranges(self.starts, self.lengths)]
+        stops = np.cumsum(self.lengths)
+        return Texts(buffer, stops - self.lengths, stops)
+
+    def joined(self, other: Texts) -> Texts:
+        """These strings and then another's; the bytes are copied."""
+        shift = len(self.buffer)
+        return Texts(
+            np.concatenate((self.buffer, other.buffer)),
+            np.concatenate((self.starts, other.starts + shift)),
+            np.concatenate((self.stops, other.stops + shift)),
+        )
 
     def upper(self) -> Texts:
         """The strings with a to z in upper case; the bytes are copied."""

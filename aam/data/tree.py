@@ -57,6 +57,21 @@ class Phylogeny:
         Branches that hold the same kept tips are merged into one of their summed length. The
         root stays where it is, so that distances to the root do not change.
         """
+        runs = self.runs(kept)
+        lowest = runs.nodes[runs.start]
+        parent = self.parent[runs.nodes[np.append(runs.start[1:], len(runs.nodes)) - 1]]
+        tips_before = np.concatenate(([0], np.cumsum(kept)))
+        return Phylogeny(
+            tip_names=Texts.of(self.tip_names).take(kept),
+            parent=np.where(parent >= 0, runs.of_node[parent], -1),
+            length=np.add.reduceat(self.length[runs.nodes], runs.start),
+            tip_start=tips_before[self.tip_start[lowest]],
+            tip_stop=tips_before[self.tip_stop[lowest]],
+            source=self.source,
+        )
+
+    def runs(self, kept: NDArray[np.bool_]) -> Runs:
+        """The branches that hold the same kept tips: what `shear` makes one branch of."""
         tips_before = np.concatenate(([0], np.cumsum(kept)))
         start, stop = tips_before[self.tip_start], tips_before[self.tip_stop]
         alive = np.flatnonzero(stop > start)
@@ -66,19 +81,31 @@ class Phylogeny:
         # A chain of single children is a run of equal tip ranges, lowest branch first.
         opens_run = np.ones(len(alive), dtype=bool)
         opens_run[1:-1] = (start[1:-1] != start[:-2]) | (stop[1:-1] != stop[:-2])
-        run_start = np.flatnonzero(opens_run)
-        run_top = np.append(run_start[1:], len(alive)) - 1
-        run_of_node = np.full(len(self), -1, dtype=np.int64)
-        run_of_node[alive] = np.cumsum(opens_run) - 1
-        parent = self.parent[alive[run_top]]
-        return Phylogeny(
-            tip_names=Texts.of(self.tip_names).take(kept),
-            parent=np.where(parent >= 0, run_of_node[parent], -1),
-            length=np.add.reduceat(self.length[alive], run_start),
-            tip_start=start[run_start],
-            tip_stop=stop[run_start],
-            source=self.source,
-        )
+        of_node = np.full(len(self), -1, dtype=np.int64)
+        of_node[alive] = np.cumsum(opens_run) - 1
+        return Runs(alive, np.flatnonzero(opens_run), of_node)
+
+    @property
+    def tip_nodes(self) -> NDArray[np.int64]:
+        """``(tips,)`` int64, node of each tip."""
+        is_tip = np.ones(len(self), dtype=bool)
+        is_tip[self.parent[self.parent >= 0]] = False
+        return np.flatnonzero(is_tip)
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """Branches of a tree that some tips make one.
+
+    Attributes:
+        nodes: (alive,) int64, the nodes with such tips below, in post-order.
+        start: (runs,) int64, where each run begins among them, lowest branch first.
+        of_node: (nodes,) int64, the run of each node of the tree; -1: no such tips below.
+    """
+
+    nodes: NDArray[np.int64]
+    start: NDArray[np.int64]
+    of_node: NDArray[np.int64]
 
 
 def read_tree(path: str | Path, *, sequences: str | Path | None = None) -> Phylogeny:

@@ -64,9 +64,7 @@ class TreeWalk:
             if not len(again):
                 break
             self.up[again] = self.up[self.up[again]]
-        is_tip = np.ones(len(tree), dtype=bool)
-        is_tip[tree.parent[tree.parent >= 0]] = False
-        own = np.flatnonzero(is_tip)
+        own = tree.tip_nodes
         self.first = np.where(skipped[own], self.up[own], own)  # of each tip
 
     def reach(

@@ -1,6 +1,11 @@
-"""The hierarchical encoder (nucleotides, samples, UniFrac) and the predictor on top of it."""
+"""The ASV encoder, its clade heads, and the predictor on top of it."""
 
-from aam.model.encoder import CommunityEncoder, Encoded
+from aam.model.clades import CladeHead, FreeClades
+from aam.model.encoder import AsvEncoder, EncodedAsvs, EncoderShape
 from aam.model.predictor import Predictor
+from aam.model.pretrained import PretrainedModel
 
-__all__ = ["CommunityEncoder", "Encoded", "Predictor"]
+__all__ = [
+    "AsvEncoder", "CladeHead", "EncodedAsvs", "EncoderShape", "FreeClades", "Predictor",
+    "PretrainedModel",
+]  # fmt: skip

@@ -1,13 +1,15 @@
-"""The fine-tuned model: the base encoder, covariates, a stack of its own and a head."""
+"""The fine-tuned model: base encoder, sample encoder, covariates, a stack of its own and a head."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from aam.model.encoder import CommunityEncoder, Encoded, make_stack
+from aam.model.encoder import AsvEncoder, EncoderShape, make_stack
 from aam.model.fusion import FUSIONS, CategoricalEmbedding
 from aam.model.heads import HEADS
 from aam_kernels import Ragged
@@ -19,6 +21,7 @@ class PredictorShape:
     """What fixes the predictor's own weights; saved with every model."""
 
     outputs: int = 1
+    count_embedding: str = "none"
     category_sizes: tuple[int, ...] = ()
     categorical_embed_dim: int = 16
     categorical_fusion: str = "concat"
@@ -27,12 +30,68 @@ class PredictorShape:
     predict_counts: bool = False
 
 
+class SampleEncoder(nn.Module):
+    """A sample's ASV vectors, each seen in the light of the others.
+
+    Vectors of a pretrained base are nearly equal, so they are standardised first: by the mean and
+    spread of the training part's slots, which are saved with the model.
+    """
+
+    mean: Tensor
+    spread: Tensor
+
+    def __init__(self, shape: EncoderShape, count_embedding: str, kernels: dict[str, Any]) -> None:
+        super().__init__()
+        dim = shape.embedding_dim
+        self.count_embedding = count_embedding
+        width = {"none": 0, "add": dim, "concat": dim, "film": 2 * dim}[count_embedding]
+        if width:
+            self.count_projection = nn.Linear(1, width)
+        if count_embedding == "concat":
+            self.count_merge = nn.Linear(2 * dim, dim)
+        self.stack = make_stack(shape, kernels, shape.dropout)
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("spread", torch.ones(dim))
+
+    @torch.no_grad()
+    def standardise_by(self, vectors: Tensor) -> None:
+        """Take mean and spread from the vectors (slots, dim) of the training part's slots."""
+        self.mean.copy_(vectors.mean(0))
+        self.spread.copy_(vectors.std(0, correction=0).clamp_min(1e-6))
+
+    def forward(
+        self, vectors: Tensor, slots: Ragged, counts: Tensor, first_row: int = 0
+    ) -> Ragged:
+        """Encode samples.
+
+        Args:
+            vectors: (asvs, dim) of the base encoder.
+            slots: values (slots,) int64, the row of `vectors` in each slot of a sample.
+            counts: (slots,) reads.
+            first_row: where these slots begin among all those of a step.
+
+        Returns:
+            Values (slots, dim).
+        """
+        x = ((vectors - self.mean) / self.spread)[slots.values]
+        if self.count_embedding != "none":
+            count = self.count_projection(torch.log1p(counts.to(x.dtype))[:, None])
+            if self.count_embedding == "add":
+                x = x + count
+            elif self.count_embedding == "concat":
+                x = self.count_merge(torch.cat([x, count], dim=-1))
+            else:
+                scale, shift = count.chunk(2, dim=-1)
+                x = x * (1 + scale) + shift
+        return self.stack(slots.with_values(x), first_row)
+
+
 class Predictor(nn.Module):
     """Predicts a metadata column (and, if asked, relative abundances) from a sample's ASVs."""
 
     def __init__(
         self,
-        encoder: CommunityEncoder,
+        encoder: AsvEncoder,
         shape: PredictorShape,
         *,
         impl: str = "auto",
@@ -43,6 +102,7 @@ class Predictor(nn.Module):
         self.shape = shape
         kernels = {"impl": impl, "recompute": recompute}
         dim, dropout = encoder.shape.embedding_dim, encoder.shape.dropout
+        self.sample_encoder = SampleEncoder(encoder.shape, shape.count_embedding, kernels)
         if shape.category_sizes:
             self.categories = CategoricalEmbedding(
                 shape.category_sizes, shape.categorical_embed_dim
@@ -58,7 +118,7 @@ class Predictor(nn.Module):
 
     def forward(
         self,
-        encoded: Encoded,
+        hidden: Ragged,
         categories: Tensor | None = None,
         samples: slice = slice(None),
         *,
@@ -67,7 +127,7 @@ class Predictor(nn.Module):
         """Predict the target.
 
         Args:
-            encoded: the base encoder's view of a batch, or of some samples of a step.
+            hidden: values (slots, dim), the sample encoder's output for some samples of a step.
             categories: (samples, columns) int64, 0 = unknown; needed if the model has columns.
                 Of all samples of the step: the dropout of its parts is then that of the whole.
             samples: which of the step's samples these are.
@@ -76,7 +136,6 @@ class Predictor(nn.Module):
         Returns:
             (samples, outputs): a transformed number, or class logits.
         """
-        hidden = encoded.samples
         if self.shape.category_sizes:
             assert categories is not None
             hidden = self.fusion(hidden, self.categories(categories)[samples])

@@ -207,6 +207,11 @@ def consensus_bases(sequences: Sequence[str] | Array) -> Array:
     return (np.concatenate([counted, total], axis=1).argmax(axis=0) + 1).astype(np.uint8)
 
 
+def consensus_of(tokens: Any) -> Array:
+    """`consensus_bases` of tokens, a ``Ragged`` whose rows begin with START."""
+    return consensus_bases(tokens.to("cpu").to_padded(0)[:, 1:].numpy())
+
+
 def consensus_accuracy(consensus: Array, positions: Array, bases: Array) -> float | None:
     """Share of masked bases that the consensus names.
 

@@ -12,22 +12,23 @@ import json
 import os
 import pickle
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from aam.errors import InputError
-from aam.model import CommunityEncoder, Predictor
-from aam.model.encoder import EncoderShape
+from aam.model import AsvEncoder, EncoderShape, Predictor, PretrainedModel
 from aam.model.predictor import PredictorShape
 
 MODEL_FILE = "model.safetensors"
 METADATA_KEY = "aam"
-FORMAT = 1
+FORMAT = 2
+ARRAYS = "data."  # begins the names of tensors that are no weights
 
 
 @contextlib.contextmanager
@@ -105,29 +106,60 @@ def load_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def save_model(path: Path, model: nn.Module, description: dict[str, Any]) -> None:
+def save_model(
+    path: Path,
+    model: nn.Module,
+    description: dict[str, Any],
+    arrays: Mapping[str, np.ndarray] | None = None,
+) -> None:
     """Write weights and everything that `predict` needs into one safetensors file, atomically.
 
     Args:
         path: the file.
-        model: a CommunityEncoder or Predictor.
+        model: a PretrainedModel or Predictor.
         description: JSON values to keep with the weights (data options, target, categories).
+        arrays: what else the model knows: its clades, the sequences of training.
     """
     from safetensors.torch import save
 
-    encoder = model.encoder if isinstance(model, Predictor) else model
-    described = {"format": FORMAT, "encoder": asdict(encoder.shape), **description}
+    assert isinstance(model, (Predictor, PretrainedModel))
+    described = {"format": FORMAT, "encoder": asdict(model.encoder.shape), **description}
     if isinstance(model, Predictor):
         described["predictor"] = asdict(model.shape)
-    weights = {
+    else:
+        described["pretrained"] = model.description
+    tensors = {
         name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
     }
+    for name, values in (arrays or {}).items():
+        tensors[ARRAYS + name] = torch.from_numpy(np.ascontiguousarray(values))
     with atomic_path(path) as temporary:
-        temporary.write_bytes(save(weights, metadata={METADATA_KEY: json.dumps(described)}))
+        temporary.write_bytes(save(tensors, metadata={METADATA_KEY: json.dumps(described)}))
 
 
-def read_model(run: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read the weights and the description of a run's model.
+@dataclass(frozen=True)
+class SavedModel:
+    """The file of a model: weights, what else it knows, and its description."""
+
+    path: Path
+    weights: dict[str, torch.Tensor]
+    arrays: dict[str, np.ndarray]
+    description: dict[str, Any]
+
+    def build(self, *, impl: str = "auto") -> PretrainedModel | Predictor:
+        """The model in evaluation mode."""
+        model = build_model(self.description, impl=impl)
+        try:
+            model.load_state_dict(self.weights)
+        except RuntimeError as error:
+            raise InputError(
+                f"{self.path}: the weights do not fit the model's description"
+            ) from error
+        return model.eval()
+
+
+def read_model(run: Path) -> SavedModel:
+    """Read a run's model.
 
     Raises:
         InputError: there is no model, or its file is damaged.
@@ -137,47 +169,35 @@ def read_model(run: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     path = run / MODEL_FILE if run.is_dir() else run
     if not path.is_file():
         raise InputError(f"{path}: no such model; give the folder of a finished run")
+    weights, arrays = {}, {}
     try:
         with safe_open(path, framework="pt") as file:
             described = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118
+                if name.startswith(ARRAYS):
+                    arrays[name.removeprefix(ARRAYS)] = file.get_tensor(name).numpy()
+                else:
+                    weights[name] = file.get_tensor(name)
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path}: truncated or not a model ({error})") from error
     if not described or described.get("format") != FORMAT:
-        raise InputError(f"{path}: not a model of this version of aam")
-    return weights, described
+        raise InputError(f"{path}: not a model of this version of aam; train it again")
+    return SavedModel(path, weights, arrays, described)
 
 
 def build_model(
     described: dict[str, Any], *, impl: str = "auto", recompute: bool = True
-) -> CommunityEncoder | Predictor:
+) -> PretrainedModel | Predictor:
     """The model that a description describes, with fresh weights."""
-    shape = EncoderShape(**described["encoder"])
-    predictor = described.get("predictor")
-    encoder = CommunityEncoder(
-        shape,
-        impl=impl,
-        recompute=recompute,
-        sample_dropout=shape.dropout if predictor else 0.0,
-    )
-    if not predictor:
-        return encoder
-    own = {**predictor, "category_sizes": tuple(predictor["category_sizes"])}
+    encoder = AsvEncoder(EncoderShape(**described["encoder"]), impl=impl, recompute=recompute)
+    if "predictor" not in described:
+        return PretrainedModel(encoder, **described["pretrained"])
+    own = described["predictor"]
+    own = {**own, "category_sizes": tuple(own["category_sizes"])}
     return Predictor(encoder, PredictorShape(**own), impl=impl, recompute=recompute)
 
 
-def load_model(run: Path, *, impl: str = "auto") -> tuple[nn.Module, dict[str, Any]]:
-    """A run's model in evaluation mode, and its description."""
-    weights, described = read_model(run)
-    model = build_model(described, impl=impl)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise InputError(f"{run}: the weights do not fit the model's description") from error
-    return model.eval(), described
-
-
-def load_encoder(encoder: CommunityEncoder, run: Path) -> list[tuple[str, str, int]]:
+def load_encoder(encoder: AsvEncoder, run: Path) -> list[tuple[str, str, int]]:
     """Copy a pretrained encoder's weights into an encoder.
 
     Args:
@@ -191,13 +211,13 @@ def load_encoder(encoder: CommunityEncoder, run: Path) -> list[tuple[str, str, i
     Raises:
         InputError: a weight has another shape.
     """
-    weights, described = read_model(run)
-    if "predictor" in described:
-        weights = {
-            name.removeprefix("encoder."): value
-            for name, value in weights.items()
-            if name.startswith("encoder.")
-        }
+    saved = read_model(run).weights
+    weights = {
+        name.removeprefix("encoder."): value
+        for name, value in saved.items()
+        if name.startswith("encoder.")
+    }
+    skipped = {name: value for name, value in saved.items() if not name.startswith("encoder.")}
     own = encoder.state_dict()
     for name in own.keys() & weights.keys():
         if own[name].shape != weights[name].shape:
@@ -206,15 +226,16 @@ def load_encoder(encoder: CommunityEncoder, run: Path) -> list[tuple[str, str, i
                 f"{tuple(own[name].shape)}; use the same model options as in pretraining"
             )
     encoder.load_state_dict(weights, strict=False)
+    skipped |= {name: value for name, value in weights.items() if name not in own}
     return [
         *_summary(own, weights.keys() & own.keys(), "loaded"),
         *_summary(own, own.keys() - weights.keys(), "new"),
-        *_summary(weights, weights.keys() - own.keys(), "skipped"),
+        *_summary(skipped, skipped.keys(), "skipped"),
     ]
 
 
 def _summary(
-    tensors: dict[str, torch.Tensor], names: set[str], what: str
+    tensors: dict[str, torch.Tensor], names: Set[str], what: str
 ) -> list[tuple[str, str, int]]:
     """Parameters of each part (first name of the path)."""
     sizes: dict[str, int] = {}

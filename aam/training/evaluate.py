@@ -100,7 +100,7 @@ def _evaluate_encoder(
     dataset = make_dataset(samples, options)
     ids = chosen_ids(samples, config)
     train = training_rows(samples, config, ids)
-    tell(samples)
+    tell(samples.facts, samples.warnings)
     rows = samples.rows(ids)
     true = distances.pairwise(rows)
     predicted = predicted_distances(model, sample_embeddings(model, dataset, rows))
@@ -176,7 +176,7 @@ def _evaluate_predictor(
         raise InputError(f"{samples.metadata.source}: no sample has a value of {target.column!r}")
     train = training_rows(samples, config, ids)
     dataset, keys = covariates_as_trained(samples, options, described, target)
-    tell(samples)
+    tell(samples.facts, samples.warnings)
     rows = samples.rows(ids)
     outputs = predict_outputs(model, dataset, rows)
     own = None if keys is None else [keys[row] for row in rows]

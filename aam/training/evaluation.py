@@ -15,12 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aam.config import PenaltyOptions
+from aam.config import NucleotideOptions
 from aam.data.dataset import Batch, SampleDataset
-from aam.model import CommunityEncoder, Predictor
+from aam.data.sequences import A
+from aam.model import AsvEncoder, Predictor, PretrainedModel
 from aam.training import metrics
 from aam.training.exchange import Exchange, cut
-from aam.training.masking import mask_tokens, nucleotide_logits
+from aam.training.masking import mask_tokens
+from aam_kernels import Ragged
 
 T = TypeVar("T")
 ASV_CHUNK = 512  # sequences encoded at a time: bounds memory, not the result
@@ -39,7 +41,7 @@ class NucleotideCheck:
 
 @torch.no_grad()
 def encode_asvs(
-    encoder: CommunityEncoder,
+    encoder: AsvEncoder,
     dataset: SampleDataset,
     asv_ids: np.ndarray,
     exchange: Exchange | None = None,
@@ -52,14 +54,14 @@ def encode_asvs(
     return _shared(
         _chunks(asv_ids, ASV_CHUNK),
         len,
-        lambda chunk: encoder.encode_asvs(dataset.gather_tokens(chunk).to(device)),
+        lambda chunk: encoder(dataset.gather_tokens(chunk).to(device)).vectors,
         exchange,
     )
 
 
 @torch.no_grad()
 def encode_batches(
-    encoder: CommunityEncoder,
+    encoder: AsvEncoder,
     dataset: SampleDataset,
     rows: np.ndarray,
     compute: Callable[[Batch, Tensor], Tensor],
@@ -98,39 +100,39 @@ def encode_batches(
     return _shared(batches, lambda batch: len(batch.slots), one, exchange)
 
 
-def sample_embeddings(
-    encoder: CommunityEncoder,
+@torch.no_grad()
+def predicted_distances(
+    model: PretrainedModel,
     dataset: SampleDataset,
     rows: np.ndarray,
     exchange: Exchange | None = None,
-) -> Tensor:
-    """UniFrac embeddings z of samples, (len(rows), width)."""
-    encoder.eval()
-    return encode_batches(
-        encoder,
+) -> np.ndarray:
+    """Distances between samples by free clades, (len(rows), len(rows)) float64."""
+    pairs = model.pairs
+    assert pairs is not None
+    presence = encode_batches(
+        model.encoder,
         dataset,
         rows,
-        lambda batch, vectors: encoder.embed(vectors, batch.slots, batch.counts),
+        lambda batch, vectors: pairs.presence(vectors, batch.slots, batch.counts),
         exchange=exchange,
     )
-
-
-@torch.no_grad()
-def predicted_distances(encoder: CommunityEncoder, z: Tensor) -> np.ndarray:
-    """Predicted distances of all pairs, (n, n) float64."""
-    head = encoder.unifrac_encoder
-    blocks = [head.distances(z[part], z).cpu() for part in torch.arange(len(z)).split(128)]
+    blocks = [pairs.distances(presence[part], presence).cpu() for part in _blocks(len(rows))]
     matrix = torch.cat(blocks).double().numpy()
     np.fill_diagonal(matrix, 0.0)
     return matrix
 
 
+def _blocks(count: int) -> tuple[Tensor, ...]:
+    return torch.arange(count).split(128)
+
+
 @torch.no_grad()
 def check_nucleotides(
-    encoder: CommunityEncoder,
+    encoder: AsvEncoder,
     dataset: SampleDataset,
     asv_ids: np.ndarray,
-    penalties: PenaltyOptions,
+    penalties: NucleotideOptions,
     *,
     seed: int = 0,
     exchange: Exchange | None = None,
@@ -159,16 +161,20 @@ def check_nucleotides(
     logits = _shared(
         chunks,
         lambda chunk: len(chunk[1]),
-        lambda chunk: nucleotide_logits(encoder, chunk[0].to(device), chunk[1].to(device)),
+        lambda chunk: _masked_logits(encoder, chunk[0].to(device), chunk[1].to(device)),
         exchange,
     ).cpu()
     true = torch.cat(bases)
     return NucleotideCheck(
         np.concatenate(positions),
         true.numpy(),
-        float(F.cross_entropy(logits, true)),
-        float((logits.argmax(-1) == true).double().mean()),
+        float(F.cross_entropy(logits, true - A)),
+        float((logits.argmax(-1) == true - A).double().mean()),
     )
+
+
+def _masked_logits(encoder: AsvEncoder, tokens: Ragged, places: Tensor) -> Tensor:
+    return encoder.nucleotide_logits(encoder(tokens), tokens, places)
 
 
 def distance_metrics(predicted: np.ndarray, true: np.ndarray) -> dict[str, float | None]:
@@ -210,7 +216,7 @@ def predict_outputs(
         dataset,
         rows,
         lambda batch, vectors: predictor(
-            encoder.encode_samples(vectors, batch.slots, batch.counts), batch.categories
+            predictor.sample_encoder(vectors, batch.slots, batch.counts), batch.categories
         ),
         frozen_asvs=frozen_asvs,
         chunk=chunk,

@@ -124,7 +124,7 @@ def finetune(config: FinetuneConfig) -> Path:
         targets=scaled.astype(np.int64 if classes else np.float32),
         categories=categories,
     ).to(device)
-    tell(samples)
+    tell(samples.facts, samples.warnings)
     near = None if distances is None else distances.pairwise(train_rows[:16])
     description = {
         "command": "finetune",

@@ -47,7 +47,7 @@ def inspect(config: InspectConfig) -> None:
     dataset = make_dataset(samples, config.data)
     parts = split(samples, config.metadata, config.seed, labels=labels)
     table.add_row("training / validation samples", f"{len(parts.train)} / {len(parts.validation)}")
-    tell(samples)
+    tell(samples.facts, samples.warnings)
     plan = _plan(table, dataset, samples.rows(parts.train), distances, config)
     _describe_cost(table, dataset, plan, config)
     Console(width=110, highlight=False).print(table)

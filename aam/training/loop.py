@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from aam.config import OptimizerOptions
+from aam.data.asvs import AsvDataset
 from aam.data.dataset import SampleDataset
 from aam.errors import InputError
 from aam.training import ranks
@@ -61,7 +62,7 @@ class Trainer:
         self,
         fabric: Any,
         objective: Objective,
-        dataset: SampleDataset,
+        dataset: SampleDataset | AsvDataset,
         batching: Batching,
         options: OptimizerOptions,
         run: Run,
@@ -77,7 +78,7 @@ class Trainer:
         Args:
             fabric: a launched Lightning Fabric.
             objective: the loss, in stages.
-            dataset: the samples.
+            dataset: the samples, or ASVs.
             batching: which of them share a step, and in how many pieces it fits the memory.
             options: how weights change.
             run: where it is logged.
@@ -98,10 +99,12 @@ class Trainer:
         # With fsdp the module that trains is another one, in parts; `objective` is filled from it.
         self.sharded = config.get("run", {}).get("strategy") == "fsdp" and ranks.size() > 1
         self.trained = sharded_copy(objective, self.device) if self.sharded else objective
-        self.optimizer = make_optimizer(self.trained, options.lr, options.weight_decay)
+        self.optimizer = make_optimizer(self.trained, options.lr or 0.0, options.weight_decay)
         make_state(self.optimizer)
         self._step = Step(self.trained, self.exchange, equal_calls=self.sharded)
-        self.scheduled_samples = options.epochs * len(batching.rows)
+        assert options.epochs is not None and options.lr is not None
+        self.epochs, self.lr = options.epochs, options.lr
+        self.scheduled_samples = self.epochs * len(batching.rows)
         self.progress = Progress()
         self.signals = StopSignals()
         self._saved = time.monotonic()
@@ -109,7 +112,7 @@ class Trainer:
     @property
     def scheduled_steps(self) -> int:
         """Steps of the run, if all epochs are cut into as many as the first."""
-        steps = self.options.epochs * self.batching.steps_an_epoch
+        steps = self.epochs * self.batching.steps_an_epoch
         return min(steps, self.options.max_steps or steps)
 
     def train(self, state: dict[str, Any] | None) -> None:
@@ -121,7 +124,7 @@ class Trainer:
         """
         if state is not None:
             self.resume(state)
-        self.batching.prepare(self.compute)
+        self.batching.prepare(self.compute_all)
         if self.config.get("run", {}).get("memory_profile"):
             write_memory_profile(self)
         try:
@@ -227,7 +230,7 @@ class Trainer:
     def _ended(self) -> bool:
         """Whether all epochs are done, or --max-steps."""
         most = self.options.max_steps
-        return self.progress.epoch >= self.options.epochs or (
+        return self.progress.epoch >= self.epochs or (
             most is not None and self.progress.step >= most
         )
 
@@ -242,7 +245,7 @@ class Trainer:
         """
         started = time.perf_counter()
         at = self.progress
-        rate = self.options.lr * warmup_cosine(
+        rate = self.lr * warmup_cosine(
             at.samples, len(rows), self.scheduled_samples, self.options.warmup_fraction
         )
         set_learning_rate(self.optimizer, rate)
@@ -262,20 +265,29 @@ class Trainer:
             **terms,
             "learning_rate": rate,
             "gradient_norm": norm,
-            "samples_per_second": len(rows) / (time.perf_counter() - started),
+            f"{self.dataset.unit.lower()}_per_second": len(rows) / (time.perf_counter() - started),
             **memory,
         }
         self.run.log(at.step, at.epoch, "train", measured)
         return measured
 
-    def compute(self, rows: np.ndarray, pieces: int) -> dict[str, float]:
+    def compute(
+        self, rows: np.ndarray, pieces: int, progress: float | None = None
+    ) -> dict[str, float]:
         """Loss terms of a step, its gradients left in the weights; random as the step's number.
+
+        Args:
+            rows: the step's samples.
+            pieces: in how many each stage is computed.
+            progress: share of the run that is behind; where it is, if not given.
 
         Raises:
             StepTooLarge: the memory does not hold it; no gradients are left.
             InputError: nor does it hold what no piece makes smaller.
         """
         self.trained.train()
+        done = self.progress.samples / self.scheduled_samples
+        self.trained.progress = done if progress is None else progress
         self.optimizer.zero_grad(set_to_none=True)
         torch.manual_seed(step_seed(self.seed, self.progress.step))
         try:
@@ -289,6 +301,10 @@ class Trainer:
                 f"out of memory before a step of {len(rows)} samples could be cut into pieces: "
                 "give more memory or smaller steps (--effective-batch-size, --batch-size)"
             ) from error
+
+    def compute_all(self, rows: np.ndarray, pieces: int) -> dict[str, float]:
+        """`compute` with everything that the run will train: for measuring memory."""
+        return self.compute(rows, pieces, progress=1.0)
 
     def _validate(self, due: bool) -> dict[str, float | None]:
         """Measure the validation part, keep the best weights, save.

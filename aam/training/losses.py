@@ -3,7 +3,7 @@
 A step may be computed in pieces and by several processes: every loss here takes the outputs of
 all the step's samples and the samples `first` to `last` that it is to answer for, and the shares
 of all samples add up to the loss of the step. Distances answer for the pairs of their samples
-with themselves and with all later ones.
+with themselves and with all later ones. The loss of clades is a plain sum over ASVs.
 """
 
 from __future__ import annotations
@@ -14,14 +14,11 @@ from typing import Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.sparse import csr_array
 from torch import Tensor
 
 from aam.config import TargetOptions
-from aam.data.dataset import Batch
-from aam.data.phylogeny import UniFrac
-from aam.model import CommunityEncoder
-from aam.training.mixtures import spread
+from aam.data.clades import Clades
+from aam.model import CladeHead, FreeClades
 from aam_kernels import Ragged
 
 Terms = dict[str, Tensor]
@@ -40,112 +37,114 @@ class DistanceSource(Protocol):
         ...
 
 
-class TrueDistances:
-    """True distances of a step's samples and mixtures."""
-
-    def __init__(self, source: DistanceSource, batch: Batch, columns: np.ndarray | None) -> None:
-        """Find what the distances of the mixtures need.
-
-        Args:
-            source: of the table's samples; a `UniFrac` if there are mixtures.
-            batch: with mixtures after the real samples.
-            columns: the table's column of each of the dataset's sequences, for mixtures.
-        """
-        self.source = source
-        self.rows = batch.rows.cpu().numpy()
-        self.mixed: UniFrac | None = None
-        if len(batch.slots) > len(batch):
-            assert columns is not None and isinstance(source, UniFrac)
-            asvs = batch.asv_ids[batch.slots.values].cpu().numpy()
-            counts = csr_array(
-                (
-                    batch.counts.cpu().numpy().astype(np.int64),
-                    columns[asvs],
-                    batch.slots.offsets.cpu().numpy(),
-                ),
-                shape=(len(batch.slots), len(columns)),
-            )
-            self.mixed = source.of(counts)
-
-    def between(self, first: int, last: int) -> np.ndarray:
-        """Distances (last - first, n - first) from some samples to themselves and all later."""
-        known = self.source.cross(self.rows[first:last], self.rows[first:])
-        if self.mixed is None:
-            return known
-        every = self.mixed.cross(np.arange(first, last), np.arange(first, len(self.mixed)))
-        # Of whole samples, whatever the token limit.
-        every[: known.shape[0], : known.shape[1]] = known
-        return every
-
-
 class DistanceLoss:
-    """Mean over all pairs i < j of (predicted - true distance)^2.
+    """Mean over all pairs i < j of (predicted - true distance)^2, of distances that no tree gives.
 
-    With a tree the true distances of any community are known, so a batch can also hold mixtures
-    of its samples: more pairs, and more kinds of them, from ASVs that are encoded anyway.
+    In units of the distances, so that their scale does not matter.
     """
 
-    def __init__(
-        self, source: DistanceSource, *, mixtures: float = 0.0, columns: np.ndarray | None = None
-    ) -> None:
+    WEIGHT = 10.0  # of squared errors of about 0.1, beside losses of about 1
+
+    def __init__(self, source: DistanceSource) -> None:
         """Set up the loss.
 
         Args:
-            source: true distances; a `UniFrac` if there are mixtures.
-            mixtures: how many, for each real sample of a batch.
-            columns: the table's column of each of the dataset's sequences, for mixtures.
+            source: true distances between rows of the dataset.
         """
-        self.source, self.mixtures, self.columns = source, mixtures, columns
-
-    def truth(self, batch: Batch) -> TrueDistances:
-        """True distances of a batch's real samples and mixtures."""
-        return TrueDistances(self.source, batch, self.columns)
+        self.source = source
 
     def share(
-        self,
-        encoder: CommunityEncoder,
-        z: Tensor,
-        truth: TrueDistances,
-        first: int,
-        last: int,
+        self, pairs: FreeClades, presence: Tensor, rows: Tensor, first: int, last: int
     ) -> Terms:
-        """Share of the loss, and of the mean absolute error of the real samples.
+        """Share of the loss, and of the mean absolute error.
 
         Args:
-            encoder: its UniFrac encoder predicts distances.
-            z: (n, width) embeddings of all samples.
-            truth: their true distances.
+            pairs: predicts distances.
+            presence: (n, clades) of all samples of the step.
+            rows: (n,) int64, which samples of the dataset they are.
             first: first sample of the share.
             last: the one after its last.
         """
-        count, real = len(z), len(truth.rows)
-        predicted = encoder.unifrac_encoder.distances(z[first:last], z[first:])
-        true = torch.as_tensor(truth.between(first, last), dtype=z.dtype, device=z.device)
-        error = (predicted - true).triu(1)
-        seen = error.detach()[: max(0, real - first), : max(0, real - first)]
+        count = len(presence)
+        numbers = rows.cpu().numpy()
+        predicted = pairs.distances(presence[first:last], presence[first:])
+        true = self.source.cross(numbers[first:last], numbers[first:])
+        wanted = torch.as_tensor(true, dtype=presence.dtype, device=presence.device)
+        error = (predicted - wanted).triu(1)
+        all_pairs = max(1, count * (count - 1) // 2)
         return {
-            "unifrac_loss": error.square().sum() / max(1, count * (count - 1) // 2),
-            "distance_mae": seen.abs().sum() / max(1, real * (real - 1) // 2),
+            "unifrac_loss": self.WEIGHT * (error / pairs.unit).square().sum() / all_pairs,
+            "distance_mae": error.detach().abs().sum() / all_pairs,
         }
 
 
-class FaithLoss:
-    """Squared error of Faith PD, in units of its standard deviation on the training part."""
+class CladeLoss:
+    """Length-weighted cross-entropy of the memberships of ASVs in the clades of a tree.
 
-    def __init__(self, values: np.ndarray, mean: float, deviation: float) -> None:
-        self.values = values  # (dataset rows,) Faith PD
-        self.mean = mean
-        self.deviation = deviation
+    0.1 times the mean over ASVs of sum_k w_k BCE(x_tk, y_tk), w_k = min(l_k / mean l, 5). Up to
+    ``SAMPLED_ABOVE`` clades all are summed. Above, those on the paths of the step's ASVs and
+    their sisters are, and of the rest a sample, drawn in proportion to w_k and weighted so that
+    its expectation is their sum.
+    """
+
+    WEIGHT = 0.1
+    SAMPLED_ABOVE = 32_768
+    SAMPLED = 4_096  # clades drawn beside the paths
+
+    def __init__(self, clades: Clades) -> None:
+        """Keep what the loss needs of the clades.
+
+        Args:
+            clades: of the known ASVs; row t of the dataset is the ASV of tip t.
+        """
+        self.clades = clades
+        self.start, self.stop = torch.from_numpy(clades.start), torch.from_numpy(clades.stop)
+        self.weight = torch.from_numpy(clades.weight).float()
+        self.samples = len(clades) > self.SAMPLED_ABOVE
+        self._cumulated = np.cumsum(clades.weight)
+
+    def draw(self, rows: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Clades (m,) that stand for all in a step of these ASVs, and their weights (m,).
+
+        None: all clades. Drawn from torch's default generator.
+        """
+        if not self.samples:
+            return None
+        near = self.clades.near(rows.cpu().numpy())
+        chance = torch.rand(self.SAMPLED, dtype=torch.float64).numpy() * self._cumulated[-1]
+        drawn = np.minimum(np.searchsorted(self._cumulated, chance), len(self.clades) - 1)
+        # Drawn of all: those that are near are there already, so the rest stands for the rest.
+        drawn = drawn[~np.isin(drawn, near)]
+        each = self._cumulated[-1] / self.SAMPLED
+        chosen = torch.from_numpy(np.concatenate([near, drawn]))
+        weights = torch.cat([self.weight[torch.from_numpy(near)], torch.full((len(drawn),), each)])
+        return chosen.to(rows.device), weights.to(rows.device)
+
+    def members(self, rows: Tensor, clades: Tensor | None) -> Tensor:
+        """Memberships (asvs, clades) bool of known ASVs in all clades, or in some (m,)."""
+        start, stop = self.start.to(rows.device), self.stop.to(rows.device)
+        if clades is not None:
+            start, stop = start[clades], stop[clades]
+        return (rows[:, None] >= start) & (rows[:, None] < stop)
 
     def share(
-        self, encoder: CommunityEncoder, z: Tensor, batch: Batch, first: int, last: int
+        self, head: CladeHead, vectors: Tensor, rows: Tensor, total: int,
+        drawn: tuple[Tensor, Tensor] | None,
     ) -> Terms:
-        """Share of the mean over samples; arguments as in `DistanceLoss.share`."""
-        predicted = encoder.unifrac_encoder.faith_head(z[first:last])[:, 0]
-        rows = batch.rows[first:last].cpu().numpy()
-        true = (self.values[rows] - self.mean) / self.deviation
-        error = predicted - torch.as_tensor(true, dtype=z.dtype, device=z.device)
-        return {"unifrac_loss": error.square().sum() / len(z)}
+        """Share of some ASVs in the loss.
+
+        Args:
+            head: gives the logits.
+            vectors: (asvs, dim) of the ASVs.
+            rows: (asvs,) int64, which known ASVs they are.
+            total: ASVs of the step.
+            drawn: what `draw` gave for the step.
+        """
+        clades, weights = (None, self.weight.to(rows.device)) if drawn is None else drawn
+        logits = head(vectors, clades)
+        true = self.members(rows, clades).to(logits.dtype)
+        each = F.binary_cross_entropy_with_logits(logits, true, weight=weights, reduction="sum")
+        return {"clade_loss": each * (self.WEIGHT / total)}
 
 
 class TargetLoss:
@@ -210,9 +209,10 @@ def count_divergence(logits: Tensor, counts: Tensor, slots: Ragged) -> Tensor:
     def reduce(values: Tensor, how: str) -> Tensor:
         return torch.segment_reduce(values, how, lengths=lengths, unsafe=True)
 
-    share = counts / spread(reduce(counts, "sum"), lengths)
-    centred = logits - spread(reduce(logits.detach(), "max"), lengths)
-    log_predicted = centred - spread(reduce(centred.exp(), "sum").log(), lengths)
+    spread = lengths.long()
+    share = counts / reduce(counts, "sum").repeat_interleave(spread)
+    centred = logits - reduce(logits.detach(), "max").repeat_interleave(spread)
+    log_predicted = centred - reduce(centred.exp(), "sum").log().repeat_interleave(spread)
     return reduce(share * (share.log() - log_predicted), "sum")
 
 

@@ -1,4 +1,4 @@
-"""Masked copies of some of a batch's distinct ASVs, of which the nucleotides are to be told."""
+"""Sequences with noise: masked nucleotides that are to be told, and substituted ones."""
 
 from __future__ import annotations
 
@@ -8,62 +8,119 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aam.config import PenaltyOptions
+from aam.config import NucleotideOptions
 from aam.data.sequences import MASK, A, T
-from aam.model import CommunityEncoder
+from aam.model import AsvEncoder, EncodedAsvs
 from aam_kernels import Ragged
+
+SUBSTITUTED_SHARE = 0.7  # of the rows that are not masked
+SUBSTITUTION_RATE = 0.04  # the largest; each row's is drawn between 0 and it
+CUT_SHARE = 0.1  # of the rows, whose end or beginning is masked
+CUT_LENGTH = 0.3  # of a row, at most
 
 
 @dataclass(frozen=True)
-class MaskedCopies:
-    """Sequences with some nucleotides masked.
+class NoisyAsvs:
+    """Sequences as the encoder sees them in training.
 
     Attributes:
-        tokens: values ``(nucleotides,)`` uint8, one row a copy.
-        positions: ``(masked,)`` int64, ascending positions in the values that are masked.
+        tokens: values ``(nucleotides,)`` uint8, one row an ASV.
+        masked: ``(masked,)`` int64, ascending places in the values whose nucleotide is asked for.
         true: ``(masked,)`` int64, what stood there.
+        rows: ``(asvs,)`` int64, which of the dataset's ASVs these are; None where only
+            nucleotides are asked for.
     """
 
     tokens: Ragged
-    positions: Tensor
+    masked: Tensor
     true: Tensor
+    rows: Tensor | None = None
+
+    def part(self, rows: slice, values: slice) -> NoisyAsvs:
+        """Contiguous rows, and the values that are theirs."""
+        bounds = torch.tensor([values.start, values.stop], device=self.masked.device)
+        low, high = torch.searchsorted(self.masked, bounds).tolist()
+        offsets = self.tokens.offsets[rows.start : rows.stop + 1] - values.start
+        return NoisyAsvs(
+            Ragged(self.tokens.values[values], offsets, self.tokens.max_length),
+            self.masked[low:high] - values.start,
+            self.true[low:high],
+            None if self.rows is None else self.rows[rows],
+        )
 
 
-def masked_copies(tokens: Ragged, penalties: PenaltyOptions) -> MaskedCopies:
+def masked_copies(tokens: Ragged, penalties: NucleotideOptions) -> NoisyAsvs:
     """Copies of a random share of the sequences, with random nucleotides masked."""
     count = max(1, round(penalties.masked_share * len(tokens)))
     chosen = torch.randperm(len(tokens), device=tokens.values.device)[:count]
     copies = take_rows(tokens, chosen.sort().values)
-    masked, positions = mask_tokens(copies, penalties.mask_probability, penalties.mask_strategy)
-    return MaskedCopies(masked, positions, copies.values[positions].long())
+    masked, places = mask_tokens(copies, penalties.mask_probability, penalties.mask_strategy)
+    return NoisyAsvs(masked, places, copies.values[places].long())
 
 
-def masked_nucleotide_terms(
-    encoder: CommunityEncoder, copies: MaskedCopies, total: int, first_row: int = 0
+def noisy_asvs(tokens: Ragged, rows: Tensor, penalties: NucleotideOptions) -> NoisyAsvs:
+    """All sequences, some masked, most of the others with some bases substituted.
+
+    What is substituted or cut off teaches that relatives belong to the same clades, and that a
+    part of a sequence may have to do; masked nucleotides are asked for in the same pass.
+    """
+    values, device = tokens.values, tokens.values.device
+    lengths = tokens.lengths.long()
+    is_base = (values >= A) & (values <= T)
+    share = penalties.masked_share if penalties.nucleotide_penalty else 0.0
+    is_masked = _of_rows(torch.rand(len(tokens), device=device) < share, lengths)
+    masked, places = mask_tokens(tokens, penalties.mask_probability, penalties.mask_strategy)
+    places = places[is_masked[places]]
+    rate = torch.rand(len(tokens), device=device) * SUBSTITUTION_RATE
+    rate *= torch.rand(len(tokens), device=device) < SUBSTITUTED_SHARE
+    hit = torch.rand(values.shape, device=device) < _of_rows(rate, lengths)
+    hit &= is_base & ~is_masked
+    other = (values - A + torch.randint(1, 4, values.shape, device=device)) % 4 + A
+    noisy = torch.where(hit, other.to(values.dtype), values)
+    noisy[places] = MASK
+    noisy.masked_fill_(_cut_off(tokens, lengths) & is_base & ~is_masked, MASK)
+    return NoisyAsvs(
+        tokens.with_values(noisy), places, values[places].long(), rows
+    )
+
+
+def _cut_off(tokens: Ragged, lengths: Tensor) -> Tensor:
+    """Places (nucleotides,) bool at the end or the beginning of some rows."""
+    device = tokens.values.device
+    count = torch.rand(len(tokens), device=device) * CUT_LENGTH * lengths
+    count *= torch.rand(len(tokens), device=device) < CUT_SHARE
+    at_end = torch.rand(len(tokens), device=device) < 0.5
+    start = _of_rows(tokens.offsets[:-1].long(), lengths)
+    place = torch.arange(len(tokens.values), device=device) - start
+    first = torch.where(at_end, lengths - count, 0)
+    last = torch.where(at_end, lengths, count + 1)  # START stands before the first base
+    last = torch.where(count >= 1, last, 0)
+    return (place >= _of_rows(first, lengths)) & (place < _of_rows(last, lengths))
+
+
+def _of_rows(per_row: Tensor, lengths: Tensor) -> Tensor:
+    """Repeat each row's number for every one of its values."""
+    return torch.repeat_interleave(per_row, lengths)
+
+
+def nucleotide_terms(
+    encoder: AsvEncoder, encoded: EncodedAsvs, asvs: NoisyAsvs, total: int
 ) -> dict[str, Tensor]:
-    """Cross-entropy and accuracy at masked positions, as sums over a part divided by the total.
+    """Cross-entropy and accuracy at masked places, as sums over a part divided by the total.
 
     Args:
-        encoder: its nucleotide head is asked.
-        copies: a part of the masked copies, or all of them.
-        total: masked positions of all copies of the step.
-        first_row: row of the part's first token among the tokens of all copies.
+        encoder: its nucleotide heads are asked.
+        encoded: what it made of the ASVs.
+        asvs: a part of those of the step, or all of them.
+        total: masked places of the step.
     """
-    logits = nucleotide_logits(encoder, copies.tokens, copies.positions, first_row)
-    share = 1.0 / max(1, total)
-    hits = (logits.detach().argmax(-1) == copies.true).sum()
+    logits = encoder.nucleotide_logits(encoded, asvs.tokens, asvs.masked)
+    share, true = 1.0 / max(1, total), asvs.true - A
+    hits = (logits.detach().argmax(-1) == true).sum()
     return {
-        "nucleotide_loss": F.cross_entropy(logits, copies.true, reduction="sum") * share,
+        "nucleotide_loss": F.cross_entropy(logits, true, reduction="sum") * share,
         "nucleotide_accuracy": hits * share,
     }
-
-
-def nucleotide_logits(
-    encoder: CommunityEncoder, masked: Ragged, positions: Tensor, first_row: int = 0
-) -> Tensor:
-    """Logits (positions, vocabulary) of the nucleotide head, at the masked positions only."""
-    hidden = encoder.asv_encoder(masked, first_row=first_row).values[positions]
-    return encoder.asv_encoder.nucleotide_head(hidden)
 
 
 def mask_tokens(tokens: Ragged, probability: float, strategy: str) -> tuple[Ragged, Tensor]:

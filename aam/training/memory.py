@@ -19,6 +19,7 @@ from aam.batching import Calibration, Contents, CostModel, EpochPlan, MemoryPlan
 from aam.batching import memory_budget as budget_of
 from aam.batching.calibration import CALIBRATION_STEPS
 from aam.config import OptimizerOptions
+from aam.data.asvs import AsvDataset
 from aam.data.dataset import SampleDataset
 from aam.errors import InputError
 from aam.training import ranks
@@ -26,7 +27,6 @@ from aam.training.objectives import Objective
 from aam.training.runs import say
 from aam.training.step import StepTooLarge
 
-DEFAULT_BATCH = 8
 GB = 1e9
 Compute = Callable[[np.ndarray, int], dict[str, float]]
 
@@ -37,7 +37,7 @@ class Batching:
     def __init__(
         self,
         rows: np.ndarray,
-        dataset: SampleDataset,
+        dataset: SampleDataset | AsvDataset,
         objective: Objective,
         options: OptimizerOptions,
         device: torch.device,
@@ -64,8 +64,8 @@ class Batching:
         if whole is not None:
             self.fixed = EpochPlan(rows, whole, seed, "--effective-batch-size")
             self.least_pieces = math.ceil(whole / part) if part else 1
-        elif part is not None or not self.limited:
-            size = part or min(DEFAULT_BATCH, len(rows))
+        elif part is not None or not self.limited or not dataset.fills_memory:
+            size = part or min(dataset.default_batch, len(rows))
             self.fixed = EpochPlan(rows, size, seed)
         self.calibration = Calibration()
         self.budget = 0.0
@@ -202,6 +202,7 @@ class Batching:
     def _limit(self, limits: dict[int, int]) -> None:
         """Let rows have no more than so many ASVs."""
         self.limits |= limits
+        assert isinstance(self.dataset, SampleDataset)
         self.dataset.limit_asvs(np.array(list(limits)), np.array(list(limits.values())))
         self.contents = contents_of(self.dataset, self.objective)
 
@@ -309,7 +310,7 @@ class Batching:
                 self._plan_from(first, CostModel.from_dict(model))
 
 
-def contents_of(dataset: SampleDataset, objective: Objective) -> Contents:
+def contents_of(dataset: SampleDataset | AsvDataset, objective: Objective) -> Contents:
     """What each sample of a dataset holds, for an objective."""
     starts, asvs = dataset.entries()
     lengths = dataset.sequence_lengths
@@ -322,7 +323,6 @@ def contents_of(dataset: SampleDataset, objective: Objective) -> Contents:
         asvs,
         lengths,
         masked_share=objective.masked_share,
-        mixtures=objective.mixtures,
         squares=objective.holds_matrices,
         shares=ranks.size(),
     )

@@ -130,7 +130,7 @@ def cost_model(trainer: Trainer, count: int) -> CostModel:
         order = np.random.default_rng(own.seed).permutation(own.rows)
         own.rows = order[: max(LEAST_CALIBRATED, CALIBRATED_STEPS * count)]
         own.limited, own.calibration = True, Calibration()
-        own.prepare(trainer.compute)
+        own.prepare(trainer.compute_all)
     assert own.calibration.model is not None
     return own.calibration.model
 
@@ -146,12 +146,12 @@ def watched_step(trainer: Trainer, rows: np.ndarray) -> tuple[StepWatch, int, in
     while True:
         watch = StepWatch(trainer.trained, batching.meter)
         try:
-            trainer.compute(rows[:2], pieces)  # the first of a process takes more than later ones
+            trainer.compute_all(rows[:2], pieces)  # the first of a process takes more than later ones
             trainer.optimizer.zero_grad(set_to_none=True)
             batching.meter.reset()
             before = batching.meter.peak()  # as the phases are measured
             with watch.watching():
-                trainer.compute(rows, pieces)
+                trainer.compute_all(rows, pieces)
                 change_and_restore(trainer, watch)
         except StepTooLarge:
             if pieces >= len(rows) and pieces >= batching.size(rows).asvs:

@@ -1,12 +1,14 @@
 """What is learned, as stages that a step can compute in pieces and on several devices.
 
-Pretraining: squared error of all pairwise distances of the batch, and cross-entropy of masked
-nucleotides. Distances are computed from clean tokens without dropout; the masked rows are
-copies of some of the batch's distinct ASVs, encoded apart from the clean ones.
-Fine-tuning: the target's loss, and on request the same two and the count loss.
+* `CladeObjective` (pretraining from a tree): which clades each ASV belongs to, and masked
+  nucleotides, in one pass over noisy sequences. A plain sum over ASVs.
+* `PairObjective` (pretraining from distances): all pairs of a batch of samples, from clean
+  sequences without dropout, and masked nucleotides of copies.
+* `FinetuneObjective`: the target's loss, and on request masked nucleotides and counts.
 
-A step goes `draw` -> `nucleotides`, `encode_asvs` -> `encode_samples` -> `losses`. All but `draw`
-work on a part: some of the ASVs, or of the samples. See `aam.training.step`.
+A step goes `draw` -> `asv_losses`, and where samples are learned from `encode_asvs` ->
+`encode_samples` -> `losses`. All but `draw` work on a part: some of the ASVs, or of the samples.
+See `aam.training.step`.
 """
 
 from __future__ import annotations
@@ -18,19 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aam.config import FinetunePenaltyOptions, PenaltyOptions
+from aam.config import FinetunePenaltyOptions, NucleotideOptions, PenaltyOptions
+from aam.data.asvs import AsvBatch
 from aam.data.dataset import Batch
-from aam.model import CommunityEncoder, Encoded, Predictor
-from aam.training.losses import (
-    DistanceLoss,
-    FaithLoss,
-    TargetLoss,
-    Terms,
-    TrueDistances,
-    count_divergence,
-)
-from aam.training.masking import MaskedCopies, masked_copies, masked_nucleotide_terms
-from aam.training.mixtures import add_mixtures
+from aam.model import AsvEncoder, CladeHead, FreeClades, Predictor
+from aam.training.losses import CladeLoss, DistanceLoss, TargetLoss, Terms, count_divergence
+from aam.training.masking import NoisyAsvs, masked_copies, noisy_asvs, nucleotide_terms
 from aam_kernels import Ragged
 
 
@@ -39,16 +34,14 @@ class Work:
     """A batch with everything random about its data drawn; the same on every rank.
 
     Attributes:
-        batch: real samples, and mixtures after them in ``slots`` and ``counts``.
-        masked: masked copies of some of its distinct ASVs, None without that loss.
-        truth: true distances of samples and mixtures, None without that loss.
-        encodes_samples: False where only nucleotides are learned.
+        batch: samples with clean sequences; None where nothing is learned from samples.
+        noisy: sequences whose losses are plain sums over them; None without such losses.
+        clades: clades that stand for all in this step, and their weights; None: all of them.
     """
 
-    batch: Batch
-    masked: MaskedCopies | None
-    truth: TrueDistances | None
-    encodes_samples: bool = True
+    batch: Batch | None
+    noisy: NoisyAsvs | None
+    clades: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -76,17 +69,15 @@ class Objective(nn.Module, ABC):
     frozen_asvs: Tensor | None = None
     """(all ASVs of the dataset, dim) vectors of a frozen base, encoded once for the run."""
 
-    encoder: CommunityEncoder
-    penalties: PenaltyOptions
+    progress: float = 1.0
+    """Share of the run that is behind the coming step."""
+
+    encoder: AsvEncoder
+    penalties: NucleotideOptions
 
     def forward(self, stage: str, *arguments: Any) -> Any:
         """Run a stage by its name."""
         return getattr(self, stage)(*arguments)
-
-    @property
-    def mixtures(self) -> float:
-        """Mixtures of samples in a step, for each real one."""
-        return 0.0
 
     @property
     def masked_share(self) -> float:
@@ -96,76 +87,136 @@ class Objective(nn.Module, ABC):
     @property
     def holds_matrices(self) -> bool:
         """Whether the attention implementation may hold squares of the lengths."""
-        return self.encoder.asv_encoder.stack.impl in ("math", "sdpa")
+        return self.encoder.has_stack and self.encoder.stack.impl in ("math", "sdpa")
 
     @abstractmethod
-    def draw(self, batch: Batch) -> Work:
-        """Draw mixtures and masks from torch's default generator."""
+    def draw(self, batch: Any) -> Work:
+        """Draw noise and masks from torch's default generator."""
 
-    @abstractmethod
+    def asv_losses(self, noisy: NoisyAsvs, work: Work, first_row: int) -> Terms:
+        """The share of some noisy sequences in the losses that are plain sums over them.
+
+        Args:
+            noisy: a part of those of the step.
+            work: the whole step.
+            first_row: row of the part's first token among the tokens of the step.
+        """
+        assert work.noisy is not None
+        encoded = self.encoder(noisy.tokens, first_row=first_row)
+        total = len(work.noisy.masked)
+        return weighted(nucleotide_terms(self.encoder, encoded, noisy, total), self.penalties)
+
     def encode_asvs(self, tokens: Ragged, first_row: int) -> Tensor:
         """Vectors (asvs, dim) of some ASVs; `first_row` is their first token's row in the step."""
+        return self.encoder(tokens, first_row=first_row).vectors
 
-    @abstractmethod
     def encode_samples(self, vectors: Tensor, part: SamplePart) -> Terms:
         """Outputs of some samples, each (samples of the part, ...)."""
+        raise NotImplementedError
 
-    @abstractmethod
     def losses(self, outputs: Terms, work: Work, first: int, last: int) -> Terms:
         """The share of samples `first` to `last` in every loss of the step."""
-
-    def nucleotides(self, copies: MaskedCopies, total: int, first_row: int) -> Terms:
-        """The share of some masked copies in the nucleotide loss."""
-        terms = masked_nucleotide_terms(self.encoder, copies, total, first_row)
-        return weighted(terms, self.penalties)
+        raise NotImplementedError
 
 
-class PretrainObjective(Objective):
-    """UniFrac (or Faith PD) and masked-nucleotide losses of a batch."""
+class CladeObjective(Objective):
+    """Memberships in the clades of a tree, and masked nucleotides."""
+
+    penalties: PenaltyOptions
 
     def __init__(
         self,
-        encoder: CommunityEncoder,
+        encoder: AsvEncoder,
+        head: CladeHead,
         penalties: PenaltyOptions,
-        unifrac: DistanceLoss | FaithLoss | None,
+        loss: CladeLoss,
+        *,
+        stack_joins: float = 0.0,
     ) -> None:
+        """Build the objective.
+
+        Args:
+            encoder: the model.
+            head: its clade head.
+            penalties: weights of the losses.
+            loss: of the memberships.
+            stack_joins: share of the run after which the transformer joins the wide path.
+        """
         super().__init__()
-        self.encoder = encoder
-        self.penalties = penalties
-        self.unifrac = unifrac if penalties.unifrac_penalty else None
+        self.encoder, self.head, self.penalties = encoder, head, penalties
+        self.loss, self.stack_joins = loss, stack_joins
 
     @property
-    def mixtures(self) -> float:
-        """Mixtures of samples in a step, for each real one."""
-        return self.unifrac.mixtures if isinstance(self.unifrac, DistanceLoss) else 0.0
+    def masked_share(self) -> float:
+        """No copies: masked sequences are some of the noisy ones."""
+        return 0.0
+
+    def draw(self, batch: AsvBatch) -> Work:
+        """Draw noise, masks and, of very many clades, those that stand for all."""
+        noisy = noisy_asvs(batch.tokens, batch.rows, self.penalties)
+        return Work(None, noisy, self.loss.draw(batch.rows))
+
+    def asv_losses(self, noisy: NoisyAsvs, work: Work, first_row: int) -> Terms:
+        """The share of some sequences in both losses."""
+        assert work.noisy is not None and noisy.rows is not None
+        joined = self.progress >= self.stack_joins
+        encoded = self.encoder(noisy.tokens, first_row=first_row, stack=joined)
+        asvs = len(work.noisy.tokens)
+        terms = {}
+        if self.penalties.unifrac_penalty:
+            terms = self.loss.share(self.head, encoded.vectors, noisy.rows, asvs, work.clades)
+        if self.penalties.nucleotide_penalty:
+            total = len(work.noisy.masked)
+            terms |= nucleotide_terms(self.encoder, encoded, noisy, total)
+        return weighted(terms, self.penalties)
+
+
+class PairObjective(Objective):
+    """Distances between all pairs of a batch's samples, and masked nucleotides."""
+
+    penalties: PenaltyOptions
+
+    def __init__(
+        self,
+        encoder: AsvEncoder,
+        pairs: FreeClades,
+        penalties: PenaltyOptions,
+        distances: DistanceLoss,
+    ) -> None:
+        super().__init__()
+        self.encoder, self.pairs, self.penalties = encoder, pairs, penalties
+        self.distances = distances
 
     def draw(self, batch: Batch) -> Work:
-        """Draw mixtures and masks."""
-        truth = None
-        if isinstance(self.unifrac, DistanceLoss):
-            batch = add_mixtures(batch, self.unifrac.mixtures)
-            truth = self.unifrac.truth(batch)
+        """Draw masks."""
         masked = None
         if self.penalties.nucleotide_penalty:
             masked = masked_copies(batch.tokens, self.penalties)
-        return Work(batch, masked, truth, encodes_samples=self.unifrac is not None)
+        return Work(batch if self.penalties.unifrac_penalty else None, masked)
 
     def encode_asvs(self, tokens: Ragged, first_row: int) -> Tensor:
-        """Vectors of clean sequences, without dropout."""
-        return self.encoder.encode_asvs(tokens, dropout=False)
+        """Vectors of clean sequences, without dropout: what is random would be used as distance."""
+        was_training = self.encoder.training
+        self.encoder.train(False)
+        try:
+            return self.encoder(tokens).vectors
+        finally:
+            self.encoder.train(was_training)
 
     def encode_samples(self, vectors: Tensor, part: SamplePart) -> Terms:
-        """Embeddings ``z`` (samples, width)."""
-        return {"z": self.encoder.embed(vectors, part.slots, part.counts, part.first_slot)}
+        """Presence (samples, clades)."""
+        return {"presence": self.pairs.presence(vectors, part.slots, part.counts)}
 
     def losses(self, outputs: Terms, work: Work, first: int, last: int) -> Terms:
-        """Share of the UniFrac loss."""
-        terms = unifrac_share(self.unifrac, self.encoder, outputs["z"], work, first, last)
+        """Share of the distance loss."""
+        assert work.batch is not None
+        presence, rows = outputs["presence"], work.batch.rows
+        terms = self.distances.share(self.pairs, presence, rows, first, last)
         return weighted(terms, self.penalties)
 
 
 class FinetuneObjective(Objective):
-    """The target's loss, and the pretraining and count losses that have a penalty."""
+    """The target's loss, and the nucleotide and count losses that have a penalty."""
 
     penalties: FinetunePenaltyOptions
 
@@ -175,7 +226,6 @@ class FinetuneObjective(Objective):
         penalties: FinetunePenaltyOptions,
         target_loss: TargetLoss,
         *,
-        unifrac: DistanceLoss | FaithLoss | None = None,
         frozen_asvs: Tensor | None = None,
     ) -> None:
         """Build the objective.
@@ -184,18 +234,16 @@ class FinetuneObjective(Objective):
             predictor: the model.
             penalties: weights of the losses.
             target_loss: of predictions (samples, outputs) and targets (samples,).
-            unifrac: distance loss, where it has a penalty.
             frozen_asvs: (all ASVs, dim) vectors of a frozen base, encoded once for the run.
         """
         super().__init__()
         self.predictor = predictor
         self.penalties = penalties
         self.target_loss = target_loss
-        self.unifrac = unifrac if penalties.unifrac_penalty else None
         self.frozen_asvs = frozen_asvs
 
     @property
-    def encoder(self) -> CommunityEncoder:  # type: ignore[override]
+    def encoder(self) -> AsvEncoder:  # type: ignore[override]
         """The base encoder."""
         return self.predictor.encoder
 
@@ -208,71 +256,41 @@ class FinetuneObjective(Objective):
 
     def draw(self, batch: Batch) -> Work:
         """Draw masks."""
-        truth = None
-        if isinstance(self.unifrac, DistanceLoss):
-            truth = self.unifrac.truth(batch)
         masked = None
         if self.penalties.nucleotide_penalty:
             masked = masked_copies(batch.tokens, self.penalties)
-        return Work(batch, masked, truth)
-
-    def encode_asvs(self, tokens: Ragged, first_row: int) -> Tensor:
-        """Vectors of sequences; without dropout where distances are learned."""
-        return self.encoder.encode_asvs(tokens, dropout=self.unifrac is None, first_row=first_row)
+        return Work(batch, masked)
 
     def encode_samples(self, vectors: Tensor, part: SamplePart) -> Terms:
-        """Predictions, and what the other losses need."""
-        encoder = self.encoder
-        encoded = self.encode(vectors, part)
+        """Predictions, and what the count loss needs."""
+        hidden = self.predictor.sample_encoder(vectors, part.slots, part.counts, part.first_slot)
         outputs = {
             "prediction": self.predictor(
-                encoded, part.categories, part.samples, first_row=part.first_slot
+                hidden, part.categories, part.samples, first_row=part.first_slot
             )
         }
         if self.penalties.count_penalty:
-            logits = self.predictor.count_logits(encoded.samples, part.first_slot)
+            logits = self.predictor.count_logits(hidden, part.first_slot)
             outputs["count_loss"] = count_divergence(logits, part.counts, part.slots)
-        if self.unifrac is not None:
-            outputs["z"] = encoder.unifrac_encoder(encoded, part.slots, part.first_slot)
         return outputs
 
-    def encode(self, vectors: Tensor, part: SamplePart) -> Encoded:
-        """The base encoder's view of samples; without graph where the base is frozen."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.frozen_asvs is None):
-            return self.encoder.encode_samples(vectors, part.slots, part.counts, part.first_slot)
-
     def losses(self, outputs: Terms, work: Work, first: int, last: int) -> Terms:
-        """Share of the target's, count and UniFrac losses."""
+        """Share of the target's and count losses."""
         batch = work.batch
-        assert batch.targets is not None
+        assert batch is not None and batch.targets is not None
         terms = self.target_loss.share(outputs["prediction"], batch.targets, first, last)
         if self.penalties.count_penalty:
             terms["count_loss"] = outputs["count_loss"][first:last].sum() / len(batch)
-        if self.unifrac is not None:
-            terms |= unifrac_share(self.unifrac, self.encoder, outputs["z"], work, first, last)
         return weighted(terms, self.penalties)
 
 
-def unifrac_share(
-    unifrac: DistanceLoss | FaithLoss | None,
-    encoder: CommunityEncoder,
-    z: Tensor,
-    work: Work,
-    first: int,
-    last: int,
-) -> Terms:
-    """Share of the distance or Faith PD loss."""
-    if isinstance(unifrac, DistanceLoss):
-        assert work.truth is not None
-        return unifrac.share(encoder, z, work.truth, first, last)
-    assert unifrac is not None
-    return unifrac.share(encoder, z, work.batch, first, last)
+PENALTY_OF = {"clade_loss": "unifrac_penalty"}
 
 
-def weighted(terms: Terms, penalties: PenaltyOptions) -> Terms:
+def weighted(terms: Terms, penalties: NucleotideOptions) -> Terms:
     """Add ``loss``: the sum of all losses, each times its penalty."""
     parts = [
-        getattr(penalties, name.removesuffix("_loss") + "_penalty") * value
+        getattr(penalties, PENALTY_OF.get(name, name.removesuffix("_loss") + "_penalty")) * value
         for name, value in terms.items()
         if name.endswith("_loss")
     ]

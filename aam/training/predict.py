@@ -49,7 +49,7 @@ def predict(config: PredictConfig) -> Path:
         )
     target = TargetInfo.from_dict(described["target"])
     dataset, keys = covariates_as_trained(samples, options, described, target)
-    tell(samples)
+    tell(samples.facts, samples.warnings)
     model.to(device)
     rows = np.arange(len(samples.ids))
     outputs = predict_outputs(model, dataset, rows, chunk=config.batch_size)

@@ -11,7 +11,7 @@ import numpy as np
 
 from aam.config import DistanceOptions, MetadataOptions, TableOptions
 from aam.data.dataset import SampleDataset
-from aam.data.distances import read_distances
+from aam.data.distances import PrecomputedDistances, read_distances
 from aam.data.facts import DataFact, name_some
 from aam.data.index import IndexUnwritableError, TableIndex, open_index, size_in_memory
 from aam.data.matching import match_ids
@@ -19,6 +19,7 @@ from aam.data.metadata import Metadata, read_metadata
 from aam.data.phylogeny import UniFrac
 from aam.data.splits import Split, leaking_columns, split_samples
 from aam.data.table import FeatureTable, rarefy, read_table
+from aam.data.table_distances import TableDistances
 from aam.data.tree import read_tree
 from aam.errors import InputError
 from aam.training.runs import refuse_breaks, say
@@ -187,31 +188,39 @@ def _with_empty_rows(
     return replace(metadata, ids=metadata.ids + lacking, cells=cells), told
 
 
+def attach_tree(
+    samples: Samples, table_options: TableOptions, tree: Path, drop_missing: bool
+) -> UniFrac:
+    """Unweighted UniFrac of the samples by a tree.
+
+    Raises:
+        InputError: the tree cannot be used, or does not hold the table's features.
+    """
+    read = read_tree(tree, sequences=table_options.sequences)
+    source = UniFrac(samples.table, read, "unweighted", drop_missing=drop_missing)
+    samples.facts += source.facts
+    return source
+
+
 def attach_distances(
     samples: Samples, table_options: TableOptions, options: DistanceOptions
-) -> Any:
-    """True distances between the samples, from a tree or a precomputed matrix.
+) -> UniFrac | PrecomputedDistances | TableDistances:
+    """True distances between the samples: by a tree, from a matrix, or of the table itself.
 
     Samples without distances are dropped from `samples` where that is allowed.
 
-    Returns:
-        An object with ``pairwise(rows)``; a `UniFrac` also has ``faith_pd(rows)``.
-
     Raises:
-        InputError: neither or both are given, or they do not fit the table.
+        InputError: none or several are given, or they do not fit the table.
     """
-    if (options.tree is None) == (options.unifrac_matrix is None):
+    given = [options.tree, options.unifrac_matrix, options.distance]
+    if sum(one is not None for one in given) != 1:
         raise InputError(
-            "give either --tree or --unifrac-matrix, for the distances between samples"
+            "give one of --tree, --unifrac-matrix and --distance: what samples are compared by"
         )
     if options.tree is not None:
-        tree = read_tree(options.tree, sequences=table_options.sequences)
-        metric = options.unifrac_metric.replace("faith-pd", "unweighted")
-        source = UniFrac(samples.table, tree, metric, drop_missing=options.drop_missing_tips)
-        samples.facts += source.facts
-        return source
-    if options.unifrac_metric == "faith-pd":
-        raise InputError("--unifrac-metric faith-pd needs --tree")
+        return attach_tree(samples, table_options, options.tree, options.drop_missing_tips)
+    if options.distance is not None:
+        return TableDistances.of(samples.table, options.distance)
     assert options.unifrac_matrix is not None
     matrix = read_distances(
         options.unifrac_matrix,
@@ -326,12 +335,12 @@ def read_ids(path: Path, known: set[str]) -> tuple[str, ...]:
     return ids
 
 
-def tell(samples: Samples) -> None:
+def tell(facts: Sequence[DataFact], warnings: Sequence[str] = ()) -> None:
     """Print what was read, dropped and cut, and every warning."""
-    for fact in samples.facts:
+    for fact in facts:
         detail = f" ({fact.detail})" if fact.detail else ""
         say(f"{'' if fact.kind == 'info' else fact.kind + ': '}{fact.count} {fact.what}{detail}")
-    for warning in samples.warnings:
+    for warning in warnings:
         say(f"warning: {warning}")
 
 

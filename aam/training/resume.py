@@ -10,7 +10,6 @@ import numpy as np
 
 from aam.config import to_dict
 from aam.data.splits import Split
-from aam.data.table import FeatureTable
 from aam.errors import InputError
 from aam.training import ranks
 from aam.training.checkpoint import load_state
@@ -105,17 +104,17 @@ def usable_checkpoint(folder: Path) -> Path | None:
     return best
 
 
-def fingerprint(table: FeatureTable, parts: Split, *arrays: np.ndarray | None) -> str:
+def fingerprint(contents: str, parts: Split, *arrays: np.ndarray | None) -> str:
     """A digest of everything that the data contribute to a step.
 
     Args:
-        table: the samples and their counts.
+        contents: a digest of the table, or of what else is learned from.
         parts: which samples are trained on.
         arrays: targets, categories or some distances; real numbers count to 5 decimals, so that
             another machine's last bits are no difference.
     """
     digest = hashlib.sha256()
-    digest.update(table.digest().encode())
+    digest.update(contents.encode())
     for ids in (parts.train, parts.validation):
         digest.update("\n".join(ids).encode() + b"\0")
     for array in arrays:

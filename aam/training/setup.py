@@ -18,11 +18,9 @@ from torch import nn
 
 from aam import __version__
 from aam.config import RunOptions, to_dict
-from aam.data.splits import Split
 from aam.errors import InputError
 from aam.training import ranks
 from aam.training.layout import Layout, find_layout
-from aam.training.prepare import Samples
 from aam_kernels import available_impls
 
 COMPILERS = ("g++", "clang++", "c++")
@@ -177,15 +175,10 @@ def command_line(command: str) -> str:
 
 
 def run_facts(
-    config: Any,
-    fabric: Any,
-    trainer: Any,
-    samples: Samples,
-    parts: Split,
-    model: nn.Module,
-    started: float,
+    config: Any, fabric: Any, trainer: Any, job: Any, started: float
 ) -> dict[str, Any]:
     """What summary.json says of the run before its results."""
+    parts, unit = job.parts, job.names
     device = fabric.device
     return {
         "title": f"{config.command} {config.run.output_dir.name}",
@@ -199,12 +192,12 @@ def run_facts(
         "steps": trainer.progress.step,
         "epochs": trainer.progress.epoch,
         "best_step": trainer.progress.best_step,
-        "samples_train": len(parts.train),
-        "samples_validation": len(parts.validation),
-        "parameters": sum(one.numel() for one in model.parameters()),
-        "data": [asdict(fact) for fact in samples.facts],
+        f"{unit}_train": len(parts.train),
+        f"{unit}_validation": len(parts.validation),
+        "parameters": sum(one.numel() for one in job.model.parameters()),
+        "data": [asdict(fact) for fact in job.facts],
         "results": [],
-        "warnings": list(samples.warnings),
+        "warnings": list(job.warnings),
         "config": to_dict(config),
         "target": None,
     }

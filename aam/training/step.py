@@ -1,18 +1,19 @@
 """One step of training, exact however it is cut: in pieces that fit the memory, over many ranks.
 
-The loss compares all pairs of the step's samples, so its gradient cannot be had from a part of
-them. It can be had from their embeddings (the gradient cache of Gao et al. 2021,
-arXiv:2101.06983), and here in two stages, because a sample is made of ASVs that it shares:
+Losses of sequences (memberships in clades, masked nucleotides) are plain sums, so pieces add up.
+A loss that compares all pairs of the step's samples is none; its gradient can be had from their
+presences (the gradient cache of Gao et al. 2021, arXiv:2101.06983), and here in two stages,
+because a sample is made of ASVs that it shares:
 
-    nucleotides      masked copies -> loss                        forward and backward, by piece
+    asv_losses       noisy sequences -> losses                    forward and backward, by piece
     encode_asvs      distinct ASVs of all samples -> vectors      by piece, without graph
-    encode_samples   vectors -> embeddings, predictions           by piece, without graph
-    losses           all pairs -> gradients of the embeddings     by block of samples
+    encode_samples   vectors -> presences, predictions            by piece, without graph
+    losses           all pairs -> gradients of these outputs      by block of samples
     encode_samples   again, backward -> gradients of the vectors  by piece
     encode_asvs      again, backward -> gradients of the weights  by piece
 
 A stage of one piece keeps its graph and is not computed again. Every distinct ASV is encoded once
-in the whole step. Ranks share the ASVs and the samples among them, and exchange vectors, embeddings
+in the whole step. Ranks share the ASVs and the samples among them, and exchange vectors, outputs
 and their gradients; the weights' gradients are added up at the end. What is random about the data
 is drawn before anything is cut, and dropout is a function of an element's place in the whole, so
 loss and gradients are those of one piece on one device, to float32 rounding.
@@ -30,11 +31,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aam.data.asvs import AsvBatch
 from aam.data.dataset import Batch
 from aam.errors import InputError
 from aam.training.exchange import Exchange, cut
 from aam.training.losses import Terms, blocks
-from aam.training.masking import MaskedCopies
 from aam.training.objectives import Objective, SamplePart, Work
 from aam_kernels import Ragged
 
@@ -85,11 +86,11 @@ class Step:
         self.equal_calls = equal_calls
         self.parameters = [one for one in objective.parameters() if one.requires_grad]
 
-    def __call__(self, batch: Batch, pieces: int = 1) -> dict[str, float]:
+    def __call__(self, batch: Batch | AsvBatch, pieces: int = 1) -> dict[str, float]:
         """Compute loss terms and gradients; draws from torch's default generators.
 
         Args:
-            batch: all samples of the step, on the device; the same on every rank.
+            batch: all samples (or ASVs) of the step, on the device; the same on every rank.
             pieces: into how many each stage is cut.
 
         Returns:
@@ -110,48 +111,40 @@ class Step:
 
     def _compute(self, work: Work, seeds: list[int], pieces: int) -> dict[str, float]:
         sums: Terms = {}
-        if work.masked is not None:
-            self._together(lambda: self._nucleotides(work, seeds[0], pieces, sums))
-        if work.encodes_samples:
-            self._samples(work, seeds, pieces, sums)
+        if work.noisy is not None:
+            self._together(lambda: self._asvs(work, seeds[0], pieces, sums))
+        if work.batch is not None:
+            self._samples(work, work.batch, seeds, pieces, sums)
         self.exchange.sum_gradients(self.parameters)
         values = self.exchange.sum_(torch.stack([one.float() for one in sums.values()]))
         return dict(zip(sums, values.tolist(), strict=True))
 
-    def _nucleotides(self, work: Work, seed: int, pieces: int, sums: Terms) -> None:
-        """Masked nucleotides: each piece forward and backward."""
-        copies = work.masked
-        assert copies is not None
-        for part in self._parts(copies.tokens, pieces):
-            low, high = torch.searchsorted(
-                copies.positions,
-                torch.tensor([part.values.start, part.values.stop], device=copies.positions.device),
-            ).tolist()
-            own = MaskedCopies(
-                part.of(copies.tokens),
-                copies.positions[low:high] - part.first_row,
-                copies.true[low:high],
-            )
-            terms = self._stage(seed, "nucleotides", own, len(copies.positions), part.first_row)
+    def _asvs(self, work: Work, seed: int, pieces: int, sums: Terms) -> None:
+        """Losses that are plain sums over sequences: each piece forward and backward."""
+        assert work.noisy is not None
+        for part in self._parts(work.noisy.tokens, pieces):
+            own = work.noisy.part(part.rows, part.values)
+            terms = self._stage(seed, "asv_losses", own, work, part.first_row)
             terms["loss"].backward()
             add(sums, terms)
 
-    def _samples(self, work: Work, seeds: list[int], pieces: int, sums: Terms) -> None:
+    def _samples(
+        self, work: Work, batch: Batch, seeds: list[int], pieces: int, sums: Terms
+    ) -> None:
         """Everything that is learned from samples."""
-        batch = work.batch
         asvs = Stage(self._parts(batch.tokens, pieces))
         samples = Stage(self._parts(batch.slots, pieces))
         frozen = self.objective.frozen_asvs
         if frozen is None:
             own = self._together(
-                lambda: asvs.forward(lambda part: {"vectors": self._vectors(work, part, seeds[1])})
+                lambda: asvs.forward(lambda part: {"vectors": self._vectors(batch, part, seeds[1])})
             )
             vectors = self.exchange.gather(own["vectors"], self._counts(batch.tokens))
             vectors = vectors.detach().requires_grad_()
         else:
             vectors = frozen[batch.asv_ids]
         outputs = self._together(
-            lambda: samples.forward(lambda part: self._outputs(work, vectors, part, seeds[2]))
+            lambda: samples.forward(lambda part: self._outputs(batch, vectors, part, seeds[2]))
         )
         counts = self._counts(batch.slots)
         leaves = {
@@ -166,7 +159,7 @@ class Step:
             gradients[name] = self.exchange.sum_(whole)[low:high]
         self._together(
             lambda: samples.backward(
-                gradients, lambda part: self._outputs(work, vectors, part, seeds[2])
+                gradients, lambda part: self._outputs(batch, vectors, part, seeds[2])
             )
         )
         if frozen is None:
@@ -175,16 +168,15 @@ class Step:
             gradient = {"vectors": self.exchange.sum_(whole)[low:high]}
             self._together(
                 lambda: asvs.backward(
-                    gradient, lambda part: {"vectors": self._vectors(work, part, seeds[1])}
+                    gradient, lambda part: {"vectors": self._vectors(batch, part, seeds[1])}
                 )
             )
 
-    def _vectors(self, work: Work, part: Part, seed: int) -> Tensor:
-        return self._stage(seed, "encode_asvs", part.of(work.batch.tokens), part.first_row)
+    def _vectors(self, batch: Batch, part: Part, seed: int) -> Tensor:
+        return self._stage(seed, "encode_asvs", part.of(batch.tokens), part.first_row)
 
-    def _outputs(self, work: Work, vectors: Tensor, part: Part, seed: int) -> Terms:
+    def _outputs(self, batch: Batch, vectors: Tensor, part: Part, seed: int) -> Terms:
         """Outputs of some samples, from the vectors of their own ASVs alone."""
-        batch = work.batch
         slots = part.of(batch.slots)
         if len(slots) < len(batch.slots):
             used, place = torch.unique(slots.values, return_inverse=True)
@@ -196,6 +188,7 @@ class Step:
 
     def _losses(self, work: Work, leaves: Terms, sums: Terms) -> None:
         """This rank's blocks of the loss; leaves its part of the gradients in the leaves."""
+        assert work.batch is not None
         samples = len(work.batch.slots)
         width = max(leaf[0].numel() for leaf in leaves.values())
         own = blocks(samples, width, self.exchange.size)[self.exchange.rank :: self.exchange.size]

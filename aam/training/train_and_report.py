@@ -2,40 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
-from aam.config import to_dict
+from aam.config import OptimizerOptions, to_dict
+from aam.data.asvs import AsvDataset
 from aam.data.dataset import SampleDataset
+from aam.data.facts import DataFact
 from aam.data.splits import Split
 from aam.training import ranks
 from aam.training.checkpoint import MODEL_FILE, save_model
 from aam.training.loop import Trainer
 from aam.training.memory import Batching
 from aam.training.objectives import Objective
-from aam.training.prepare import Samples
+from aam.training.resume import check_same_data
 from aam.training.runs import Run, say
 from aam.training.setup import compile_stacks, run_facts
 
+USUAL_EPOCHS = 20
+USUAL_LEARNING_RATE = 6e-4
+
+
+@dataclass
+class Job:
+    """A model, what it learns from, and what is said of it in the end.
+
+    Attributes:
+        objective: what is learned.
+        model: what of it is saved.
+        dataset: samples or ASVs, on the device.
+        rows: which of them train.
+        parts: names of those that train and those that validate.
+        options: of the optimizer, with every value given.
+        validate: validation metrics of the current weights; all ranks call it.
+        best_metric: the metric that chooses the best ones, if no option does.
+        description: kept with the weights.
+        arrays: what the model knows beside them.
+        write_results: writes the final measurements, and the summary with them.
+        facts: what was read, dropped and cut.
+        warnings: what a reader should know before trusting a number.
+        names: what `parts` name: samples or sequences.
+    """
+
+    objective: Objective
+    model: nn.Module
+    dataset: SampleDataset | AsvDataset
+    rows: np.ndarray
+    parts: Split
+    options: OptimizerOptions
+    validate: Callable[[], dict[str, float | None]]
+    best_metric: str
+    description: dict[str, Any]
+    arrays: Mapping[str, np.ndarray]
+    write_results: Callable[[Run, dict[str, Any]], None]
+    facts: list[DataFact]
+    warnings: list[str]
+    names: str = "samples"
+
+
+def usual_options(options: OptimizerOptions) -> OptimizerOptions:
+    """Epochs and learning rate of a run that samples teach, where none are given."""
+    return replace(
+        options,
+        epochs=USUAL_EPOCHS if options.epochs is None else options.epochs,
+        lr=USUAL_LEARNING_RATE if options.lr is None else options.lr,
+    )
+
 
 def train_and_report(
-    config: Any,
-    fabric: Any,
-    state: dict[str, Any] | None,
-    objective: Objective,
-    model: nn.Module,
-    dataset: SampleDataset,
-    samples: Samples,
-    parts: Split,
-    *,
-    validate: Callable[[], dict[str, float | None]],
-    best_metric: str,
-    description: dict[str, Any],
-    write_results: Callable[[Run, dict[str, Any]], None],
-    started: float,
+    config: Any, fabric: Any, state: dict[str, Any] | None, job: Job, started: float
 ) -> Path:
     """Train, and leave the best model, its results and the report in the run folder.
 
@@ -43,44 +83,36 @@ def train_and_report(
         config: all options of the command.
         fabric: a launched Lightning Fabric.
         state: of the checkpoint to continue; None: begin.
-        objective: what is learned.
-        model: what of it is saved.
-        dataset: the samples as tensors.
-        samples: their names and facts.
-        parts: which of them train and which validate.
-        validate: validation metrics of the current weights.
-        best_metric: the metric that chooses the best ones, if no option does.
-        description: kept with the weights.
-        write_results: writes the final measurements, and the summary with them.
+        job: what is trained.
         started: when the command was, in seconds since the epoch.
 
     Returns:
         The run folder.
     """
+    check_same_data(state, config, job.description)
     if config.run.compile_model:
-        compile_stacks(model)
-    options, seed = config.optimizer, config.run.seed
-    rows = samples.rows(parts.train)
-    batching = Batching(rows, dataset, objective, options, fabric.device, seed)
+        compile_stacks(job.model)
+    seed = config.run.seed
+    batching = Batching(job.rows, job.dataset, job.objective, job.options, fabric.device, seed)
     run = Run(config.run, config, keep_steps=None if state is None else state["progress"]["step"])
-    run.write_split(parts)
+    run.write_split(job.parts)
     trainer = Trainer(
         fabric,
-        objective,
-        dataset,
+        job.objective,
+        job.dataset,
         batching,
-        options,
+        job.options,
         run,
-        validate=validate,
-        best_metric=options.best_metric or best_metric,
-        description=description,
+        validate=job.validate,
+        best_metric=job.options.best_metric or job.best_metric,
+        description=job.description,
         config=to_dict(config),
         seed=seed,
     )
     trainer.train(state)
     if ranks.first():
-        save_model(run.path / MODEL_FILE, model, description)
-        write_results(run, run_facts(config, fabric, trainer, samples, parts, model, started))
+        save_model(run.path / MODEL_FILE, job.model, job.description, job.arrays)
+        job.write_results(run, run_facts(config, fabric, trainer, job, started))
         run.close()
         from aam.report import write_report
 

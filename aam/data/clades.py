@@ -1,0 +1,369 @@
+"""The clades of a tree that some ASVs make: what a sequence can be a member of.
+
+The tree is sheared to the ASVs that training knows. A *clade* is a branch with two or more of
+them below it, but not all; a *pendant* is the length above an ASV that it shares with none. Nodes
+stand in post-order, so the ASVs below a clade are one contiguous range of tips, and whether ASV t
+is a member of clade k is ``start[k] <= t < stop[k]``: no matrix of memberships is ever needed.
+
+UniFrac, Faith PD and weighted UniFrac of any ASVs follow from where each joins the tree: known
+ones at their own tip, new ones on a branch, with a pendant of their own (`Clades.graft`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aam.data.rows import ranges
+from aam.data.texts import Texts
+from aam.data.tree import Phylogeny
+
+LEAST_LENGTH = 1e-5
+"""Branches that are not longer are no clade: their members are those of the branch above."""
+
+LONGEST_WEIGHT = 5.0
+"""Most that one clade counts in the loss, in mean lengths."""
+
+
+@dataclass(frozen=True, eq=False)
+class Clades:
+    """A tree sheared to the known ASVs, and its clades.
+
+    Attributes:
+        tree: the sheared phylogeny; its tips are the known ASVs, in post-order, named by their
+            sequences.
+    """
+
+    tree: Phylogeny
+
+    def __len__(self) -> int:
+        """Number of clades."""
+        return len(self.nodes)
+
+    @property
+    def sequences(self) -> Texts:
+        """The known ASVs; their order is that of the tips."""
+        return Texts.of(self.tree.tip_names)
+
+    @cached_property
+    def nodes(self) -> NDArray[np.int64]:
+        """``(clades,)`` node of each clade in the tree, ascending: members before what holds them."""
+        size = self.tree.tip_stop - self.tree.tip_start
+        is_clade = (size > 1) & (size < len(self.tree.tip_names))
+        return np.flatnonzero(is_clade & (self.tree.length > LEAST_LENGTH))
+
+    @cached_property
+    def start(self) -> NDArray[np.int64]:
+        """``(clades,)`` first tip below each clade."""
+        return self.tree.tip_start[self.nodes]
+
+    @cached_property
+    def stop(self) -> NDArray[np.int64]:
+        """``(clades,)`` the tip after the last below each clade."""
+        return self.tree.tip_stop[self.nodes]
+
+    @cached_property
+    def length(self) -> NDArray[np.float64]:
+        """``(clades,)`` length of each clade's branch, in the tree's units."""
+        return self.tree.length[self.nodes]
+
+    @cached_property
+    def weight(self) -> NDArray[np.float64]:
+        """``(clades,)`` how much each clade counts in the loss: its length over the mean, at most 5."""
+        return np.minimum(self.length / max(self.length.mean(), LEAST_LENGTH), LONGEST_WEIGHT)
+
+    @cached_property
+    def clade_of_node(self) -> NDArray[np.int64]:
+        """``(nodes,)`` the clade that each node is, or lies in; -1: none."""
+        clade = np.full(len(self.tree), -1, dtype=np.int64)
+        clade[self.nodes] = np.arange(len(self.nodes))
+        at = np.arange(len(self.tree))
+        parent = np.where(self.tree.parent < 0, at, self.tree.parent)
+        up = np.where(clade >= 0, at, parent)  # the root and clades lead to themselves
+        while True:  # twice as far each time
+            further = up[up]
+            if (further == up).all():
+                return clade[up]
+            up = further
+
+    @cached_property
+    def parent(self) -> NDArray[np.int64]:
+        """``(clades,)`` the smallest clade that holds each one; -1: none."""
+        return self.clade_of_node[self.tree.parent[self.nodes]]
+
+    @cached_property
+    def tip_nodes(self) -> NDArray[np.int64]:
+        """``(known ASVs,)`` node of each tip."""
+        return self.tree.tip_nodes
+
+    @cached_property
+    def lowest(self) -> NDArray[np.int64]:
+        """``(known ASVs,)`` the smallest clade of each; -1: none."""
+        return self.clade_of_node[self.tree.parent[self.tip_nodes]]
+
+    @cached_property
+    def pendant(self) -> NDArray[np.float64]:
+        """``(known ASVs,)`` length above each that it shares with no other."""
+        return self.tree.length[self.tip_nodes]
+
+    @cached_property
+    def levels(self) -> list[NDArray[np.int64]]:
+        """The clades by how many hold them, outermost first; a clade's parent is a level before."""
+        depth = np.zeros(len(self), dtype=np.int64)
+        for clade in range(len(self) - 1, -1, -1):  # parents come after their children
+            above = self.parent[clade]
+            depth[clade] = depth[above] + 1 if above >= 0 else 0
+        order = np.argsort(depth, kind="stable")
+        return np.split(order, np.cumsum(np.bincount(depth))[:-1]) if len(self) else []
+
+    @cached_property
+    def _children(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Clades by the clade that holds them, and where those of each begin; outermost last."""
+        above = np.where(self.parent < 0, len(self), self.parent)
+        order = np.argsort(above, kind="stable")
+        return order, np.searchsorted(above[order], np.arange(len(self) + 2))
+
+    def near(self, tips: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The clades of some known ASVs and the sisters of these clades, ascending.
+
+        Args:
+            tips: ``(n,)`` the ASVs.
+        """
+        on_path = np.zeros(len(self) + 1, dtype=bool)
+        on_path[-1] = True  # holds the outermost ones
+        at = np.unique(self.lowest[tips])
+        while len(at := at[at >= 0]):
+            at = at[~on_path[at]]
+            on_path[at] = True
+            at = np.unique(self.parent[at])
+        order, starts = self._children
+        holding = np.flatnonzero(on_path)
+        below = order[ranges(starts[holding], starts[holding + 1] - starts[holding])]
+        on_path[below] = True
+        return np.flatnonzero(on_path[:-1])
+
+    @cached_property
+    def depth(self) -> NDArray[np.float64]:
+        """``(nodes,)`` length of clades from the root to each node, the node's own included."""
+        clade = np.zeros(len(self.tree))
+        clade[self.nodes] = self.length
+        return _sums_to_root(self.tree.parent, clade)
+
+    def jaccard(self, one: Grafts, other: Grafts) -> NDArray[np.float64]:
+        """``(n,)`` length of the clades that two places share, of what either holds; 1: none held.
+
+        Args:
+            one: where ASVs join the tree.
+            other: where the same ASVs join it by another opinion.
+        """
+        held, theirs = self._held(one), self._held(other)
+        meeting = self._meeting(one.node, other.node)
+        # On the same branch the shorter part is shared; else all above the branch where they meet.
+        same = one.node == other.node
+        below_one = (meeting == one.node) & ~same  # the other joins below: all of this one's part
+        below_other = (meeting == other.node) & ~same
+        shared = np.where(same, np.minimum(held, theirs), self.depth[meeting])
+        shared = np.where(below_one, held, np.where(below_other, theirs, shared))
+        whole = held + theirs - shared
+        return np.divide(shared, whole, out=np.ones_like(whole), where=whole > 0)
+
+    def _held(self, grafts: Grafts) -> NDArray[np.float64]:
+        """Length of the clades that each new ASV is a member of, parts of a branch included."""
+        is_clade = np.zeros(len(self.tree), dtype=bool)
+        is_clade[self.nodes] = True
+        missing = np.maximum(self.tree.length[grafts.node] - grafts.shared, 0.0)
+        return self.depth[grafts.node] - np.where(is_clade[grafts.node], missing, 0.0)
+
+    def _meeting(
+        self, one: NDArray[np.int64], other: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """The lowest node that holds both nodes of each pair."""
+        low, high = np.minimum(one, other), np.maximum(one, other)
+        first, last = self.tree.tip_start[low], self.tree.tip_stop[low]
+        while True:  # the later node, up to where it holds the earlier one
+            start, stop = self.tree.tip_start[high], self.tree.tip_stop[high]
+            outside = (first < start) | (last > stop)
+            if not outside.any():
+                return high
+            high = np.where(outside, self.tree.parent[high], high)
+
+    def spread(self, lowest: NDArray[np.int64], values: NDArray[np.float32], into: NDArray) -> None:
+        """Add each ASV's value to all clades on its path.
+
+        Args:
+            lowest: ``(n,)`` the smallest clade of each; -1: none.
+            values: ``(n,)``.
+            into: ``(n, clades)`` float32, changed in place.
+        """
+        rows, at = np.arange(len(lowest)), lowest
+        while (on := at >= 0).any():
+            into[rows[on], at[on]] += values[on]
+            at = np.where(on, self.parent[at], -1)
+
+    def graft(self, grafts: Grafts, names: Sequence[str]) -> Phylogeny:
+        """The tree with new ASVs on it.
+
+        Each joins a branch at some height, through a node of its own; lower ones first.
+
+        Args:
+            grafts: where each joins, and its own length.
+            names: of the new tips.
+        """
+        tree, count = self.tree, len(grafts)
+        shared = np.clip(grafts.shared, 0.0, tree.length[grafts.node])
+        order = np.lexsort((-shared, grafts.node))
+        node, shared = grafts.node[order], shared[order]
+        on_branch = np.bincount(node, minlength=len(tree))
+        before = np.cumsum(on_branch) - on_branch  # grafts on the branches of earlier nodes
+        place = np.arange(len(tree)) + 2 * before  # of the old nodes
+        tip = 2 * np.arange(count) + node + 1  # of the new ones, after the node whose branch it is
+        joint = tip + 1
+        is_top = np.ones(count, dtype=bool)
+        is_top[:-1] = node[1:] != node[:-1]
+        is_lowest = np.roll(is_top, 1)
+        total = len(tree) + 2 * count
+        parent, length = np.full(total, -1, dtype=np.int64), np.zeros(total)
+        up = tree.parent
+        top_of = place + 2 * on_branch  # the highest joint of each branch, or the node itself
+        above = np.where(up >= 0, place[up], -1)
+        parent[place], length[place] = above, tree.length
+        parent[tip], length[tip] = joint, grafts.own[order]
+        parent[joint[~is_top]] = joint[np.flatnonzero(~is_top) + 1]
+        parent[joint[is_top]] = above[node[is_top]]
+        grafted = node[is_lowest]
+        parent[place[grafted]] = joint[is_lowest]
+        length[place[grafted]] -= shared[is_lowest]
+        length[joint] = shared
+        length[joint[~is_top]] -= shared[np.flatnonzero(~is_top) + 1]
+        assert count == 0 or top_of[node[-1]] == joint[-1]
+        # Tips below: a node's own, and the grafts on branches within its subtree.
+        first = self.tip_nodes[tree.tip_start]  # the first node of each subtree
+        start = tree.tip_start + before[first]
+        tip_start, tip_stop = np.empty(total, dtype=np.int64), np.empty(total, dtype=np.int64)
+        tip_start[place], tip_stop[place] = start, tree.tip_stop + before
+        own = tip_stop[place[node]] + np.arange(count) - before[node]
+        tip_start[tip], tip_stop[tip] = own, own + 1
+        tip_start[joint], tip_stop[joint] = start[node], own + 1
+        known, new = Texts.of(tree.tip_names), Texts.of(list(names))
+        number = np.empty(len(known) + count, dtype=np.int64)
+        number[tip_start[place[self.tip_nodes]]] = np.arange(len(known))
+        number[own] = len(known) + order
+        return Phylogeny(known.joined(new).take(number), parent, length, tip_start, tip_stop, tree.source)
+
+    def to_arrays(self) -> dict[str, NDArray[Any]]:
+        """The tree as arrays that a file can hold; `from_arrays` reads them."""
+        tree = self.tree
+        return {
+            **known_arrays(self.sequences),
+            "tree.parent": tree.parent,
+            "tree.length": tree.length,
+            "tree.tip_start": tree.tip_start,
+            "tree.tip_stop": tree.tip_stop,
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], source: str) -> Clades:
+        """Read what `to_arrays` gave."""
+        names = ("parent", "length", "tip_start", "tip_stop")
+        return cls(Phylogeny(known_sequences(arrays), *(arrays[f"tree.{n}"] for n in names), source))
+
+
+@dataclass(frozen=True)
+class Grafts:
+    """Where new ASVs join the tree.
+
+    Attributes:
+        node: ``(n,)`` int64, whose branch each joins.
+        shared: ``(n,)`` float64, how much of that branch it shares, from the top.
+        own: ``(n,)`` float64, the length that is its own.
+    """
+
+    node: NDArray[np.int64]
+    shared: NDArray[np.float64]
+    own: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        """Number of new ASVs."""
+        return len(self.node)
+
+    def take(self, index: NDArray[Any]) -> Grafts:
+        """Some of them, by numbers or a mask."""
+        return Grafts(self.node[index], self.shared[index], self.own[index])
+
+
+def known_arrays(sequences: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """Sequences as arrays that a file can hold; `known_sequences` reads them."""
+    packed = Texts.of(sequences).packed()
+    return {"known.bases": packed.buffer, "known.stops": packed.stops}
+
+
+def known_sequences(arrays: Mapping[str, NDArray[Any]]) -> Texts:
+    """The sequences that a model's file holds."""
+    stops = arrays["known.stops"]
+    return Texts(arrays["known.bases"], np.concatenate(([0], stops[:-1])).astype(np.int64), stops)
+
+
+@dataclass(frozen=True, eq=False)
+class TreeSplit:
+    """A tree's ASVs: those that are known, and those that are left out to be placed.
+
+    Attributes:
+        clades: of the known ones.
+        unseen: sequences of the others.
+        truth: where the others join.
+    """
+
+    clades: Clades
+    unseen: Texts
+    truth: Grafts
+
+
+def split_tree(tree: Phylogeny, known: NDArray[np.bool_]) -> TreeSplit:
+    """The clades of a tree's known tips, and where its other tips join.
+
+    Args:
+        tree: tips are named by their sequences.
+        known: ``(tips,)`` bool.
+    """
+    unseen = np.flatnonzero(~known)
+    truth = true_grafts(tree, known, unseen)
+    return TreeSplit(Clades(tree.shear(known)), Texts.of(tree.tip_names).take(unseen), truth)
+
+
+def true_grafts(
+    tree: Phylogeny, kept: NDArray[np.bool_], tips: NDArray[np.int64]
+) -> Grafts:
+    """Where tips of a tree join what is left of it when only some others are kept.
+
+    Args:
+        tree: the whole tree.
+        kept: ``(tips of the tree,)`` bool, those that are left.
+        tips: ``(n,)`` others.
+    """
+    runs = tree.runs(kept)
+    with_length = np.where(runs.of_node < 0, tree.length, 0.0)
+    # The lowest node above each tip that has kept tips below.
+    at, own = tree.tip_nodes[tips], np.zeros(len(tips))
+    while (lost := runs.of_node[at] < 0).any():
+        own += np.where(lost, with_length[at], 0.0)
+        at = np.where(lost, tree.parent[at], at)
+    node = runs.of_node[at]
+    before = np.concatenate(([0.0], np.cumsum(tree.length[runs.nodes])))
+    stop = np.append(runs.start[1:], len(runs.nodes))[node]
+    return Grafts(node, before[stop] - before[np.searchsorted(runs.nodes, at)], own)
+
+
+def _sums_to_root(
+    parent: NDArray[np.int64], values: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Sum of the values of each node and all above it."""
+    sums, up = values.copy(), parent.copy()
+    while (going := up >= 0).any():  # twice as far each time
+        above = np.where(going, up, 0)
+        sums, up = sums + np.where(going, sums[above], 0.0), np.where(going, up[above], -1)
+    return sums

@@ -1,0 +1,355 @@
+"""The nearest known sequences of any sequences, by shared 8-mers and then by edit distance.
+
+1. Candidates: the known sequences that hold most of a query's distinct 8-mers, counted along an
+   inverted index (8-mer -> sequences). The shared 8-mers also say on which diagonal the two lie.
+2. Edit distance of each candidate in a band around that diagonal, with free ends on both sides: a
+   query that is trimmed, longer or shifted pays nothing for what overhangs. The row-by-row
+   recurrence runs over all pairs at once. Its cost is of the order of a compiled one-pair aligner
+   (edlib, Sosic and Sikic 2017) without a further dependency.
+3. The nearest candidates are kept; the nearest one's alignment gives the query's bases in the
+   coordinates of that known sequence.
+
+Distances are in edits over a whole query: edits in the overlap, scaled by the query's length over
+the overlap's, plus half the share of 8-mers that are missing, which breaks ties.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aam.data.texts import Texts
+
+WORD = 8
+"""Bases of the words that candidates are found by."""
+
+CANDIDATES = 40
+"""Known sequences whose edit distance is computed, a query."""
+
+NEAREST = 10
+"""Known sequences that vote, a query."""
+
+BAND = 12
+"""Diagonals on either side of the one that shared words vote for: insertions minus deletions."""
+
+FOREIGN = 0.3
+"""Edits a base from which a query counts as one of another region."""
+
+_CODES = 4**WORD
+_BLOCK_PAIRS = 8192
+_BLOCK_SEQUENCES = 16_384
+_BLOCK_ALIGNED = 4096
+
+_BASE_OF_BYTE = np.zeros(256, dtype=np.uint8)  # A1 C2 G3 T4, as the model's tokens; 0: any other
+for _base, _letters in enumerate((b"Aa", b"Cc", b"Gg", b"TtUu"), start=1):
+    _BASE_OF_BYTE[list(_letters)] = _base
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """The nearest known sequences of some queries.
+
+    Attributes:
+        index: ``(n, candidates)`` int64, known sequences, nearest first; -1: no more were found.
+        distance: ``(n, candidates)`` float64, edits; infinite where ``index`` is -1.
+        diagonal: ``(n, candidates)`` int64, place in the known sequence less place in the query.
+        aligned: ``(n, longest known)`` uint8, the query's base (A1 C2 G3 T4) at each position of
+            the nearest known sequence; 0 where it has none. Insertions are left out.
+        reverse: ``(n,)`` bool, the query's reverse complement is far nearer than the query.
+        foreign: ``(n,)`` bool, nothing known is near enough to be of the same region.
+    """
+
+    index: NDArray[np.int64]
+    distance: NDArray[np.float64]
+    diagonal: NDArray[np.int64]
+    aligned: NDArray[np.uint8]
+    reverse: NDArray[np.bool_]
+    foreign: NDArray[np.bool_]
+
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        """``(n, NEAREST)`` votes of the nearest, exp(-(distance - least) / 2), of sum 1 or 0."""
+        distance = self.distance[:, :NEAREST]
+        least = np.where(np.isfinite(distance[:, :1]), distance[:, :1], 0.0)
+        votes = np.exp((least - distance) / 2)
+        return votes / np.maximum(votes.sum(axis=1, keepdims=True), 1e-12)
+
+
+class Neighbours:
+    """An index of known sequences, asked for the nearest of any others.
+
+    It holds 4 bytes for each distinct 8-mer of each sequence, and the bases: about 50 MB for
+    100,000 sequences of 100 bases.
+    """
+
+    def __init__(self, known: Sequence[str]) -> None:
+        """Index the known sequences."""
+        self.bases = bases_of(known)
+        self.lengths = self.bases.shape[1] - (self.bases[:, ::-1] > 0).argmax(axis=1)
+        codes, rows = [], []
+        for low in range(0, len(self.bases), _BLOCK_SEQUENCES):
+            words = np.sort(_words(self.bases[low : low + _BLOCK_SEQUENCES]), axis=1)
+            first = words < _CODES
+            first[:, 1:] &= words[:, 1:] != words[:, :-1]
+            codes.append(words[first].astype(np.uint16))
+            rows.append((low + np.nonzero(first)[0]).astype(np.int32))
+        code = np.concatenate(codes)
+        self._holders = np.concatenate(rows)[np.argsort(code, kind="stable")]
+        counts = np.bincount(code, minlength=_CODES)
+        self._stops = np.cumsum(counts)
+        self._starts = self._stops - counts
+        words_of = np.bincount(np.concatenate(rows), minlength=len(self.bases))
+        self._words = np.maximum(words_of, 1).astype(np.float32)
+
+    def __len__(self) -> int:
+        """Number of known sequences."""
+        return len(self.bases)
+
+    def find(self, queries: Sequence[str], *, leave_out: NDArray[np.int64] | None = None) -> Found:
+        """The nearest known sequences of each query.
+
+        Args:
+            queries: DNA sequences, n of them.
+            leave_out: ``(n,)`` a known sequence that each query may not find (itself); -1: none.
+        """
+        bases = bases_of(queries)
+        leave_out = np.full(len(bases), -1) if leave_out is None else leave_out
+        index, distance, diagonal = self._nearest(bases, leave_out)
+        lengths = np.maximum((bases > 0).sum(axis=1), 1)
+        far = np.flatnonzero(distance[:, 0] > FOREIGN / 2 * lengths)
+        reverse = np.zeros(len(bases), dtype=bool)
+        if len(far):
+            turned = self._nearest(_turned(bases[far]), leave_out[far])[1][:, 0]
+            reverse[far] = turned < distance[far, 0] / 2
+        return Found(
+            index,
+            distance,
+            diagonal,
+            self._align(bases, index[:, 0], diagonal[:, 0]),
+            reverse,
+            (distance[:, 0] > FOREIGN * lengths) & ~reverse,
+        )
+
+    def _nearest(
+        self, bases: NDArray[np.uint8], leave_out: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
+        """Index, distance and diagonal of the candidates, each ``(n, candidates)``."""
+        shape = (len(bases), min(CANDIDATES, len(self)))
+        index, diagonal = np.full(shape, -1), np.zeros(shape, dtype=np.int64)
+        distance = np.full(shape, np.inf)
+        block = max(_BLOCK_PAIRS // CANDIDATES, 1)
+        for low in range(0, len(bases), block):
+            part = slice(low, low + block)
+            found, missing = self._candidates(bases[part], leave_out[part])
+            rows, columns = np.nonzero(found >= 0)
+            held = found[rows, columns]
+            on, overlap = self._diagonals(bases[part], rows, held)
+            edits = _edits(bases[part][rows].T, self._windows(held, on, bases.shape[1]))
+            size = (bases[part][rows] > 0).sum(axis=1)
+            apart = np.full(found.shape, np.inf)
+            apart[rows, columns] = edits * size / overlap + missing[rows, columns] / 2
+            shifts = np.zeros(found.shape, dtype=np.int64)
+            shifts[rows, columns] = on
+            best = np.argsort(apart, axis=1, kind="stable")
+            index[part] = np.take_along_axis(found, best, axis=1)
+            distance[part] = np.take_along_axis(apart, best, axis=1)
+            diagonal[part] = np.take_along_axis(shifts, best, axis=1)
+        return index, distance, diagonal
+
+    def _candidates(
+        self, bases: NDArray[np.uint8], leave_out: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The known sequences that hold most words of each query, and the share they miss.
+
+        Returns:
+            ``(n, candidates)`` known sequences, -1 where there are no more, and
+            ``(n, candidates)`` share of the words of the shorter of the two that are not shared.
+        """
+        wanted = min(CANDIDATES, len(self))
+        found = np.full((len(bases), wanted), -1)
+        missing = np.zeros(found.shape, dtype=np.float32)
+        for row, words in enumerate(_words(bases)):
+            words = np.unique(words[words < _CODES])
+            lists = [self._holders[self._starts[word] : self._stops[word]] for word in words]
+            if not lists:
+                continue
+            shared = np.bincount(np.concatenate(lists), minlength=len(self)).astype(np.float32)
+            shared /= np.minimum(self._words, len(words))
+            if leave_out[row] >= 0:
+                shared[leave_out[row]] = 0
+            best = np.argpartition(-shared, wanted - 1)[:wanted]
+            found[row] = np.where(shared[best] > 0, best, -1)
+            missing[row] = 1 - np.minimum(shared[best], 1)
+        return found, missing
+
+    def _diagonals(
+        self, bases: NDArray[np.uint8], rows: NDArray[np.int64], held: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where each known sequence ``held[p]`` lies along the query ``bases[rows[p]]``.
+
+        Returns:
+            ``(pairs,)`` place in the known sequence less place in the query, by the vote of their
+            shared words, and ``(pairs,)`` bases in the overlap: at least half the shorter one.
+        """
+        width, known_width = bases.shape[1], self.bases.shape[1]
+        words = _words(bases)
+        place = np.full((len(bases), _CODES + 1), -1, dtype=np.int16)
+        place[np.arange(len(bases))[:, None], words] = np.arange(words.shape[1])
+        place[:, _CODES] = -1
+        theirs = _words(self.bases[held])
+        ours = place[rows[:, None], theirs]
+        pair, at = np.nonzero(ours >= 0)
+        shift = at - ours[pair, at] + width
+        votes = np.bincount(
+            pair * (width + known_width) + shift, minlength=len(rows) * (width + known_width)
+        ).reshape(len(rows), -1)
+        shifts = np.arange(-width, known_width)
+        size = (bases > 0).sum(axis=1)[rows, None]
+        known_size = self.lengths[held, None]
+        overlap = np.minimum(size, known_size - shifts) - np.maximum(0, -shifts)
+        votes[overlap < np.minimum(size, known_size) / 2] = -1
+        best = votes.argmax(axis=1)
+        return shifts[best], np.take_along_axis(overlap, best[:, None], axis=1)[:, 0]
+
+    def _windows(
+        self, held: NDArray[np.int64], diagonal: NDArray[np.int64], width: int
+    ) -> NDArray[np.uint8]:
+        """``(width + 2 BAND, pairs)`` known bases along the band, 0 outside the sequence."""
+        at = np.arange(-BAND, width + BAND)[:, None] + diagonal
+        inside = (at >= 0) & (at < self.bases.shape[1])
+        return np.where(inside, self.bases[held, np.where(inside, at, 0)], 0)
+
+    def across(
+        self,
+        queries: NDArray[np.uint8],
+        held: NDArray[np.int64],
+        diagonal: NDArray[np.int64],
+    ) -> NDArray[np.uint8]:
+        """``(pairs, length)`` known bases at each place of the queries; 0 where there is none.
+
+        Args:
+            queries: ``(pairs, length)`` bases.
+            held: ``(pairs,)`` the known sequence that each is aligned to.
+            diagonal: ``(pairs,)`` on which diagonal.
+        """
+        result = np.zeros(queries.shape, dtype=np.uint8)
+        for low in range(0, len(queries), _BLOCK_ALIGNED):
+            part = slice(low, low + _BLOCK_ALIGNED)
+            query = queries[part].T
+            window = self._windows(held[part], diagonal[part], len(query))
+            matched = _matched(query, window)
+            bases = np.take_along_axis(window, np.maximum(matched, 0), axis=0)
+            result[part] = np.where((matched >= 0) & (query > 0), bases, 0).T
+        return result
+
+    def _align(
+        self, bases: NDArray[np.uint8], held: NDArray[np.int64], diagonal: NDArray[np.int64]
+    ) -> NDArray[np.uint8]:
+        """``(n, longest known)`` the queries' bases at the places of known sequences ``held``."""
+        aligned = np.zeros((len(bases), self.bases.shape[1]), dtype=np.uint8)
+        for low in range(0, len(bases), _BLOCK_ALIGNED):
+            rows = np.arange(low, min(low + _BLOCK_ALIGNED, len(bases)))
+            rows = rows[held[rows] >= 0]
+            query = bases[rows].T
+            window = self._windows(held[rows], diagonal[rows], len(query))
+            matched = _matched(query, window)
+            place = matched + diagonal[rows] - BAND
+            inside = (matched >= 0) & (place >= 0) & (place < self.lengths[held[rows]])
+            step, pair = np.nonzero(inside)
+            aligned[rows[pair], place[step, pair]] = query[step, pair]
+        return aligned
+
+
+def _band_step(
+    row: NDArray[np.int16], query: NDArray[np.uint8], window: NDArray[np.uint8]
+) -> NDArray[np.int16]:
+    """The next row of edit distances in the band, ``(2 BAND + 1, pairs)``.
+
+    Where either has no base (0) they match for nothing, so overhanging ends are free.
+
+    Args:
+        row: ``(2 BAND + 1, pairs)`` distances before this base of the query.
+        query: ``(pairs,)`` the base.
+        window: ``(2 BAND + 1, pairs)`` the known bases on each diagonal.
+    """
+    mismatch = (window != query) & (window > 0) & (query > 0)
+    after = row + mismatch
+    np.minimum(after[:-1], row[1:] + 1, out=after[:-1])  # the query's base is an insertion
+    for diagonal in range(1, len(after)):  # known bases are left out
+        np.minimum(after[diagonal], after[diagonal - 1] + 1, out=after[diagonal])
+    return after
+
+
+def _edits(query: NDArray[np.uint8], window: NDArray[np.uint8]) -> NDArray[np.int16]:
+    """``(pairs,)`` edit distance of each pair in its band.
+
+    Args:
+        query: ``(length, pairs)`` bases.
+        window: ``(length + 2 BAND, pairs)`` bases of the other sequence along the band.
+    """
+    row = np.zeros((2 * BAND + 1, query.shape[1]), dtype=np.int16)
+    for at in range(len(query)):
+        row = _band_step(row, query[at], window[at : at + len(row)])
+    least: NDArray[np.int16] = row.min(axis=0)
+    return least
+
+
+def _matched(query: NDArray[np.uint8], window: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """``(length, pairs)`` row of ``window`` that each base is matched with; -1: an insertion.
+
+    The arguments are those of `_edits`.
+    """
+    width = 2 * BAND + 1
+    rows = [np.zeros((width, query.shape[1]), dtype=np.int16)]
+    for at in range(len(query)):
+        rows.append(_band_step(rows[-1], query[at], window[at : at + width]))
+    # Among equal ends the middle of the band is taken: no gap is opened for nothing.
+    ends = rows[-1] * width + np.abs(np.arange(width) - BAND)[:, None]
+    diagonal = ends.argmin(axis=0)
+    matched = np.full(query.shape, -1)
+    pairs = np.arange(query.shape[1])
+    for at in range(len(query) - 1, -1, -1):
+        before, after = rows[at], rows[at + 1]
+        left = pairs
+        while len(left):
+            on, base = diagonal[left], query[at, left]
+            known, now = window[at + on, left], after[on, left]
+            mismatch = (known != base) & (known > 0) & (base > 0)
+            match = now == before[on, left] + mismatch
+            matched[at, left[match]] = (at + on)[match]
+            up = np.minimum(on + 1, width - 1)
+            insert = ~match & (up > on) & (now == before[up, left] + 1)
+            skip = ~match & ~insert
+            diagonal[left] = on + insert - skip
+            left = left[skip]
+    return matched
+
+
+def _turned(bases: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The reverse complements, starting at the first column again."""
+    turned = np.where(bases > 0, 5 - bases, 0)[:, ::-1].astype(np.uint8)
+    at = np.arange(bases.shape[1]) + (turned > 0).argmax(axis=1)[:, None]
+    inside = at < bases.shape[1]
+    return np.where(inside, np.take_along_axis(turned, np.where(inside, at, 0), axis=1), 0)
+
+
+def bases_of(sequences: Sequence[str]) -> NDArray[np.uint8]:
+    """``(n, longest)`` bases of sequences as numbers, 0 past the end and for other letters."""
+    texts = Texts.of(sequences)
+    return _BASE_OF_BYTE[texts.padded(np.arange(len(texts)))]
+
+
+def _words(bases: NDArray[np.uint8]) -> NDArray[np.int32]:
+    """``(n, length - 7)`` codes of the 8-mers at each position; ``_CODES`` where one has a gap."""
+    places = bases.shape[1] - WORD + 1
+    code = np.zeros((len(bases), max(places, 0)), dtype=np.int32)
+    gap = np.zeros(code.shape, dtype=bool)
+    for offset in range(WORD):
+        part = bases[:, offset : offset + places]
+        code = code * 4 + np.maximum(part, 1) - 1
+        gap |= part == 0
+    code[gap] = _CODES
+    return code

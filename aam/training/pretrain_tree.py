@@ -1,0 +1,231 @@
+"""Pretraining that a tree teaches: what is known, what is left out, and how it is validated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from aam.config import OptimizerOptions, PretrainConfig
+from aam.data.asvs import AsvDataset
+from aam.data.attachment import Attachment
+from aam.data.clades import TreeSplit, split_tree
+from aam.data.facts import DataFact, name_some
+from aam.data.neighbours import Found
+from aam.data.phylogeny import UniFrac
+from aam.data.sequences import is_dna, read_fasta
+from aam.data.splits import Split
+from aam.data.texts import Texts, match_names
+from aam.data.tree import read_tree
+from aam.errors import InputError
+from aam.model import PretrainedModel
+from aam.training.evaluation import check_nucleotides
+from aam.training.exchange import Exchange
+from aam.training.losses import CladeLoss
+from aam.training.placing import Placer
+from aam.training.prepare import Samples
+
+LEAST_TIPS = 3
+TOKENS_SEEN = 30_000_000  # of a run whose epochs are not given
+EPOCHS = (3, 60)  # least and most that they make
+LEARNING_RATE = 4e-3
+STACK_JOINS = 0.5  # share of the run that the wide path learns alone
+LEFT_OUT = 2000  # most tips of a reference that are left out, and most unseen ASVs of a validation
+CHECK_SEED = 20_231
+
+
+def tree_options(options: OptimizerOptions, asvs: AsvDataset) -> OptimizerOptions:
+    """Epochs and learning rate of a run that a tree teaches, where none are given."""
+    tokens = max(1, int(asvs.sequence_lengths.sum()))
+    epochs = int(np.clip(round(TOKENS_SEEN / tokens), *EPOCHS))
+    return replace(
+        options,
+        epochs=options.epochs or epochs,
+        lr=LEARNING_RATE if options.lr is None else options.lr,
+    )
+
+
+def split_by_samples(samples: Samples, truth: UniFrac, train_rows: np.ndarray) -> TreeSplit:
+    """The ASVs of the training samples, and those that only others have.
+
+    Args:
+        samples: of the table.
+        truth: UniFrac of the table by its tree.
+        train_rows: (n,) rows of the training samples.
+
+    Raises:
+        InputError: too few ASVs are on the tree to have a clade.
+    """
+    table = samples.table
+    seen = np.zeros(len(table.feature_ids), dtype=bool)
+    seen[table.counts[train_rows].indices] = True
+    columns = np.flatnonzero(truth.tip_of_column >= 0)
+    tips = truth.tip_of_column[columns]
+    column_of = np.empty(len(columns), dtype=np.int64)
+    column_of[tips] = columns
+    names = Texts.of(table.feature_ids).take(column_of)
+    known = seen[column_of]
+    require_tips(truth.tree.source, int(known.sum()), "training ASVs")
+    return split_tree(replace(truth.tree, tip_names=names), known)
+
+
+def read_reference(config: PretrainConfig) -> tuple[TreeSplit, Split, list[DataFact]]:
+    """A tree and the sequences of its tips, without a table; some tips are left out.
+
+    Returns:
+        Known and left-out ASVs, their ids, and what was dropped.
+
+    Raises:
+        InputError: files cannot be used, or sequences are not tips.
+    """
+    options, path = config.data, config.distances.tree
+    if options.sequences is None or path is None:
+        raise InputError(
+            "pretrain needs --table, or --sequences with --tree to learn from a reference alone"
+        )
+    sequences, facts = distinct_sequences(read_fasta(options.sequences), str(options.sequences))
+    tree = read_tree(path)
+    ids = Texts.of(list(sequences))
+    tips = match_names(ids, tree.tip_names)
+    missing = np.flatnonzero(tips < 0)
+    if len(missing):
+        named = name_some([ids[int(one)] for one in missing[:3]])
+        if not config.distances.drop_missing_tips:
+            raise InputError(
+                f"{path}: {len(missing)} of {len(ids)} sequences of {options.sequences} are not "
+                f"tips of the tree ({named}); leave them out with --drop-missing-tips"
+            )
+        facts.append(DataFact("sequences that are not in the tree", len(missing), named, "dropped"))
+    kept = np.zeros(len(tree.tip_names), dtype=bool)
+    kept[tips[tips >= 0]] = True
+    require_tips(str(path), int(kept.sum()), f"sequences of {options.sequences}")
+    tree = tree.shear(kept)
+    names = list(tree.tip_names)
+    count = min(round(config.metadata.validation_fraction * len(names)), LEFT_OUT)
+    left_out = np.random.default_rng(config.run.seed).permutation(len(names))[:count]
+    known = np.ones(len(names), dtype=bool)
+    known[left_out] = False
+    parts = Split(
+        tuple(name for name, has in zip(names, known, strict=True) if has),
+        tuple(name for name, has in zip(names, known, strict=True) if not has),
+    )
+    facts.append(DataFact("sequences on the tree", len(names), str(options.sequences)))
+    return split_tree(tree.rename(sequences), known), parts, facts
+
+
+def distinct_sequences(
+    sequences: dict[str, str], source: str
+) -> tuple[dict[str, str], list[DataFact]]:
+    """Sequences of A, C, G and T, each once; what is left out is counted."""
+    facts, kept, first_with = [], {}, {}
+    ambiguous, repeated = [], []
+    for name, one in sequences.items():
+        if not is_dna(one):
+            ambiguous.append(name)
+        elif first_with.setdefault(one, name) != name:
+            repeated.append(name)
+        else:
+            kept[name] = one
+    for names, what in (
+        (ambiguous, "sequences with other letters than A, C, G and T"),
+        (repeated, "sequences that repeat another"),
+    ):
+        if names:
+            facts.append(DataFact(f"{what} ({source})", len(names), name_some(names), "dropped"))
+    return kept, facts
+
+
+def require_tips(source: str, count: int, what: str) -> None:
+    """Refuse a tree that has next to nothing of what is to be learned."""
+    if count < LEAST_TIPS:
+        raise InputError(
+            f"{source}: {count} {what} are tips of the tree; at least {LEAST_TIPS} are needed: "
+            "use the tree that was made for these sequences"
+        )
+
+
+@dataclass
+class TreeTask:
+    """What is learned from a tree, and what validation looks at.
+
+    Attributes:
+        model: with a clade head.
+        split: known ASVs and those that are left out.
+        unseen: the left-out ones as tokens.
+        placer: places them.
+        config: all options.
+    """
+
+    model: PretrainedModel
+    split: TreeSplit
+    unseen: AsvDataset
+    placer: Placer
+    config: PretrainConfig
+
+    def __post_init__(self) -> None:
+        order = np.random.default_rng(CHECK_SEED).permutation(len(self.unseen))
+        self.judged: np.ndarray = np.sort(order[:LEFT_OUT])
+        names = self.split.unseen.take(self.judged)
+        self.found: tuple[np.ndarray, Found] = self.placer.find(names)
+
+    @property
+    def metric(self) -> str:
+        """The validation metric that chooses the best weights."""
+        if not self.config.losses.unifrac_penalty:
+            return "nucleotide_accuracy"
+        return "clade_jaccard"
+
+    def validate(self) -> dict[str, float | None]:
+        """Validation metrics of the current weights, in evaluation mode; all ranks call it."""
+        penalties, exchange = self.config.losses, Exchange()
+        measured: dict[str, float | None] = {self.metric: None}
+        total = 0.0
+        if not len(self.judged):
+            return measured
+        if penalties.unifrac_penalty:
+            measured |= self.membership_metrics()
+            total += penalties.unifrac_penalty * (measured["clade_loss"] or 0.0)
+        if penalties.nucleotide_penalty:
+            check = check_nucleotides(
+                self.model.encoder, self.unseen, self.judged, penalties,
+                seed=CHECK_SEED, exchange=exchange,
+            )  # fmt: skip
+            measured |= {"nucleotide_loss": check.loss, "nucleotide_accuracy": check.accuracy}
+            total += penalties.nucleotide_penalty * check.loss
+        return {"loss": total, **measured}
+
+    def membership_metrics(self) -> dict[str, float | None]:
+        """Loss of the network's logits and Jaccard of the places, on left-out ASVs."""
+        clades, truth = self.split.clades, self.split.truth.take(self.judged)
+        near = self.found[1]
+        placed = self.placer.place(self.split.unseen.take(self.judged), self.found)
+        jaccard = clades.jaccard(placed.grafts, truth)
+        lowest, loss = clades.clade_of_node[truth.node], 0.0
+        weight = torch.from_numpy(clades.weight).float()
+        for part in self.placer.parts(len(near.index)):
+            logits = torch.from_numpy(self.placer.network_logits(near, part))
+            true = np.zeros(logits.shape, dtype=np.float32)
+            clades.spread(lowest[part], np.ones(len(true), dtype=np.float32), true)
+            loss += float(
+                F.binary_cross_entropy_with_logits(
+                    logits, torch.from_numpy(true), weight=weight, reduction="sum"
+                )
+            )
+        return {
+            "clade_loss": CladeLoss.WEIGHT * loss / len(self.judged),
+            "clade_jaccard": float(jaccard.mean()),
+        }
+
+    def arrays(self) -> dict[str, Any]:
+        """What the model's file holds beside weights."""
+        return {**self.split.clades.to_arrays(), **self.placer.attachment.to_arrays()}
+
+
+def make_placer(model: PretrainedModel, split: TreeSplit, seed: int) -> Placer:
+    """Index the known ASVs, and learn from them how ASVs join the tree."""
+    placer = Placer(model, split.clades, Attachment(np.zeros(0)))
+    placer.attachment = Attachment.fit(split.clades, placer.neighbours, seed)
+    return placer

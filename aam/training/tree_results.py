@@ -1,0 +1,176 @@
+"""What a model that a tree taught is measured by, beside nearest-neighbour placement."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from aam.config import MetadataOptions
+from aam.data.asvs import AsvDataset
+from aam.data.clades import Clades, Grafts
+from aam.data.facts import DataFact
+from aam.data.phylogeny import UniFrac
+from aam.data.table import FeatureTable
+from aam.training import metrics
+from aam.training.measurements import distance_results, nucleotide_results, write_pairs
+from aam.training.placing import Placed, Placer, unifrac_by_model
+from aam.training.prepare import Samples
+from aam.training.pretrain_tree import TreeTask
+from aam.training.results import print_results, result
+from aam.training.runs import Run
+
+DISTANCE_BINS = (1.75, 2.75, 4.75, 6.75, 9.75)
+"""Edits to the nearest known ASV between which memberships are shown apart."""
+
+
+@dataclass(frozen=True)
+class JudgedSamples:
+    """The samples of a table whose distances are compared with the tree's.
+
+    Attributes:
+        samples: of the table.
+        truth: UniFrac by the whole tree.
+        rows: which samples are judged.
+        train_rows: samples that simple methods may learn from.
+        metadata: the group column.
+    """
+
+    samples: Samples
+    truth: UniFrac
+    rows: np.ndarray
+    train_rows: np.ndarray
+    metadata: MetadataOptions
+
+
+def write_tree_results(
+    run: Run,
+    task: TreeTask,
+    judged: JudgedSamples | None,
+    known: AsvDataset,
+    summary: dict[str, Any],
+) -> None:
+    """Final measurements beside their baselines: tables, summary, and a printed table."""
+    losses, results = task.config.losses, []
+    everything = np.arange(len(task.unseen))
+    if losses.unifrac_penalty:
+        if judged is not None:
+            results += sample_results(task.placer, judged, run)
+        if len(task.judged):
+            sequences = task.split.unseen.take(task.judged)
+            placed = task.placer.place(sequences, task.found)
+            truth = task.split.truth.take(task.judged)
+            results += membership_results(task.placer, placed, truth)
+            write_placements(run, task.placer, sequences, placed, truth)
+    if losses.nucleotide_penalty and len(everything):
+        results += nucleotide_results(
+            task.model.encoder, task.unseen, everything, known, np.arange(len(known)), losses
+        )
+    summary["results"] = results
+    run.write_summary(summary)
+    print_results(results)
+
+
+def sample_results(
+    placer: Placer, judged: JudgedSamples, run: Run | None = None
+) -> list[dict[str, Any]]:
+    """Distances and Faith PD of samples whose ASVs are placed, beside the whole tree's.
+
+    Args:
+        placer: of the model.
+        judged: the samples.
+        run: where pairs and embeddings are written; None: nowhere.
+    """
+    samples, truth, rows = judged.samples, judged.truth, judged.rows
+    ids = [samples.ids[row] for row in rows]
+    table = samples.table.select(ids)
+    placed = placer.place(table.feature_ids)
+    simple = nearest_neighbour_placement(placer)
+    baseline = simple.place(table.feature_ids)
+    own = np.arange(len(ids))
+    predicted = unifrac_by_model(table, placer.clades, placed)
+    nearest = unifrac_by_model(table, placer.clades, baseline)
+    matrix, true = predicted.pairwise(own), truth.pairwise(rows)
+    groups = samples.groups(judged.metadata.group_column)
+    if run is not None:
+        within = None if groups is None else [groups[row] for row in rows]
+        write_pairs(run, ids, true, matrix, within)
+    results = distance_results(
+        samples, truth.pairwise, matrix, true, judged.train_rows, rows, groups,
+        nearest.pairwise(own),
+    )  # fmt: skip
+    weighted = truth.by("weighted-normalized").pairwise(rows)
+    errors = [
+        metrics.mean_absolute_error(
+            metrics.condensed(one.by("weighted-normalized").pairwise(own)),
+            metrics.condensed(weighted),
+        )
+        for one in (predicted, nearest)
+    ]
+    results.append(
+        result(
+            "weighted normalised distance MAE", errors[0], {"placement": errors[1]},
+            higher_is_better=False,
+        )
+    )  # fmt: skip
+    faith = truth.faith_pd(rows)
+    explained = [metrics.r2(one.faith_pd(own), faith) for one in (predicted, nearest)]
+    results.append(result("Faith PD R2", explained[0], {"placement": explained[1]}))
+    return results
+
+
+def nearest_neighbour_placement(placer: Placer) -> Placer:
+    """The baseline: a new ASV gets the clades of its nearest known one."""
+    return Placer(None, placer.clades, placer.attachment, neighbours=placer.neighbours)
+
+
+def membership_results(placer: Placer, placed: Placed, truth: Grafts) -> list[dict[str, Any]]:
+    """Jaccard of the memberships of new ASVs, all and by distance to the nearest known one."""
+    clades = placer.clades
+    found = clades.jaccard(placed.grafts, truth)
+    simple = clades.jaccard(copied_grafts(clades, placed.nearest), truth)
+    far = placed.distance > 6
+    results = [
+        result(
+            "clade memberships of new ASVs, Jaccard", float(found.mean()),
+            {"nearest known ASV": float(simple.mean())},
+        )
+    ]  # fmt: skip
+    if far.any():
+        results.append(
+            result(
+                "the same, more than 6 edits from any known one", float(found[far].mean()),
+                {"nearest known ASV": float(simple[far].mean())},
+            )
+        )  # fmt: skip
+    return results
+
+
+def copied_grafts(clades: Clades, nearest: np.ndarray) -> Grafts:
+    """New ASVs with the clades of their nearest known one; the root alone where there is none."""
+    lowest = np.where(nearest >= 0, clades.lowest[nearest], -1)
+    node = np.where(lowest >= 0, clades.nodes[lowest], len(clades.tree) - 1)
+    return Grafts(node, clades.tree.length[node], np.zeros(len(node)))
+
+
+def write_placements(
+    run: Run, placer: Placer, sequences: Any, placed: Placed, truth: Grafts
+) -> None:
+    """Write where left-out ASVs were placed: the figure of memberships by distance."""
+    found = placer.clades.jaccard(placed.grafts, truth)
+    simple = placer.clades.jaccard(copied_grafts(placer.clades, placed.nearest), truth)
+    names = placer.clades.sequences
+    rows = (
+        [
+            sequences[i],
+            names[int(placed.nearest[i])] if placed.nearest[i] >= 0 else "",
+            f"{placed.distance[i]:.3f}",
+            f"{placed.support[i]:.4f}",
+            f"{found[i]:.4f}",
+            f"{simple[i]:.4f}",
+        ]
+        for i in range(len(found))
+    )
+    header = ["sequence", "nearest", "edits", "support", "jaccard", "jaccard_of_nearest"]
+    run.write_table("placements.tsv", header, rows)
