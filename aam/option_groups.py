@@ -211,8 +211,8 @@ class OptimizerOptions:
     best_metric: BestMetric | None = None
     """Validation metric that chooses the best checkpoint; by default clade_jaccard or
     mantel_r (pretrain), r2 or balanced_accuracy (finetune)."""
-    validate_every: int = 1
-    """Epochs from one validation to the next."""
+    validate_every: int | None = None
+    """Epochs from one validation to the next: 1 if not given, with a tree a tenth of them."""
 
 
 @dataclass(kw_only=True)

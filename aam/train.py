@@ -1,6 +1,6 @@
 """The command line: ``python -m aam.train COMMAND``, installed also as ``aam COMMAND``.
 
-Commands: pretrain, finetune (alias train), predict, evaluate, inspect, unifrac, demo. With no
+Commands: pretrain, finetune (alias train), predict, evaluate, inspect, unifrac, embed, demo. With no
 command it runs demo. Bad input gives one line on standard error and exit code 2.
 """
 
@@ -29,6 +29,7 @@ COMMANDS: dict[str, type] = {
     "evaluate": config.EvaluateConfig,
     "inspect": config.InspectConfig,
     "unifrac": config.UnifracConfig,
+    "embed": config.EmbedConfig,
     "demo": config.DemoConfig,
 }
 ALIASES = {"train": "finetune"}
@@ -261,6 +262,8 @@ def runner(name: str) -> Callable[[Any], Any]:
         from aam.training.inspect import inspect as run
     elif name == "unifrac":
         from aam.training.unifrac import unifrac as run
+    elif name == "embed":
+        from aam.training.embed import embed as run
     else:
         from aam.training.demo import demo as run
     return run

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,3 +55,8 @@ class Attachment:
     def to_arrays(self) -> dict[str, NDArray[np.float64]]:
         """As a file can hold it."""
         return {"attachment.own": self.own}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Attachment:
+        """Read what `to_arrays` gave."""
+        return cls(arrays["attachment.own"])

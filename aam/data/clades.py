@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aam.data.rows import ranges
-from aam.data.texts import Texts
+from aam.data.texts import Texts, match_names
 from aam.data.tree import Phylogeny
 
 LEAST_LENGTH = 1e-5
@@ -205,7 +205,9 @@ class Clades:
             into[rows[on], at[on]] += values[on]
             at = np.where(on, self.parent[at], -1)
 
-    def graft(self, grafts: Grafts, names: Sequence[str]) -> Phylogeny:
+    def graft(
+        self, grafts: Grafts, names: Sequence[str]
+    ) -> tuple[Phylogeny, NDArray[np.int64]]:
         """The tree with new ASVs on it.
 
         Each joins a branch at some height, through a node of its own; lower ones first.
@@ -213,6 +215,10 @@ class Clades:
         Args:
             grafts: where each joins, and its own length.
             names: of the new tips.
+
+        Returns:
+            The tree, and for each of its nodes the node of the known tree whose branch its
+            branch is a part of; -1: the own branch of a new ASV.
         """
         tree, count = self.tree, len(grafts)
         shared = np.clip(grafts.shared, 0.0, tree.length[grafts.node])
@@ -253,7 +259,10 @@ class Clades:
         number = np.empty(len(known) + count, dtype=np.int64)
         number[tip_start[place[self.tip_nodes]]] = np.arange(len(known))
         number[own] = len(known) + order
-        return Phylogeny(known.joined(new).take(number), parent, length, tip_start, tip_stop, tree.source)
+        origin = np.full(total, -1, dtype=np.int64)
+        origin[place], origin[joint] = np.arange(len(tree)), node
+        names = known.joined(new).take(number)
+        return Phylogeny(names, parent, length, tip_start, tip_stop, tree.source), origin
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         """The tree as arrays that a file can hold; `from_arrays` reads them."""
@@ -356,6 +365,31 @@ def true_grafts(
     before = np.concatenate(([0.0], np.cumsum(tree.length[runs.nodes])))
     stop = np.append(runs.start[1:], len(runs.nodes))[node]
     return Grafts(node, before[stop] - before[np.searchsorted(runs.nodes, at)], own)
+
+
+def places_by_tree(tree: Phylogeny, clades: Clades, sequences: Texts) -> Grafts | None:
+    """Where a whole tree says that sequences join the tree of some clades.
+
+    Args:
+        tree: tips are named by sequences, in upper or lower case.
+        clades: of some of its tips.
+        sequences: n other tips.
+
+    Returns:
+        None where the clades are not those of this tree, or a sequence is not in it.
+    """
+    names = Texts.of(tree.tip_names).upper()
+    known, tips = match_names(clades.sequences, names), match_names(sequences, names)
+    if (known < 0).any() or (tips < 0).any():
+        return None
+    kept = np.zeros(len(names), dtype=bool)
+    kept[known] = True
+    sheared, own = tree.shear(kept), clades.tree
+    if len(sheared) != len(own) or (np.diff(known) < 0).any():
+        return None
+    if (sheared.parent != own.parent).any() or not np.allclose(sheared.length, own.length):
+        return None
+    return true_grafts(tree, kept, tips)
 
 
 def _sums_to_root(

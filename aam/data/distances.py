@@ -17,7 +17,7 @@ from aam.data.distance_files import read_raw_distances
 from aam.data.facts import DataFact, name_some
 from aam.data.matching import match_ids
 from aam.data.phylogeny import METRICS, UniFrac, read_tree
-from aam.data.table import rarefy, read_table
+from aam.data.table import FeatureTable, rarefy, read_table
 from aam.errors import InputError
 
 _TOLERANCE = 1e-5
@@ -261,33 +261,49 @@ def compute_unifrac(
         InputError: any of the files or options cannot be used; nothing is written then.
     """
     output = Path(output)
-    _check_output(output, metric, overwrite)
+    check_output(output, metric, overwrite)
     clock = [time.perf_counter()]
-    table = read_table(table_path, sequences=sequences)
-    facts: list[DataFact] = []
-    if rarefy_depth:
-        table, dropped = rarefy(table, rarefy_depth, seed)
-        if dropped:
-            facts.append(
-                DataFact(
-                    f"samples with fewer than {rarefy_depth} reads",
-                    len(dropped),
-                    name_some(dropped),
-                    "dropped",
-                )
-            )
+    table, facts = read_rarefied(table_path, sequences, rarefy_depth, seed)
     clock.append(time.perf_counter())
     tree = read_tree(tree_path, sequences=sequences)
     clock.append(time.perf_counter())
-    by_sample = metric == "faith-pd"
-    unifrac = UniFrac(table, tree, "unweighted" if by_sample else metric, drop_missing_tips)
-    if by_sample:
+    base = "unweighted" if metric == "faith-pd" else metric
+    unifrac = UniFrac(table, tree, base, drop_missing_tips)
+    return write_unifrac(unifrac, metric, output, facts + unifrac.facts, clock)
+
+
+def read_rarefied(
+    path: str | Path, sequences: str | Path | None, depth: int, seed: int
+) -> tuple[FeatureTable, list[DataFact]]:
+    """A table rarefied to a depth (0: as it is), and the samples that were dropped."""
+    table = read_table(path, sequences=sequences)
+    if not depth:
+        return table, []
+    table, dropped = rarefy(table, depth, seed)
+    what = f"samples with fewer than {depth} reads"
+    facts = [DataFact(what, len(dropped), name_some(dropped), "dropped")] if dropped else []
+    return table, facts
+
+
+def write_unifrac(
+    unifrac: UniFrac, metric: str, output: Path, facts: list[DataFact], clock: list[float]
+) -> UnifracSummary:
+    """Compute all distances, or Faith PD, and write them.
+
+    Args:
+        unifrac: of the table, by the metric; unweighted for Faith PD.
+        metric: what is written.
+        output: the file.
+        facts: what was dropped on the way.
+        clock: when reading the table began and ended, and the tree was there.
+    """
+    if metric == "faith-pd":
         values = distances = unifrac.faith_pd(np.arange(len(unifrac)))
     else:
         distances = unifrac.all_pairs()
         values = distances[np.triu_indices(len(distances), 1)]
     clock.append(time.perf_counter())
-    if by_sample:
+    if metric == "faith-pd":
         with _replacing(output) as partial:
             lines = [
                 f"{name}\t{value:.9g}\n"
@@ -305,11 +321,11 @@ def compute_unifrac(
         seconds=dict(
             zip(("table", "tree", "distances", "write"), np.diff(clock).tolist(), strict=True)
         ),
-        facts=facts + unifrac.facts,
+        facts=facts,
     )
 
 
-def _check_output(output: Path, metric: str, overwrite: bool) -> None:
+def check_output(output: Path, metric: str, overwrite: bool) -> None:
     """Everything about the output that can be known before the work."""
     if metric not in (*METRICS, "faith-pd"):
         raise InputError(f"unknown metric {metric!r}; choose {', '.join(METRICS)} or faith-pd")

@@ -203,9 +203,9 @@ class Neighbours:
         ours = place[rows[:, None], theirs]
         pair, at = np.nonzero(ours >= 0)
         shift = at - ours[pair, at] + width
-        votes = np.bincount(
-            pair * (width + known_width) + shift, minlength=len(rows) * (width + known_width)
-        ).reshape(len(rows), -1)
+        span = width + known_width
+        votes = np.bincount(pair * span + shift, minlength=len(rows) * span)
+        votes = votes.reshape(len(rows), span)
         shifts = np.arange(-width, known_width)
         size = (bases > 0).sum(axis=1)[rows, None]
         known_size = self.lengths[held, None]
@@ -344,8 +344,8 @@ def bases_of(sequences: Sequence[str]) -> NDArray[np.uint8]:
 
 def _words(bases: NDArray[np.uint8]) -> NDArray[np.int32]:
     """``(n, length - 7)`` codes of the 8-mers at each position; ``_CODES`` where one has a gap."""
-    places = bases.shape[1] - WORD + 1
-    code = np.zeros((len(bases), max(places, 0)), dtype=np.int32)
+    places = max(bases.shape[1] - WORD + 1, 0)
+    code = np.zeros((len(bases), places), dtype=np.int32)
     gap = np.zeros(code.shape, dtype=bool)
     for offset in range(WORD):
         part = bases[:, offset : offset + places]

@@ -54,10 +54,12 @@ class SampleEncoder(nn.Module):
         self.register_buffer("spread", torch.ones(dim))
 
     @torch.no_grad()
-    def standardise_by(self, vectors: Tensor) -> None:
-        """Take mean and spread from the vectors (slots, dim) of the training part's slots."""
-        self.mean.copy_(vectors.mean(0))
-        self.spread.copy_(vectors.std(0, correction=0).clamp_min(1e-6))
+    def standardise_by(self, vectors: Tensor, times: Tensor) -> None:
+        """Take mean and spread from ASV vectors (asvs, dim) that occur `times` (asvs,) each."""
+        share = (times / times.sum())[:, None]
+        self.mean.copy_((share * vectors).sum(0))
+        variance = (share * (vectors - self.mean).square()).sum(0)
+        self.spread.copy_(variance.sqrt().clamp_min(1e-6))
 
     def forward(
         self, vectors: Tensor, slots: Ragged, counts: Tensor, first_row: int = 0

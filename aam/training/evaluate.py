@@ -6,28 +6,41 @@ from typing import Any
 
 import numpy as np
 
-from aam.config import DistanceOptions, EvaluateConfig, PenaltyOptions
-from aam.data.facts import name_some
-from aam.errors import InputError
-from aam.model import Predictor
-from aam.training import baselines, metrics
-from aam.training.checkpoint import load_model, write_text
-from aam.training.evaluation import (
-    check_nucleotides,
-    distance_metrics,
-    predict_outputs,
-    predicted_distances,
-    sample_embeddings,
-    target_metrics,
+from aam.config import (
+    DistanceOptions,
+    EvaluateConfig,
+    MetadataOptions,
+    NucleotideOptions,
+    TableOptions,
 )
+from aam.data.clades import places_by_tree
+from aam.data.dataset import SampleDataset
+from aam.data.facts import name_some
+from aam.data.texts import Texts, match_names
+from aam.data.tree import read_tree
+from aam.errors import InputError
+from aam.model import AsvEncoder, Predictor, PretrainedModel
+from aam.training import baselines
+from aam.training.applicability import add_applicability
+from aam.training.checkpoint import SavedModel, read_model, write_text
+from aam.training.evaluation import predict_outputs, predicted_distances, target_metrics
+from aam.training.measurements import distance_results, nucleotide_results
+from aam.training.placing import Placer
 from aam.training.predict import covariates_as_trained, samples_as_trained
 from aam.training.predictions import in_units
-from aam.training.prepare import Samples, attach_distances, make_dataset, read_ids, tell
-from aam.training.pretrain import CHECK_SEED
+from aam.training.prepare import (
+    Samples,
+    attach_distances,
+    attach_tree,
+    make_dataset,
+    read_ids,
+    tell,
+)
 from aam.training.results import print_results, result
 from aam.training.runs import check_file_output, json_text, say
 from aam.training.setup import pick_device
 from aam.training.targets import TargetInfo
+from aam.training.tree_results import JudgedSamples, membership_results, sample_results
 
 
 def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
@@ -38,13 +51,17 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     """
     if config.output is not None:
         check_file_output(config.output, config.overwrite)
-    model, described = load_model(config.model, impl=config.attn_implementation)
+    saved = read_model(config.model)
+    model, described = saved.build(impl=config.attn_implementation), saved.description
     model.to(pick_device(config.device, config.attn_implementation))
     samples, options = samples_as_trained(config, described, config.metadata)
+    add_applicability(samples, saved)
     if isinstance(model, Predictor):
         results = _evaluate_predictor(model, described, samples, options, config)
+    elif model.clades is not None:
+        results = _evaluate_tree(saved, model, samples, options, config)
     else:
-        results = _evaluate_encoder(model, described, samples, options, config)
+        results = _evaluate_pairs(model, described, samples, options, config)
     print_results(results)
     if config.output is not None:
         write_text(config.output, json_text({"model": config.model, "results": results}))
@@ -80,20 +97,54 @@ def training_rows(samples: Samples, config: EvaluateConfig, chosen: tuple[str, .
     return samples.rows([name for name in samples.ids if name in train and name not in both])
 
 
-def _evaluate_encoder(
-    model: Any, described: dict[str, Any], samples: Samples, options: Any, config: EvaluateConfig
+def _evaluate_tree(
+    saved: SavedModel,
+    model: PretrainedModel,
+    samples: Samples,
+    options: TableOptions,
+    config: EvaluateConfig,
 ) -> list[dict[str, Any]]:
-    metric = described["metric"]
-    if metric == "faith-pd":
-        raise InputError(f"{config.model}: learned Faith PD; evaluate measures distances")
+    """Distances, Faith PD and memberships by the model beside those by the tree."""
+    if config.tree is None:
+        raise InputError("evaluate needs --tree for a model that a tree taught: the truth")
+    tree = read_tree(config.tree, sequences=config.sequences)
+    truth = attach_tree(samples, tree, config.drop_missing_tips)
+    ids = chosen_ids(samples, config)
+    train = training_rows(samples, config, ids)
+    tell(samples.facts, samples.warnings)
+    placer = Placer.of(saved, model)
+    rows = samples.rows(ids)
+    metadata = MetadataOptions(group_column=config.group_column)
+    results = sample_results(placer, JudgedSamples(samples, truth, rows, train, metadata))
+    known = match_names(samples.table.feature_ids, placer.clades.sequences) >= 0
+    new = [one for one in np.unique(samples.table.counts[rows].indices) if not known[one]]
+    sequences = Texts.of(samples.table.feature_ids).take(np.array(new, dtype=np.int64))
+    places = places_by_tree(tree, placer.clades, sequences)
+    if places is None:
+        say(f"{config.tree}: is not the tree of the model: memberships are not compared")
+    elif len(new):
+        results += membership_results(placer, placer.place(sequences), places)
+    dataset = make_dataset(samples, options)
+    return results + _nucleotides(model.encoder, dataset, rows, train)
+
+
+def _evaluate_pairs(
+    model: PretrainedModel,
+    described: dict[str, Any],
+    samples: Samples,
+    options: TableOptions,
+    config: EvaluateConfig,
+) -> list[dict[str, Any]]:
+    """Distances by the model beside those that it learned from."""
+    own = None if described["distance"] == "matrix" else described["distance"]
     distances = attach_distances(
         samples,
         options,
         DistanceOptions(
             tree=config.tree,
-            unifrac_metric=metric,
             unifrac_matrix=config.unifrac_matrix,
             unifrac_matrix_ids=config.unifrac_matrix_ids,
+            distance=None if config.tree or config.unifrac_matrix else own,
             drop_missing_tips=config.drop_missing_tips,
         ),
     )
@@ -102,48 +153,24 @@ def _evaluate_encoder(
     train = training_rows(samples, config, ids)
     tell(samples.facts, samples.warnings)
     rows = samples.rows(ids)
-    true = distances.pairwise(rows)
-    predicted = predicted_distances(model, sample_embeddings(model, dataset, rows))
-    measured = distance_metrics(predicted, true)
-    groups = samples.groups(config.group_column)
-    simple: dict[str, Any] = {}
-    if len(train):
-        simple = baselines.distance_baselines(
-            samples.table.counts,
-            distances.pairwise,
-            train,
-            rows,
-            groups=groups,
-            sequences=samples.table.feature_ids,
-            seed=CHECK_SEED,
-        )
-    results = [
-        result("Mantel r", measured["mantel_r"], {n: b.r for n, b in simple.items()}),
-        result(
-            "distance MAE",
-            measured["distance_mae"],
-            {n: b.mae for n, b in simple.items()},
-            higher_is_better=False,
-        ),
-    ]
-    if groups is not None:
-        between = metrics.mantel_r(predicted, true, groups=[groups[row] for row in rows])
-        own = {n: b.r_between for n, b in simple.items()}
-        results.insert(1, result("Mantel r between groups", between, own))
-    return [*results, _nucleotides(model, dataset, rows, train)]
-
-
-def _nucleotides(model: Any, dataset: Any, rows: np.ndarray, train: np.ndarray) -> dict[str, Any]:
-    """Masked-nucleotide accuracy beside the training part's consensus."""
-    check = check_nucleotides(
-        model, dataset, dataset.asvs_of(rows), PenaltyOptions(), seed=CHECK_SEED
+    results = distance_results(
+        samples,
+        distances.pairwise,
+        predicted_distances(model, dataset, rows),
+        distances.pairwise(rows),
+        train,
+        rows,
+        samples.groups(config.group_column),
     )
-    simple: dict[str, float | None] = {}
-    if len(train):
-        seen = dataset.sequences_of(dataset.asvs_of(train))
-        consensus = baselines.consensus_bases(seen)
-        simple["consensus"] = baselines.consensus_accuracy(consensus, check.positions, check.bases)
-    return result("masked-nucleotide accuracy", check.accuracy, simple)
+    return results + _nucleotides(model.encoder, dataset, rows, train)
+
+
+def _nucleotides(
+    encoder: AsvEncoder, dataset: SampleDataset, rows: np.ndarray, train: np.ndarray
+) -> list[dict[str, Any]]:
+    """Masked-nucleotide accuracy beside the training part's consensus."""
+    judged, known = dataset.asvs_of(rows), dataset.asvs_of(train)
+    return nucleotide_results(encoder, dataset, judged, dataset, known, NucleotideOptions())
 
 
 def _evaluate_predictor(

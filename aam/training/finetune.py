@@ -12,24 +12,23 @@ import torch
 from torch import Tensor
 
 from aam.config import FinetuneConfig
+from aam.data.clades import known_arrays
 from aam.data.dataset import SampleDataset
 from aam.data.facts import DataFact, name_some
 from aam.data.metadata import require_values
 from aam.errors import InputError
-from aam.model import CommunityEncoder, Predictor
-from aam.model.encoder import EncoderShape
+from aam.model import AsvEncoder, EncoderShape, Predictor
 from aam.model.predictor import PredictorShape, category_codes
 from aam.option_files import flag
 from aam.training import baselines
 from aam.training.checkpoint import load_encoder, read_model
 from aam.training.evaluation import encode_asvs, predict_outputs, target_metrics
 from aam.training.exchange import Exchange
-from aam.training.losses import DistanceLoss, TargetLoss
+from aam.training.losses import TargetLoss
 from aam.training.objectives import FinetuneObjective
 from aam.training.predictions import in_units, prediction_cells, prediction_header
 from aam.training.prepare import (
     Samples,
-    attach_distances,
     data_description,
     make_dataset,
     read_samples,
@@ -37,7 +36,7 @@ from aam.training.prepare import (
     tell,
 )
 from aam.training.results import print_results, result
-from aam.training.resume import check_same_data, compatible_state, fingerprint
+from aam.training.resume import compatible_state, fingerprint
 from aam.training.runs import Run, check_output, refuse_breaks, say
 from aam.training.setup import make_fabric
 from aam.training.targets import (
@@ -47,7 +46,7 @@ from aam.training.targets import (
     class_weights,
     is_classification,
 )
-from aam.training.train_and_report import train_and_report
+from aam.training.train_and_report import Job, train_and_report, usual_options
 
 BASELINE_SEED = 0
 
@@ -107,9 +106,6 @@ def finetune(config: FinetuneConfig) -> Path:
     device = fabric.device
     samples = read_samples(config.data, config.run.seed, metadata=config.metadata.metadata)
     keep_samples_with_target(samples, config)
-    distances = None
-    if config.losses.unifrac_penalty:
-        distances = attach_distances(samples, config.data, config.distances)
     classes = target_classes(samples, config)
     assert samples.metadata is not None
     column = config.target.metadata_column
@@ -125,27 +121,24 @@ def finetune(config: FinetuneConfig) -> Path:
         categories=categories,
     ).to(device)
     tell(samples.facts, samples.warnings)
-    near = None if distances is None else distances.pairwise(train_rows[:16])
     description = {
         "command": "finetune",
         "data": data_description(config),
         "target": target.to_dict(),
         "categories": category_classes,
-        "fingerprint": fingerprint(samples.table, parts, truth, categories, near),
+        "fingerprint": fingerprint(samples.table.digest(), parts, truth, categories),
     }
-    check_same_data(state, config, description)
 
     torch.manual_seed(config.run.seed)
     predictor = make_predictor(config, target, category_classes, state).to(device)
     frozen = frozen_vectors(predictor, dataset) if config.freeze_base else None
+    if config.pretrained_encoder is not None and state is None:
+        standardise(predictor, dataset, train_rows, frozen)
     weights = None
     if classes and config.target.class_weights:
         weights = torch.as_tensor(class_weights(truth[train_rows].astype(np.int64), len(classes)))
     target_loss = TargetLoss(config.target, weights, bool(classes))
-    unifrac = None if distances is None else DistanceLoss(distances)
-    objective = FinetuneObjective(
-        predictor, config.losses, target_loss, unifrac=unifrac, frozen_asvs=frozen
-    )
+    objective = FinetuneObjective(predictor, config.losses, target_loss, frozen_asvs=frozen)
     task = Task(
         predictor,
         dataset,
@@ -158,21 +151,22 @@ def finetune(config: FinetuneConfig) -> Path:
         scaled,
         frozen,
     )
-    return train_and_report(
-        config,
-        fabric,
-        state,
-        objective,
-        predictor,
-        dataset,
-        samples,
-        parts,
+    job = Job(
+        objective=objective,
+        model=predictor,
+        dataset=dataset,
+        rows=train_rows,
+        parts=parts,
+        options=usual_options(config.optimizer),
         validate=task.validate,
         best_metric="balanced_accuracy" if classes else "r2",
         description=description,
+        arrays=known_arrays(dataset.sequences_of(dataset.asvs_of(train_rows))),
         write_results=lambda run, summary: write_results(run, task, samples, summary),
-        started=started,
+        facts=samples.facts,
+        warnings=samples.warnings,
     )
+    return train_and_report(config, fabric, state, job, started)
 
 
 def frozen_vectors(predictor: Predictor, dataset: SampleDataset) -> Tensor:
@@ -181,6 +175,22 @@ def frozen_vectors(predictor: Predictor, dataset: SampleDataset) -> Tensor:
     say(f"encoding {len(dataset.sequences)} distinct ASVs once (--freeze-base)")
     everything = np.arange(len(dataset.sequences))
     return encode_asvs(predictor.encoder, dataset, everything, Exchange())
+
+
+def standardise(
+    predictor: Predictor, dataset: SampleDataset, train_rows: np.ndarray, frozen: Tensor | None
+) -> None:
+    """Standardise what the base hands over, by the slots of the training samples."""
+    starts, asvs = dataset.entries()
+    slots = np.concatenate([asvs[starts[row] : starts[row + 1]] for row in train_rows])
+    times = np.bincount(slots, minlength=len(dataset.sequences))
+    used = np.flatnonzero(times)
+    if frozen is None:
+        vectors = encode_asvs(predictor.encoder, dataset, used, Exchange())
+    else:
+        vectors = frozen[torch.from_numpy(used).to(frozen.device)]
+    weights = torch.from_numpy(times[used]).to(vectors)
+    predictor.sample_encoder.standardise_by(vectors, weights)
 
 
 def check_options(config: FinetuneConfig) -> None:
@@ -193,12 +203,8 @@ def check_options(config: FinetuneConfig) -> None:
         raise InputError("finetune needs --metadata, which holds the --metadata-column")
     if config.freeze_base and config.pretrained_encoder is None and config.run.resume_from is None:
         raise InputError("--freeze-base needs --pretrained-encoder: a fresh encoder must train")
-    if config.freeze_base and (config.losses.unifrac_penalty or config.losses.nucleotide_penalty):
-        raise InputError(
-            "--freeze-base leaves nothing for --unifrac-penalty or --nucleotide-penalty to train"
-        )
-    if config.distances.unifrac_metric == "faith-pd" and config.losses.unifrac_penalty:
-        raise InputError("--unifrac-metric faith-pd is for pretrain; choose a distance")
+    if config.freeze_base and config.losses.nucleotide_penalty:
+        raise InputError("--freeze-base leaves nothing for --nucleotide-penalty to train")
     if not config.losses.target_penalty:
         raise InputError("--target-penalty 0: nothing would learn to predict the column")
 
@@ -211,11 +217,11 @@ def adopt_pretrained(config: FinetuneConfig) -> None:
     """
     if config.pretrained_encoder is None:
         return
-    _, described = read_model(config.pretrained_encoder)
+    described = read_model(config.pretrained_encoder).description
     for name, value in described["encoder"].items():
         if name == "dropout":
             continue
-        options: Any = config.data if name in ("max_bp", "token_limit") else config.model
+        options: Any = config.data if name == "max_bp" else config.model
         asked, default = getattr(options, name), getattr(type(options), name)
         if asked not in (default, value):
             raise InputError(
@@ -342,17 +348,14 @@ def make_predictor(
     state: dict[str, Any] | None,
 ) -> Predictor:
     """The predictor, its base loaded from the pretrained run, or all of it from a checkpoint."""
-    shape = EncoderShape(
-        **asdict(config.model), max_bp=config.data.max_bp, token_limit=config.data.token_limit
-    )
+    shape = EncoderShape(**asdict(config.model), max_bp=config.data.max_bp)
     impl, recompute = config.run.attn_implementation, config.run.gradient_checkpointing
-    # Distances are learned without dropout in these stacks; see CommunityEncoder.
-    dropout = 0.0 if config.losses.unifrac_penalty else shape.dropout
-    encoder = CommunityEncoder(shape, impl=impl, recompute=recompute, sample_dropout=dropout)
+    encoder = AsvEncoder(shape, impl=impl, recompute=recompute)
     if config.pretrained_encoder is not None and state is None:
         print_loaded(load_encoder(encoder, config.pretrained_encoder), config.pretrained_encoder)
     own = PredictorShape(
         outputs=target.outputs,
+        count_embedding=config.count_embedding,
         category_sizes=tuple(len(one) for one in category_classes.values()),
         categorical_embed_dim=config.categorical.categorical_embed_dim,
         categorical_fusion=config.categorical.categorical_fusion,

@@ -10,19 +10,20 @@ import numpy as np
 import torch
 
 from aam.batching import EpochPlan
-from aam.config import InspectConfig, OptimizerOptions, PenaltyOptions, PretrainConfig
+from aam.config import InspectConfig, OptimizerOptions, PenaltyOptions
 from aam.data.dataset import SampleDataset
 from aam.data.facts import DataFact, name_some
 from aam.data.metadata import require_values
-from aam.data.phylogeny import UniFrac
 from aam.errors import InputError
-from aam.model import CommunityEncoder
-from aam.model.encoder import EncoderShape
+from aam.model import AsvEncoder, EncoderShape, PretrainedModel
+from aam.training.applicability import add_applicability
+from aam.training.checkpoint import read_model
 from aam.training.exchange import Exchange
 from aam.training.losses import DistanceLoss
-from aam.training.memory import DEFAULT_BATCH, GB, Batching
-from aam.training.objectives import PretrainObjective
+from aam.training.memory import GB, Batching
+from aam.training.objectives import PairObjective
 from aam.training.prepare import Samples, attach_distances, make_dataset, read_samples, split, tell
+from aam.training.pretrain import FREE_CLADES
 from aam.training.runs import say
 from aam.training.schedule import make_optimizer, make_state
 from aam.training.setup import pick_device
@@ -41,10 +42,13 @@ def inspect(config: InspectConfig) -> None:
     table = Table("what", "value", title=None)
     if config.metadata_column is not None:
         labels = _describe_target(table, samples, config)
-    if config.distances.tree is not None or config.distances.unifrac_matrix is not None:
+    given = config.distances
+    if given.tree or given.unifrac_matrix or given.distance:
         distances = attach_distances(samples, config.data, config.distances)
         _describe_distances(table, distances, len(samples.ids))
     dataset = make_dataset(samples, config.data)
+    if config.model is not None:
+        add_applicability(samples, read_model(config.model))
     parts = split(samples, config.metadata, config.seed, labels=labels)
     table.add_row("training / validation samples", f"{len(parts.train)} / {len(parts.validation)}")
     tell(samples.facts, samples.warnings)
@@ -91,7 +95,7 @@ def _plan(
 ) -> Sequence[np.ndarray]:
     """The rows of each step of the first epoch; says what they take where a memory is given."""
     if config.max_memory_gb is None and config.max_memory_fraction is None:
-        size = config.batch_size or min(DEFAULT_BATCH, len(rows))
+        size = config.batch_size or min(dataset.default_batch, len(rows))
         return EpochPlan(rows, size, config.seed).batches(0)
     options = OptimizerOptions(
         batch_size=config.batch_size,
@@ -100,10 +104,11 @@ def _plan(
     )
     device = pick_device("auto")
     dataset = dataset.to(device)
-    encoder = CommunityEncoder(
-        EncoderShape(max_bp=config.data.max_bp, token_limit=config.data.token_limit)
-    )
-    objective = PretrainObjective(encoder, PenaltyOptions(), _distance_loss(distances, dataset))
+    encoder = AsvEncoder(EncoderShape(max_bp=config.data.max_bp))
+    model = PretrainedModel(encoder, free_clades=FREE_CLADES, abundance=True)
+    assert model.pairs is not None
+    loss = DistanceLoss(distances or _NoDistances())
+    objective = PairObjective(encoder, model.pairs, PenaltyOptions(), loss)
     objective.to(device).train()
     batching = Batching(rows, dataset, objective, options, device, config.seed)
     optimizer = make_optimizer(objective, lr=0.0, weight_decay=0.0)
@@ -115,7 +120,7 @@ def _plan(
         torch.manual_seed(config.seed)
         return step(dataset.batch(rows).to(device), pieces)
 
-    say("measuring what steps of pretraining take, at the default options")
+    say("measuring what steps of samples take, at the default options")
     batching.prepare(compute)
     plan = batching.batches(0)
     _describe_memory(table, batching, plan)
@@ -158,14 +163,6 @@ class _NoDistances:
 
     def cross(self, rows_a: np.ndarray, rows_b: np.ndarray) -> np.ndarray:
         return np.zeros((len(rows_a), len(rows_b)))
-
-
-def _distance_loss(distances: Any, dataset: SampleDataset) -> DistanceLoss:
-    """That of `aam pretrain`, with mixtures where there is a tree."""
-    if isinstance(distances, UniFrac):
-        mixtures = PretrainConfig.mixed_samples
-        return DistanceLoss(distances, mixtures=mixtures, columns=dataset.columns)
-    return DistanceLoss(distances or _NoDistances())
 
 
 def _describe_cost(

@@ -102,8 +102,9 @@ class Trainer:
         self.optimizer = make_optimizer(self.trained, options.lr or 0.0, options.weight_decay)
         make_state(self.optimizer)
         self._step = Step(self.trained, self.exchange, equal_calls=self.sharded)
-        assert options.epochs is not None and options.lr is not None
+        assert options.epochs and options.lr is not None and options.validate_every
         self.epochs, self.lr = options.epochs, options.lr
+        self.validate_every = options.validate_every
         self.scheduled_samples = self.epochs * len(batching.rows)
         self.progress = Progress()
         self.signals = StopSignals()
@@ -206,7 +207,7 @@ class Trainer:
                     at.epoch, at.batch = at.epoch + 1, 0
                     batches = self.batching.batches(at.epoch)
                 ended = self._ended()
-                due = at.batch == 0 and at.epoch % self.options.validate_every == 0
+                due = at.batch == 0 and at.epoch % self.validate_every == 0
                 if at.step > at.validated and (due or ended):
                     display.validated(at.step, self._validate(due))
                 stop, late = self._asked()

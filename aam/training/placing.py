@@ -11,28 +11,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from aam.data.attachment import Attachment
 from aam.data.clades import Clades, Grafts
-from aam.data.facts import DataFact, name_some
 from aam.data.neighbours import Found, Neighbours
 from aam.data.phylogeny import UniFrac
 from aam.data.rows import offsets_of
-from aam.data.sequences import MASK, START
+from aam.data.sequences import MASK, START, tokenize
 from aam.data.table import FeatureTable
 from aam.data.texts import Texts, match_names
 from aam.data.tree import Phylogeny
 from aam.errors import InputError
 from aam.model import PretrainedModel
+from aam.training.checkpoint import SavedModel, read_model
 from aam_kernels import Ragged
 
 CLIP = 5.0  # largest network logit: where it is surer than that it has not been tested
 LEAST_VOTE = 0.01  # probability of a clade for which no neighbour votes
-LOGITS_AT_ONCE = 1 << 24  # numbers: bounds memory, not the result
-NEAR = 0.03  # edits a base up to which a new ASV counts as near
+ASVS_AT_ONCE = 512  # sequences encoded at once
+LOGITS_AT_ONCE = 1 << 21  # numbers: bounds memory, not the result
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,11 +90,60 @@ class Placer:
         self.neighbours = neighbours or Neighbours(clades.sequences)
         self.use_votes = use_votes
 
+    @classmethod
+    def of(cls, saved: SavedModel, model: PretrainedModel) -> Placer:
+        """The placer of a saved model.
+
+        Raises:
+            InputError: no tree has taught it.
+        """
+        if model.clades is None:
+            raise InputError(
+                f"{saved.path}: knows no clades: distances taught it; pretrain with --tree"
+            )
+        clades = Clades.from_arrays(saved.arrays, str(saved.path))
+        return cls(model, clades, Attachment.from_arrays(saved.arrays))
+
     def find(self, sequences: Sequence[str]) -> tuple[np.ndarray, Found]:
         """The known ASV that each sequence equals (-1: none), and the neighbours of the others."""
         texts = Texts.of(sequences)
         known = match_names(texts, self.clades.sequences)
         return known, self.neighbours.find(texts.take(known < 0))
+
+    @torch.no_grad()
+    def vectors(self, sequences: Sequence[str], known: np.ndarray, near: Found) -> np.ndarray:
+        """Vectors (asvs, dim) float32 of sequences; new ones in the coordinates of their nearest.
+
+        Args:
+            sequences: n DNA sequences.
+            known: (n,) the known ASV that each equals; -1: none.
+            near: neighbours of the others.
+        """
+        assert self.model is not None
+        encoder = self.model.encoder
+        found = np.empty((len(known), encoder.shape.embedding_dim), dtype=np.float32)
+        own = np.flatnonzero(known >= 0)
+        for part in np.array_split(own, len(own) // ASVS_AT_ONCE + 1):
+            tokens = tokenize(Texts.of(sequences).take(part), encoder.shape.max_bp)[0]
+            found[part] = self._encode(tokens)
+        new = np.flatnonzero(known < 0)
+        for part in np.array_split(np.arange(len(new)), len(new) // ASVS_AT_ONCE + 1):
+            found[new[part]] = self._encode(self._aligned(near, part))
+        return found
+
+    def _aligned(self, near: Found, part: Any) -> Ragged:
+        """Tokens of some new ASVs in the coordinates of their nearest known ones."""
+        assert self.model is not None
+        lengths = self.neighbours.lengths[near.index[part, 0]]
+        tokens = aligned_tokens(near.aligned[part], lengths)
+        return clipped(tokens, self.model.encoder.shape.max_bp)
+
+    @torch.no_grad()
+    def _encode(self, tokens: Ragged) -> np.ndarray:
+        assert self.model is not None
+        self.model.eval()
+        device = next(self.model.parameters()).device
+        return self.model.encoder(tokens.to(device)).vectors.cpu().numpy()
 
     def place(
         self, sequences: Sequence[str], found: tuple[np.ndarray, Found] | None = None
@@ -150,11 +201,9 @@ class Placer:
     def network_logits(self, near: Found, part: slice) -> np.ndarray:
         """The network's opinion of some new ASVs, (asvs, clades) float32."""
         assert self.model is not None and self.model.clades is not None
-        device = next(self.model.parameters()).device
-        self.model.eval()
-        tokens = aligned_tokens(near.aligned[part], self.neighbours.lengths[near.index[part, 0]])
-        tokens = clipped(tokens, self.model.encoder.shape.max_bp).to(device)
-        return self.model.clades(self.model.encoder(tokens).vectors).cpu().numpy()
+        vectors = torch.from_numpy(self._encode(self._aligned(near, part)))
+        head = self.model.clades
+        return head(vectors.to(head.weight.device)).cpu().numpy()
 
     def votes(self, index: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """Share (asvs, clades) float32 of the nearest ASVs' votes for each clade."""
@@ -164,6 +213,19 @@ class Placer:
             lowest = np.where(tip >= 0, self.clades.lowest[tip], -1)
             self.clades.spread(lowest, weights[:, place].astype(np.float32), found)
         return found
+
+
+def load_placer(run: Path, device: torch.device, *, impl: str = "auto") -> Placer:
+    """The placer of a run that a tree has taught.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    saved = read_model(run)
+    model = saved.build(impl=impl)
+    if not isinstance(model, PretrainedModel):
+        raise InputError(f"{run}: is a run of finetune; give the folder of one of pretrain")
+    return Placer.of(saved, model.to(device))
 
 
 def best_path(clades: Clades, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -218,24 +280,33 @@ def clipped(tokens: Ragged, max_bp: int) -> Ragged:
     return Ragged(values, offsets_of(kept), max_bp + 1)
 
 
-def grafted_tree(clades: Clades, placed: Placed, sequences: Sequence[str]) -> Phylogeny:
-    """The model's tree with all new ASVs that have a place on it."""
+def grafted_tree(
+    clades: Clades, placed: Placed, sequences: Sequence[str]
+) -> tuple[Phylogeny, np.ndarray]:
+    """The model's tree with all new ASVs that have a place on it; see `Clades.graft`."""
     new = (placed.known < 0) & placed.usable
     return clades.graft(placed.grafts.take(new), Texts.of(sequences).take(new))
 
 
-def unifrac_by_model(
-    table: FeatureTable, clades: Clades, placed: Placed, metric: str = "unweighted"
-) -> UniFrac:
+def unifrac_by_model(table: FeatureTable, clades: Clades, placed: Placed) -> UniFrac:
     """UniFrac of a table whose features were placed; those without a place are left out.
 
     Raises:
         InputError: nothing of the table, or of a sample, is near what the model knows.
     """
+    require_places(table, placed)
+    tree = grafted_tree(clades, placed, table.feature_ids)[0]
+    return UniFrac(table, tree, drop_missing=not placed.usable.all())
+
+
+def require_places(table: FeatureTable, placed: Placed) -> None:
+    """Refuse a table that has nothing near what the model knows.
+
+    Raises:
+        InputError: with the likely reason.
+    """
     if not placed.usable.any():
         raise InputError(far_from_model(table, placed))
-    tree = grafted_tree(clades, placed, table.feature_ids)
-    return UniFrac(table, tree, metric, drop_missing=not placed.usable.all())
 
 
 def far_from_model(table: FeatureTable, placed: Placed) -> str:
@@ -248,51 +319,3 @@ def far_from_model(table: FeatureTable, placed: Placed) -> str:
         f"{table.source}: none of its {len(table.feature_ids)} features is near an ASV that the "
         f"model knows; probably {reason}"
     )
-
-
-@dataclass(frozen=True)
-class Applicability:
-    """How much of a table a model knows."""
-
-    facts: list[DataFact]
-    warnings: list[str]
-
-
-def applicability(table: FeatureTable, placed: Placed) -> Applicability:
-    """Shares of ASVs and reads that training knew, distances of the others, and a warning."""
-    count = len(table.feature_ids)
-    reads = np.asarray(table.counts.sum(axis=0), dtype=np.float64).ravel()
-    total = max(float(reads.sum()), 1.0)
-    is_known = placed.known >= 0
-    facts = [
-        DataFact(
-            "ASVs that the model knows", int(is_known.sum()),
-            f"{is_known.mean():.1%} of {count}, {reads[is_known].sum() / total:.1%} of the reads",
-        )
-    ]  # fmt: skip
-    new = ~is_known & placed.usable
-    if new.any():
-        edits = placed.distance[new]
-        middle, ninth, most = np.quantile(edits, (0.5, 0.9, 1.0))
-        detail = f"nearest known ASV: median {middle:.1f}, 90 % {ninth:.1f}, most {most:.1f} edits"
-        facts.append(DataFact("new ASVs", int(new.sum()), detail))
-    warnings = []
-    for is_lost, what in (
-        (placed.reverse, "reverse complements of known ones"),
-        (placed.foreign, "far from all known ones (another region, or no such marker)"),
-    ):
-        if is_lost.any():
-            names = [table.feature_ids[int(one)] for one in np.flatnonzero(is_lost)[:3]]
-            share = reads[is_lost].sum() / total
-            detail = f"{share:.1%} of the reads: {name_some(names)}"
-            facts.append(DataFact(f"ASVs not placed: {what}", int(is_lost.sum()), detail, "dropped"))
-            if share > 0.1:
-                warnings.append(f"{share:.0%} of the reads are {what}: the model does not apply")
-    lengths = Texts.of(table.feature_ids).lengths
-    far = new & (placed.distance > 0.1 * lengths)
-    if (share := reads[far].sum() / total) > 0.25:
-        warnings.append(
-            f"{share:.0%} of the reads are more than a tenth of their bases away from all known "
-            "ASVs: places are uncertain"
-        )
-    return Applicability(facts, warnings)

@@ -12,11 +12,10 @@ from aam.data.dataset import SampleDataset
 from aam.data.facts import DataFact
 from aam.errors import InputError
 from aam.model import Predictor
-from aam.training.checkpoint import load_model
+from aam.training.checkpoint import read_model
 from aam.training.evaluation import predict_outputs
-from aam.training.finetune import (
-    encode_categories,
-)
+from aam.training.applicability import add_applicability
+from aam.training.finetune import encode_categories
 from aam.training.predictions import in_units, prediction_cells, prediction_header
 from aam.training.prepare import Samples, make_dataset, read_samples, tell
 from aam.training.runs import check_file_output, say, write_table
@@ -31,7 +30,8 @@ def predict(config: PredictConfig) -> Path:
         The file that was written.
     """
     check_file_output(config.output, config.overwrite)
-    model, described = load_model(config.model, impl=config.attn_implementation)
+    saved = read_model(config.model)
+    model, described = saved.build(impl=config.attn_implementation), saved.description
     if not isinstance(model, Predictor):
         raise InputError(
             f"{config.model}: holds a pretrained encoder; predict needs a run of finetune"
@@ -49,6 +49,7 @@ def predict(config: PredictConfig) -> Path:
         )
     target = TargetInfo.from_dict(described["target"])
     dataset, keys = covariates_as_trained(samples, options, described, target)
+    add_applicability(samples, saved)
     tell(samples.facts, samples.warnings)
     model.to(device)
     rows = np.arange(len(samples.ids))

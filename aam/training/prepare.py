@@ -20,7 +20,7 @@ from aam.data.phylogeny import UniFrac
 from aam.data.splits import Split, leaking_columns, split_samples
 from aam.data.table import FeatureTable, rarefy, read_table
 from aam.data.table_distances import TableDistances
-from aam.data.tree import read_tree
+from aam.data.tree import Phylogeny, read_tree
 from aam.errors import InputError
 from aam.training.runs import refuse_breaks, say
 
@@ -188,16 +188,13 @@ def _with_empty_rows(
     return replace(metadata, ids=metadata.ids + lacking, cells=cells), told
 
 
-def attach_tree(
-    samples: Samples, table_options: TableOptions, tree: Path, drop_missing: bool
-) -> UniFrac:
+def attach_tree(samples: Samples, tree: Phylogeny, drop_missing: bool) -> UniFrac:
     """Unweighted UniFrac of the samples by a tree.
 
     Raises:
-        InputError: the tree cannot be used, or does not hold the table's features.
+        InputError: the tree does not hold the table's features.
     """
-    read = read_tree(tree, sequences=table_options.sequences)
-    source = UniFrac(samples.table, read, "unweighted", drop_missing=drop_missing)
+    source = UniFrac(samples.table, tree, "unweighted", drop_missing=drop_missing)
     samples.facts += source.facts
     return source
 
@@ -218,7 +215,8 @@ def attach_distances(
             "give one of --tree, --unifrac-matrix and --distance: what samples are compared by"
         )
     if options.tree is not None:
-        return attach_tree(samples, table_options, options.tree, options.drop_missing_tips)
+        tree = read_tree(options.tree, sequences=table_options.sequences)
+        return attach_tree(samples, tree, options.drop_missing_tips)
     if options.distance is not None:
         return TableDistances.of(samples.table, options.distance)
     assert options.unifrac_matrix is not None

@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import csr_array
 
 from aam.config import PretrainConfig, TableOptions
 from aam.data.asvs import AsvDataset
-from aam.data.clades import TreeSplit, known_arrays
+from aam.data.clades import Clades, TreeSplit, known_arrays
+from aam.data.embedding import Embedding
 from aam.data.facts import DataFact
 from aam.data.splits import Split
-from aam.data.texts import Texts
+from aam.data.texts import Texts, match_names
+from aam.data.tree import read_tree
 from aam.errors import InputError
 from aam.model import AsvEncoder, EncoderShape, PretrainedModel
 from aam.training import metrics
@@ -104,9 +107,9 @@ def tree_job(config: PretrainConfig, device: torch.device) -> Job:
     """Learn from the tree of a table."""
     options = table_options(config)
     samples = read_samples(options, config.run.seed, metadata=config.metadata.metadata)
-    tree = config.distances.tree
-    assert tree is not None
-    truth = attach_tree(samples, options, tree, config.distances.drop_missing_tips)
+    assert config.distances.tree is not None
+    tree = read_tree(config.distances.tree, sequences=options.sequences)
+    truth = attach_tree(samples, tree, config.distances.drop_missing_tips)
     parts = split(samples, config.metadata, config.run.seed)
     known = split_by_samples(samples, truth, samples.rows(parts.train))
     rows = judged_rows(samples, parts)
@@ -152,6 +155,7 @@ def clade_job(
     model.to(device)
     placer = make_placer(model, known, config.run.seed)
     task = TreeTask(model, known, unseen, placer, config)
+    embedding = Embedding.fit(clades, communities(clades, judged), config.run.seed)
     objective = CladeObjective(
         model.encoder, model.clades, config.losses, CladeLoss(clades), stack_joins=STACK_JOINS
     )
@@ -174,12 +178,31 @@ def clade_job(
         validate=task.validate,
         best_metric=task.metric,
         description=description,
-        arrays=task.arrays(),
-        write_results=lambda run, summary: write_tree_results(run, task, judged, asvs, summary),
+        arrays={
+            **clades.to_arrays(),
+            **placer.attachment.to_arrays(),
+            **embedding.to_arrays(),
+        },
+        write_results=lambda run, summary: write_tree_results(
+            run, task, judged, asvs, embedding, summary
+        ),
         facts=facts,
         warnings=warnings,
         names="samples" if judged is not None else "sequences",
     )
+
+
+def communities(clades: Clades, judged: JudgedSamples | None) -> csr_array:
+    """Reads (training samples, known ASVs); of no samples where there is no table."""
+    if judged is None:
+        return csr_array((0, len(clades.tree.tip_names)))
+    table = judged.samples.table
+    tips = match_names(table.feature_ids, clades.sequences)
+    on_tree = np.flatnonzero(tips >= 0)
+    counts = table.counts[judged.train_rows][:, on_tree]
+    place = np.empty(len(on_tree), dtype=np.int64)
+    place[tips[on_tree]] = np.arange(len(on_tree))
+    return csr_array(counts[:, place])
 
 
 def pair_job(config: PretrainConfig, device: torch.device) -> Job:

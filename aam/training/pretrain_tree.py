@@ -31,6 +31,7 @@ from aam.training.prepare import Samples
 LEAST_TIPS = 3
 TOKENS_SEEN = 30_000_000  # of a run whose epochs are not given
 EPOCHS = (3, 60)  # least and most that they make
+VALIDATIONS = 10  # of a run
 LEARNING_RATE = 4e-3
 STACK_JOINS = 0.5  # share of the run that the wide path learns alone
 LEFT_OUT = 2000  # most tips of a reference that are left out, and most unseen ASVs of a validation
@@ -40,11 +41,14 @@ CHECK_SEED = 20_231
 def tree_options(options: OptimizerOptions, asvs: AsvDataset) -> OptimizerOptions:
     """Epochs and learning rate of a run that a tree teaches, where none are given."""
     tokens = max(1, int(asvs.sequence_lengths.sum()))
-    epochs = int(np.clip(round(TOKENS_SEEN / tokens), *EPOCHS))
+    epochs = options.epochs
+    if epochs is None:
+        epochs = int(np.clip(round(TOKENS_SEEN / tokens), *EPOCHS))
     return replace(
         options,
-        epochs=options.epochs or epochs,
+        epochs=epochs,
         lr=LEARNING_RATE if options.lr is None else options.lr,
+        validate_every=options.validate_every or max(1, epochs // VALIDATIONS),
     )
 
 
@@ -219,9 +223,6 @@ class TreeTask:
             "clade_jaccard": float(jaccard.mean()),
         }
 
-    def arrays(self) -> dict[str, Any]:
-        """What the model's file holds beside weights."""
-        return {**self.split.clades.to_arrays(), **self.placer.attachment.to_arrays()}
 
 
 def make_placer(model: PretrainedModel, split: TreeSplit, seed: int) -> Placer:

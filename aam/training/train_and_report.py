@@ -71,6 +71,7 @@ def usual_options(options: OptimizerOptions) -> OptimizerOptions:
         options,
         epochs=USUAL_EPOCHS if options.epochs is None else options.epochs,
         lr=USUAL_LEARNING_RATE if options.lr is None else options.lr,
+        validate_every=options.validate_every or 1,
     )
 
 

@@ -10,12 +10,12 @@ import numpy as np
 from aam.config import MetadataOptions
 from aam.data.asvs import AsvDataset
 from aam.data.clades import Clades, Grafts
-from aam.data.facts import DataFact
+from aam.data.embedding import Embedding
 from aam.data.phylogeny import UniFrac
 from aam.data.table import FeatureTable
 from aam.training import metrics
 from aam.training.measurements import distance_results, nucleotide_results, write_pairs
-from aam.training.placing import Placed, Placer, unifrac_by_model
+from aam.training.placing import Placed, Placer, grafted_tree, unifrac_by_model
 from aam.training.prepare import Samples
 from aam.training.pretrain_tree import TreeTask
 from aam.training.results import print_results, result
@@ -49,6 +49,7 @@ def write_tree_results(
     task: TreeTask,
     judged: JudgedSamples | None,
     known: AsvDataset,
+    embedding: Embedding,
     summary: dict[str, Any],
 ) -> None:
     """Final measurements beside their baselines: tables, summary, and a printed table."""
@@ -56,7 +57,7 @@ def write_tree_results(
     everything = np.arange(len(task.unseen))
     if losses.unifrac_penalty:
         if judged is not None:
-            results += sample_results(task.placer, judged, run)
+            results += sample_results(task.placer, judged, run, embedding)
         if len(task.judged):
             sequences = task.split.unseen.take(task.judged)
             placed = task.placer.place(sequences, task.found)
@@ -73,7 +74,10 @@ def write_tree_results(
 
 
 def sample_results(
-    placer: Placer, judged: JudgedSamples, run: Run | None = None
+    placer: Placer,
+    judged: JudgedSamples,
+    run: Run | None = None,
+    embedding: Embedding | None = None,
 ) -> list[dict[str, Any]]:
     """Distances and Faith PD of samples whose ASVs are placed, beside the whole tree's.
 
@@ -81,6 +85,7 @@ def sample_results(
         placer: of the model.
         judged: the samples.
         run: where pairs and embeddings are written; None: nowhere.
+        embedding: gives the embeddings.
     """
     samples, truth, rows = judged.samples, judged.truth, judged.rows
     ids = [samples.ids[row] for row in rows]
@@ -96,6 +101,8 @@ def sample_results(
     if run is not None:
         within = None if groups is None else [groups[row] for row in rows]
         write_pairs(run, ids, true, matrix, within)
+        if embedding is not None:
+            write_embeddings(run, placer, table, placed, embedding)
     results = distance_results(
         samples, truth.pairwise, matrix, true, judged.train_rows, rows, groups,
         nearest.pairwise(own),
@@ -118,6 +125,21 @@ def sample_results(
     explained = [metrics.r2(one.faith_pd(own), faith) for one in (predicted, nearest)]
     results.append(result("Faith PD R2", explained[0], {"placement": explained[1]}))
     return results
+
+
+def write_embeddings(
+    run: Run, placer: Placer, table: FeatureTable, placed: Placed, embedding: Embedding
+) -> None:
+    """Write the vectors of validation samples, for the report's ordination."""
+    grafted = grafted_tree(placer.clades, placed, table.feature_ids)
+    blocks = embedding.rows(table, placer.clades, grafted, embedding.most)
+    vectors = np.concatenate([block for block, _ in blocks])
+    header = ["sample-id", "part", *(f"e{i}" for i in range(vectors.shape[1]))]
+    rows = (
+        [name, "validation", *(f"{one:.6g}" for one in vector)]
+        for name, vector in zip(table.sample_ids, vectors, strict=True)
+    )
+    run.write_table("embeddings.tsv", header, rows)
 
 
 def nearest_neighbour_placement(placer: Placer) -> Placer:
