@@ -148,11 +148,28 @@ class Clades:
         return np.flatnonzero(on_path[:-1])
 
     @cached_property
+    def root_distance(self) -> NDArray[np.float64]:
+        """``(nodes,)`` distance of each node to the root; the root's own branch is not counted."""
+        length = self.tree.length.copy()
+        length[-1] = 0.0
+        return sums_to_root(self.tree.parent, length)
+
+    def node_of(self, clade: NDArray[np.int64]) -> NDArray[np.int64]:
+        """``(n,)`` node of each clade ``(n,)``; the root for -1."""
+        root = len(self.tree) - 1
+        return np.where(clade >= 0, self.nodes[clade], root) if len(self) else np.full(len(clade), root)
+
+    def ends(self, clade: NDArray[np.int64]) -> Grafts:
+        """Places at the lower ends of clades ``(n,)``; the root for -1."""
+        node = self.node_of(clade)
+        return Grafts(node, self.tree.length[node], np.zeros(len(node)))
+
+    @cached_property
     def depth(self) -> NDArray[np.float64]:
         """``(nodes,)`` length of clades from the root to each node, the node's own included."""
         clade = np.zeros(len(self.tree))
         clade[self.nodes] = self.length
-        return _sums_to_root(self.tree.parent, clade)
+        return sums_to_root(self.tree.parent, clade)
 
     def jaccard(self, one: Grafts, other: Grafts) -> NDArray[np.float64]:
         """``(n,)`` length of the clades that two places share, of what either holds; 1: none held.
@@ -392,7 +409,7 @@ def places_by_tree(tree: Phylogeny, clades: Clades, sequences: Texts) -> Grafts 
     return true_grafts(tree, kept, tips)
 
 
-def _sums_to_root(
+def sums_to_root(
     parent: NDArray[np.int64], values: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Sum of the values of each node and all above it."""

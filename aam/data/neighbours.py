@@ -16,7 +16,8 @@ the overlap's, plus half the share of 8-mers that are missing, which breaks ties
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,6 +69,10 @@ class Found:
     aligned: NDArray[np.uint8]
     reverse: NDArray[np.bool_]
     foreign: NDArray[np.bool_]
+
+    def take(self, rows: Any) -> Found:
+        """Some of the queries, by numbers, a mask or a slice."""
+        return Found(*(getattr(self, one.name)[rows] for one in fields(self)))
 
     @property
     def weights(self) -> NDArray[np.float64]:
@@ -221,29 +226,6 @@ class Neighbours:
         at = np.arange(-BAND, width + BAND)[:, None] + diagonal
         inside = (at >= 0) & (at < self.bases.shape[1])
         return np.where(inside, self.bases[held, np.where(inside, at, 0)], 0)
-
-    def across(
-        self,
-        queries: NDArray[np.uint8],
-        held: NDArray[np.int64],
-        diagonal: NDArray[np.int64],
-    ) -> NDArray[np.uint8]:
-        """``(pairs, length)`` known bases at each place of the queries; 0 where there is none.
-
-        Args:
-            queries: ``(pairs, length)`` bases.
-            held: ``(pairs,)`` the known sequence that each is aligned to.
-            diagonal: ``(pairs,)`` on which diagonal.
-        """
-        result = np.zeros(queries.shape, dtype=np.uint8)
-        for low in range(0, len(queries), _BLOCK_ALIGNED):
-            part = slice(low, low + _BLOCK_ALIGNED)
-            query = queries[part].T
-            window = self._windows(held[part], diagonal[part], len(query))
-            matched = _matched(query, window)
-            bases = np.take_along_axis(window, np.maximum(matched, 0), axis=0)
-            result[part] = np.where((matched >= 0) & (query > 0), bases, 0).T
-        return result
 
     def _align(
         self, bases: NDArray[np.uint8], held: NDArray[np.int64], diagonal: NDArray[np.int64]

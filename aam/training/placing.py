@@ -2,9 +2,9 @@
 
 A known ASV is its own tip. For a new one two opinions about its clades are added as logits: the
 network's, which sees it in the coordinates of its nearest known ASV, and the vote of its nearest
-ones. The best path from the root is decoded from the sum; how much of the last branch it shares,
-and what length is its own, `Attachment` has learned by leaving known ASVs out. Reverse complements
-and sequences of another region are recognised, and not placed.
+ones. The best path from the root is decoded from the sum; where the ASV leaves it, and what length
+is its own, `aam.data.placement` says. Reverse complements and sequences of another region are
+recognised, and not placed.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from aam.data.attachment import Attachment
 from aam.data.clades import Clades, Grafts
 from aam.data.neighbours import Found, Neighbours
 from aam.data.phylogeny import UniFrac
+from aam.data.placement import Law, Placement
 from aam.data.rows import offsets_of
 from aam.data.sequences import MASK, START, tokenize
 from aam.data.table import FeatureTable
@@ -44,6 +44,7 @@ class Placed:
     Attributes:
         grafts: ``(n,)`` places; a known ASV is at the end of its own tip.
         known: ``(n,)`` int64, the known ASV that each equals; -1: it is new.
+        clade: ``(n,)`` int64, the smallest clade of each; -1: none.
         nearest: ``(n,)`` int64, the nearest known ASV.
         distance: ``(n,)`` float64, its distance in edits.
         support: ``(n,)`` float64, mean probability of the clades on the path; 1 for known ones.
@@ -53,6 +54,7 @@ class Placed:
 
     grafts: Grafts
     known: np.ndarray
+    clade: np.ndarray
     nearest: np.ndarray
     distance: np.ndarray
     support: np.ndarray
@@ -71,8 +73,7 @@ class Placer:
     def __init__(
         self,
         model: PretrainedModel | None,
-        clades: Clades,
-        attachment: Attachment,
+        placement: Placement,
         *,
         neighbours: Neighbours | None = None,
         use_votes: bool = True,
@@ -81,13 +82,12 @@ class Placer:
 
         Args:
             model: with a clade head; None: nearest-neighbour placement, the baseline.
-            clades: of the known ASVs.
-            attachment: how new ASVs join a branch.
+            placement: on the tree of the known ASVs.
             neighbours: index of the known ASVs, where there is one already.
             use_votes: False: the network alone decides on the clades.
         """
-        self.model, self.clades, self.attachment = model, clades, attachment
-        self.neighbours = neighbours or Neighbours(clades.sequences)
+        self.model, self.placement, self.clades = model, placement, placement.clades
+        self.neighbours = neighbours or Neighbours(self.clades.sequences)
         self.use_votes = use_votes
 
     @classmethod
@@ -102,7 +102,7 @@ class Placer:
                 f"{saved.path}: knows no clades: distances taught it; pretrain with --tree"
             )
         clades = Clades.from_arrays(saved.arrays, str(saved.path))
-        return cls(model, clades, Attachment.from_arrays(saved.arrays))
+        return cls(model, Placement(clades, Law.from_arrays(saved.arrays)))
 
     def find(self, sequences: Sequence[str]) -> tuple[np.ndarray, Found]:
         """The known ASV that each sequence equals (-1: none), and the neighbours of the others."""
@@ -128,14 +128,13 @@ class Placer:
             found[part] = self._encode(tokens)
         new = np.flatnonzero(known < 0)
         for part in np.array_split(np.arange(len(new)), len(new) // ASVS_AT_ONCE + 1):
-            found[new[part]] = self._encode(self._aligned(near, part))
+            found[new[part]] = self._encode(self._aligned(near.take(part)))
         return found
 
-    def _aligned(self, near: Found, part: Any) -> Ragged:
-        """Tokens of some new ASVs in the coordinates of their nearest known ones."""
+    def _aligned(self, near: Found) -> Ragged:
+        """Tokens of new ASVs in the coordinates of their nearest known ones."""
         assert self.model is not None
-        lengths = self.neighbours.lengths[near.index[part, 0]]
-        tokens = aligned_tokens(near.aligned[part], lengths)
+        tokens = aligned_tokens(near.aligned, self.neighbours.lengths[near.index[:, 0]])
         return clipped(tokens, self.model.encoder.shape.max_bp)
 
     @torch.no_grad()
@@ -155,30 +154,42 @@ class Placer:
             found: what `find` gave for them, where it is known already.
         """
         known, near = found or self.find(sequences)
-        lowest, support = self.decode(near)
-        new = self.attachment.grafts(self.clades, lowest, near)
-        tips = self.clades.tip_nodes
-        is_new = known < 0
-        count = len(known)
-        node, shared = tips[np.maximum(known, 0)], self.clades.tree.length[tips[np.maximum(known, 0)]]
-        own, distance, nearest = np.zeros(count), np.zeros(count), known.copy()
+        new, lowest, support = self.place_new(near)
+        tips, is_new = self.clades.tip_nodes[known], known < 0
+        node, shared, own = tips, self.clades.tree.length[tips], np.zeros(len(known))
         node[is_new], shared[is_new], own[is_new] = new.node, new.shared, new.own
-        nearest[is_new], distance[is_new] = near.index[:, 0], near.distance[:, 0]
-        sure, reverse, foreign = np.ones(count), np.zeros(count, bool), np.zeros(count, bool)
-        sure[is_new], reverse[is_new], foreign[is_new] = support, near.reverse, near.foreign
-        grafts = Grafts(node, shared, own)
-        return Placed(grafts, known, nearest, distance, sure, reverse, foreign)
+        clade = self.clades.lowest[known]
+        clade[is_new] = lowest
 
-    def decode(self, near: Found) -> tuple[np.ndarray, np.ndarray]:
-        """Smallest clade of each new ASV (-1: none), and the mean probability along its path."""
+        def filled(values: np.ndarray, others: Any) -> np.ndarray:
+            whole = np.full(len(known), others, dtype=values.dtype)
+            whole[is_new] = values
+            return whole
+
+        nearest = known.copy()
+        nearest[is_new] = near.index[:, 0]
+        return Placed(
+            Grafts(node, shared, own), known, clade, nearest, filled(near.distance[:, 0], 0.0),
+            filled(support, 1.0), filled(near.reverse, False), filled(near.foreign, False),
+        )  # fmt: skip
+
+    def place_new(self, near: Found) -> tuple[Grafts, np.ndarray, np.ndarray]:
+        """Places of new ASVs, the smallest clade of each (-1: none), and the path's support."""
         count = len(near.index)
         if self.model is None:
             nearest = near.index[:, 0]
-            return np.where(nearest >= 0, self.clades.lowest[nearest], -1), np.ones(count)
+            lowest = np.where(nearest >= 0, self.clades.lowest[nearest], -1)
+            return self.placement.copied(near), lowest, np.ones(count)
         lowest, support = np.full(count, -1), np.ones(count)
+        node, shared, own = np.zeros(count, np.int64), np.zeros(count), np.zeros(count)
         for part in self.parts(count):
-            lowest[part], support[part] = best_path(self.clades, self.logits(near, part))
-        return lowest, support
+            some = near.take(part)
+            logits = self.logits(some)
+            lowest[part], support[part] = best_path(self.clades, logits)
+            sure = 1 / (1 + np.exp(-logits))
+            found = self.placement.grafts(some, lowest[part], sure)
+            node[part], shared[part], own[part] = found.node, found.shared, found.own
+        return Grafts(node, shared, own), lowest, support
 
     def parts(self, count: int) -> Iterator[slice]:
         """ASVs whose logits are held at once."""
@@ -186,33 +197,24 @@ class Placer:
         for low in range(0, count, size):
             yield slice(low, low + size)
 
-    def logits(self, near: Found, part: slice) -> np.ndarray:
-        """Sum of both opinions as logits, (asvs, clades) float32."""
-        logits = self.network_logits(near, part)
+    def logits(self, near: Found) -> np.ndarray:
+        """Sum of both opinions of new ASVs as logits, (asvs, clades) float32."""
+        logits = self.network_logits(near)
         if not self.use_votes:
             return logits
         np.clip(logits, -CLIP, CLIP, out=logits)
-        votes = self.votes(near.index[part], near.weights[part])
+        votes = self.placement.vote(near)
         np.clip(votes, LEAST_VOTE, 1 - LEAST_VOTE, out=votes)
         logits += np.log(votes / (1 - votes))
         return logits
 
     @torch.no_grad()
-    def network_logits(self, near: Found, part: slice) -> np.ndarray:
-        """The network's opinion of some new ASVs, (asvs, clades) float32."""
+    def network_logits(self, near: Found) -> np.ndarray:
+        """The network's opinion of new ASVs, (asvs, clades) float32."""
         assert self.model is not None and self.model.clades is not None
-        vectors = torch.from_numpy(self._encode(self._aligned(near, part)))
         head = self.model.clades
+        vectors = torch.from_numpy(self._encode(self._aligned(near)))
         return head(vectors.to(head.weight.device)).cpu().numpy()
-
-    def votes(self, index: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """Share (asvs, clades) float32 of the nearest ASVs' votes for each clade."""
-        found = np.zeros((len(index), len(self.clades)), dtype=np.float32)
-        for place in range(weights.shape[1]):
-            tip = index[:, place]
-            lowest = np.where(tip >= 0, self.clades.lowest[tip], -1)
-            self.clades.spread(lowest, weights[:, place].astype(np.float32), found)
-        return found
 
 
 def load_placer(run: Path, device: torch.device, *, impl: str = "auto") -> Placer:

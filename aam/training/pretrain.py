@@ -153,7 +153,7 @@ def clade_job(
         share = (clades.stop - clades.start) / len(clades.tree.tip_names)
         model.clades.begin_at(torch.from_numpy(share))
     model.to(device)
-    placer = make_placer(model, known, config.run.seed)
+    placer = make_placer(model, clades, config.run.seed)
     task = TreeTask(model, known, unseen, placer, config)
     embedding = Embedding.fit(clades, communities(clades, judged), config.run.seed)
     objective = CladeObjective(
@@ -180,7 +180,7 @@ def clade_job(
         description=description,
         arrays={
             **clades.to_arrays(),
-            **placer.attachment.to_arrays(),
+            **placer.placement.law.to_arrays(),
             **embedding.to_arrays(),
         },
         write_results=lambda run, summary: write_tree_results(

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from aam.config import OptimizerOptions, PretrainConfig
 from aam.data.asvs import AsvDataset
-from aam.data.attachment import Attachment
-from aam.data.clades import TreeSplit, split_tree
+from aam.data.clades import Clades, TreeSplit, split_tree
 from aam.data.facts import DataFact, name_some
-from aam.data.neighbours import Found
+from aam.data.neighbours import Found, Neighbours
 from aam.data.phylogeny import UniFrac
+from aam.data.placement import Law, Placement
 from aam.data.sequences import is_dna, read_fasta
 from aam.data.splits import Split
 from aam.data.texts import Texts, match_names
@@ -206,11 +204,11 @@ class TreeTask:
         clades, truth = self.split.clades, self.split.truth.take(self.judged)
         near = self.found[1]
         placed = self.placer.place(self.split.unseen.take(self.judged), self.found)
-        jaccard = clades.jaccard(placed.grafts, truth)
+        jaccard = clades.jaccard(clades.ends(placed.clade), truth)
         lowest, loss = clades.clade_of_node[truth.node], 0.0
         weight = torch.from_numpy(clades.weight).float()
         for part in self.placer.parts(len(near.index)):
-            logits = torch.from_numpy(self.placer.network_logits(near, part))
+            logits = torch.from_numpy(self.placer.network_logits(near.take(part)))
             true = np.zeros(logits.shape, dtype=np.float32)
             clades.spread(lowest[part], np.ones(len(true), dtype=np.float32), true)
             loss += float(
@@ -225,8 +223,8 @@ class TreeTask:
 
 
 
-def make_placer(model: PretrainedModel, split: TreeSplit, seed: int) -> Placer:
+def make_placer(model: PretrainedModel, clades: Clades, seed: int) -> Placer:
     """Index the known ASVs, and learn from them how ASVs join the tree."""
-    placer = Placer(model, split.clades, Attachment(np.zeros(0)))
-    placer.attachment = Attachment.fit(split.clades, placer.neighbours, seed)
-    return placer
+    neighbours = Neighbours(clades.sequences)
+    placement = Placement(clades, Law.fit(clades, neighbours, seed=seed))
+    return Placer(model, placement, neighbours=neighbours)

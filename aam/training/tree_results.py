@@ -144,14 +144,13 @@ def write_embeddings(
 
 def nearest_neighbour_placement(placer: Placer) -> Placer:
     """The baseline: a new ASV gets the clades of its nearest known one."""
-    return Placer(None, placer.clades, placer.attachment, neighbours=placer.neighbours)
+    return Placer(None, placer.placement, neighbours=placer.neighbours)
 
 
 def membership_results(placer: Placer, placed: Placed, truth: Grafts) -> list[dict[str, Any]]:
     """Jaccard of the memberships of new ASVs, all and by distance to the nearest known one."""
     clades = placer.clades
-    found = clades.jaccard(placed.grafts, truth)
-    simple = clades.jaccard(copied_grafts(clades, placed.nearest), truth)
+    found, simple = jaccards(clades, placed, truth)
     far = placed.distance > 6
     results = [
         result(
@@ -169,19 +168,20 @@ def membership_results(placer: Placer, placed: Placed, truth: Grafts) -> list[di
     return results
 
 
-def copied_grafts(clades: Clades, nearest: np.ndarray) -> Grafts:
-    """New ASVs with the clades of their nearest known one; the root alone where there is none."""
-    lowest = np.where(nearest >= 0, clades.lowest[nearest], -1)
-    node = np.where(lowest >= 0, clades.nodes[lowest], len(clades.tree) - 1)
-    return Grafts(node, clades.tree.length[node], np.zeros(len(node)))
+def jaccards(clades: Clades, placed: Placed, truth: Grafts) -> tuple[np.ndarray, np.ndarray]:
+    """Jaccard of the clades of new ASVs, and where they get those of their nearest known one."""
+    lowest = np.where(placed.nearest >= 0, clades.lowest[placed.nearest], -1)
+    return (
+        clades.jaccard(clades.ends(placed.clade), truth),
+        clades.jaccard(clades.ends(lowest), truth),
+    )
 
 
 def write_placements(
     run: Run, placer: Placer, sequences: Any, placed: Placed, truth: Grafts
 ) -> None:
     """Write where left-out ASVs were placed: the figure of memberships by distance."""
-    found = placer.clades.jaccard(placed.grafts, truth)
-    simple = placer.clades.jaccard(copied_grafts(placer.clades, placed.nearest), truth)
+    found, simple = jaccards(placer.clades, placed, truth)
     names = placer.clades.sequences
     rows = (
         [
