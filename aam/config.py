@@ -236,8 +236,8 @@ class DemoConfig:
     """Folder of the demo; an earlier demo there is replaced."""
     samples: int = 240
     """Samples of the simulated community."""
-    pretrain_steps: int = 150
-    """Steps of pretraining."""
+    pretrain_epochs: int = 60
+    """Passes of pretraining over the known ASVs."""
     finetune_steps: int = 360
     """Steps of fine-tuning."""
     seed: int = 0

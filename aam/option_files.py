@@ -65,7 +65,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "validate_every": (1, math.inf),
     "seed": (0, 2**63 - 1),
     "samples": (2, math.inf),
-    "pretrain_steps": (1, math.inf),
+    "pretrain_epochs": (1, math.inf),
     "finetune_steps": (1, math.inf),
 }
 OPEN_BELOW = {

@@ -1,7 +1,7 @@
 """The command line: ``python -m aam.train COMMAND``, installed also as ``aam COMMAND``.
 
-Commands: pretrain, finetune (alias train), predict, evaluate, inspect, unifrac, embed, demo. With no
-command it runs demo. Bad input gives one line on standard error and exit code 2.
+Commands: pretrain, finetune (alias train), predict, evaluate, inspect, unifrac, embed, demo. With
+no command it runs demo. Bad input gives one line on standard error and exit code 2.
 """
 
 from __future__ import annotations

@@ -38,8 +38,8 @@ class StepSize:
         tokens: nucleotide tokens of its largest piece of ASVs.
         masked: tokens of its largest piece of masked copies.
         asvs: distinct ASVs of the whole step, whose vectors are all held.
-        slots: (sample, ASV) entries of its largest piece of samples, mixtures included.
-        samples: samples of the whole step, mixtures included.
+        slots: (sample, ASV) entries of its largest piece of samples.
+        samples: samples of the whole step.
         squares: sum of squared lengths, for implementations that hold attention matrices.
         cut: 1 if it is computed in pieces, whose many small tensors leave gaps between them.
         longest: slots of its largest sample; no piece is smaller.

@@ -52,7 +52,7 @@ class Clades:
 
     @cached_property
     def nodes(self) -> NDArray[np.int64]:
-        """``(clades,)`` node of each clade in the tree, ascending: members before what holds them."""
+        """``(clades,)`` node of each clade in the tree, ascending: members before their holders."""
         size = self.tree.tip_stop - self.tree.tip_start
         is_clade = (size > 1) & (size < len(self.tree.tip_names))
         return np.flatnonzero(is_clade & (self.tree.length > LEAST_LENGTH))
@@ -74,7 +74,7 @@ class Clades:
 
     @cached_property
     def weight(self) -> NDArray[np.float64]:
-        """``(clades,)`` how much each clade counts in the loss: its length over the mean, at most 5."""
+        """``(clades,)`` weight of each clade in the loss: its length over the mean, at most 5."""
         return np.minimum(self.length / max(self.length.mean(), LEAST_LENGTH), LONGEST_WEIGHT)
 
     @cached_property
@@ -157,7 +157,11 @@ class Clades:
     def node_of(self, clade: NDArray[np.int64]) -> NDArray[np.int64]:
         """``(n,)`` node of each clade ``(n,)``; the root for -1."""
         root = len(self.tree) - 1
-        return np.where(clade >= 0, self.nodes[clade], root) if len(self) else np.full(len(clade), root)
+        return (
+            np.where(clade >= 0, self.nodes[clade], root)
+            if len(self)
+            else np.full(len(clade), root)
+        )
 
     def ends(self, clade: NDArray[np.int64]) -> Grafts:
         """Places at the lower ends of clades ``(n,)``; the root for -1."""
@@ -196,9 +200,7 @@ class Clades:
         missing = np.maximum(self.tree.length[grafts.node] - grafts.shared, 0.0)
         return self.depth[grafts.node] - np.where(is_clade[grafts.node], missing, 0.0)
 
-    def _meeting(
-        self, one: NDArray[np.int64], other: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
+    def _meeting(self, one: NDArray[np.int64], other: NDArray[np.int64]) -> NDArray[np.int64]:
         """The lowest node that holds both nodes of each pair."""
         low, high = np.minimum(one, other), np.maximum(one, other)
         first, last = self.tree.tip_start[low], self.tree.tip_stop[low]
@@ -222,9 +224,7 @@ class Clades:
             into[rows[on], at[on]] += values[on]
             at = np.where(on, self.parent[at], -1)
 
-    def graft(
-        self, grafts: Grafts, names: Sequence[str]
-    ) -> tuple[Phylogeny, NDArray[np.int64]]:
+    def graft(self, grafts: Grafts, names: Sequence[str]) -> tuple[Phylogeny, NDArray[np.int64]]:
         """The tree with new ASVs on it.
 
         Each joins a branch at some height, through a node of its own; lower ones first.
@@ -296,7 +296,8 @@ class Clades:
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], source: str) -> Clades:
         """Read what `to_arrays` gave."""
         names = ("parent", "length", "tip_start", "tip_stop")
-        return cls(Phylogeny(known_sequences(arrays), *(arrays[f"tree.{n}"] for n in names), source))
+        tree = {name: arrays[f"tree.{name}"] for name in names}
+        return cls(Phylogeny(known_sequences(arrays), **tree, source=source))
 
 
 @dataclass(frozen=True)
@@ -361,9 +362,7 @@ def split_tree(tree: Phylogeny, known: NDArray[np.bool_]) -> TreeSplit:
     return TreeSplit(Clades(tree.shear(known)), Texts.of(tree.tip_names).take(unseen), truth)
 
 
-def true_grafts(
-    tree: Phylogeny, kept: NDArray[np.bool_], tips: NDArray[np.int64]
-) -> Grafts:
+def true_grafts(tree: Phylogeny, kept: NDArray[np.bool_], tips: NDArray[np.int64]) -> Grafts:
     """Where tips of a tree join what is left of it when only some others are kept.
 
     Args:
@@ -409,9 +408,7 @@ def places_by_tree(tree: Phylogeny, clades: Clades, sequences: Texts) -> Grafts 
     return true_grafts(tree, kept, tips)
 
 
-def sums_to_root(
-    parent: NDArray[np.int64], values: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def sums_to_root(parent: NDArray[np.int64], values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Sum of the values of each node and all above it."""
     sums, up = values.copy(), parent.copy()
     while (going := up >= 0).any():  # twice as far each time

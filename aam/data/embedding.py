@@ -110,7 +110,7 @@ class Embedding:
             tips = tip_of_column[rows.indices]
             sample = np.repeat(np.arange(rows.shape[0]), np.diff(rows.indptr))
             keys = np.sort((sample * len(tree.tip_names) + tips)[tips >= 0])
-            reached = walk.reach(keys, np.ones(len(keys)), rows.shape[0], False)
+            reached = walk.reach(keys, np.ones(len(keys), dtype=np.int64), rows.shape[0], False)
             parts = [reached.branches @ project, (reached.branches @ sketch).toarray()]
             yield np.concatenate(parts, axis=1).astype(np.float32), reached.faith_pd
 

@@ -76,10 +76,10 @@ class Found:
 
     @property
     def weights(self) -> NDArray[np.float64]:
-        """``(n, NEAREST)`` votes of the nearest, exp(-(distance - least) / 2), of sum 1 or 0."""
+        """``(n, NEAREST)`` votes of the nearest, exp(least - distance), of sum 1 or 0."""
         distance = self.distance[:, :NEAREST]
         least = np.where(np.isfinite(distance[:, :1]), distance[:, :1], 0.0)
-        votes = np.exp((least - distance) / 2)
+        votes = np.exp(least - distance)
         return votes / np.maximum(votes.sum(axis=1, keepdims=True), 1e-12)
 
 

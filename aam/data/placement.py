@@ -176,9 +176,7 @@ class Placement:
             votes[low : low + _BLOCK] = below[:, self.clades.stop] - below[:, self.clades.start]
         return votes
 
-    def grafts(
-        self, near: Found, lowest: NDArray[np.int64], sure: NDArray[np.float32]
-    ) -> Grafts:
+    def grafts(self, near: Found, lowest: NDArray[np.int64], sure: NDArray[np.float32]) -> Grafts:
         """Where sequences join.
 
         Args:
@@ -244,7 +242,11 @@ class Placement:
         self, tip: NDArray[np.int64], depth: NDArray[np.float64]
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """The branch on each way at a depth, ``(n,)``, and how much of it lies above, ``(n,)``."""
-        tree, root, distance = self.clades.tree, len(self.clades.tree) - 1, self.clades.root_distance
+        tree, root, distance = (
+            self.clades.tree,
+            len(self.clades.tree) - 1,
+            self.clades.root_distance,
+        )
         node = self.clades.tip_nodes[tip]
         while True:
             above = np.where(tree.parent[node] < 0, root, tree.parent[node])

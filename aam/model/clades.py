@@ -100,7 +100,7 @@ class FreeClades(nn.Module):
 
 
 def shared_length(presence: Tensor, others: Tensor, length: Tensor) -> Tensor:
-    """S_ij = sum_k l_k A_ik A_jk of presences (n, clades), (m, clades), lengths (clades,): (n, m)."""
+    """S_ij (n, m) = sum_k l_k A_ik A_jk of presences (n, clades) and (m, clades)."""
     return (presence * length) @ others.T
 
 

@@ -61,9 +61,7 @@ class SampleEncoder(nn.Module):
         variance = (share * (vectors - self.mean).square()).sum(0)
         self.spread.copy_(variance.sqrt().clamp_min(1e-6))
 
-    def forward(
-        self, vectors: Tensor, slots: Ragged, counts: Tensor, first_row: int = 0
-    ) -> Ragged:
+    def forward(self, vectors: Tensor, slots: Ragged, counts: Tensor, first_row: int = 0) -> Ragged:
         """Encode samples.
 
         Args:

@@ -61,12 +61,16 @@ def describe(
     """
     reads = _reads(table)
     total = max(float(reads.sum()), 1.0)
-    said = f"{is_known.mean():.1%} of {len(is_known)}, {reads[is_known].sum() / total:.1%} of the reads"
-    facts = [DataFact("ASVs that the model knows", int(is_known.sum()), said)]
+    share = reads[is_known].sum() / total
+    detail = f"{is_known.mean():.1%} of {len(is_known)}, {share:.1%} of the reads"
+    facts = [DataFact("ASVs that the model knows", int(is_known.sum()), detail)]
     placeable = ~(reverse | foreign)
     if placeable.any():
         middle, ninth, most = np.quantile(edits[placeable], (0.5, 0.9, 1.0))
-        detail = f"edits to the nearest known one: median {middle:.1f}, 90 % up to {ninth:.1f}, most {most:.1f}"
+        detail = (
+            f"edits to the nearest known one: median {middle:.1f}, 90 % up to {ninth:.1f}, "
+            f"most {most:.1f}"
+        )
         facts.append(DataFact("new ASVs", int(placeable.sum()), detail))
     warnings = []
     for lost, what in (

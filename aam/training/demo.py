@@ -16,6 +16,7 @@ from aam.config import (
     MetadataOptions,
     ModelOptions,
     OptimizerOptions,
+    OptionalTableOptions,
     PredictConfig,
     PretrainConfig,
     RunOptions,
@@ -29,6 +30,7 @@ from aam.training.runs import is_run, say
 
 MARK = "simulated"  # folder of the simulated files; tells a demo's folder from any other
 LAYERS = 2  # a smaller model than the default, so that minutes are enough
+FINETUNE_BATCH = 16
 GROUPS = MetadataOptions(group_column="subject")
 
 
@@ -46,7 +48,7 @@ def demo(config: DemoConfig) -> Path:
     folder = prepare_folder(config.output_dir)
     say(f"simulating {config.samples} samples in {folder / MARK}")
     files = simulate_community(folder / MARK, samples=config.samples, seed=config.seed)
-    say("pretraining on UniFrac distances and masked nucleotides")
+    say("pretraining on the tree's clades and masked nucleotides")
     pretrained = pretrain(pretrain_options(config, files, folder / "pretrained"))
     say("fine-tuning on age, given the site")
     age = finetune(finetune_options(config, files, pretrained, folder / "age", "age"))
@@ -87,16 +89,13 @@ def prepare_folder(folder: Path) -> Path:
 def pretrain_options(config: DemoConfig, files: DemoFiles, output: Path) -> PretrainConfig:
     """Options of the demo's pretraining."""
     return PretrainConfig(
-        data=TableOptions(table=files.table, rarefy_depth=0),
+        data=OptionalTableOptions(table=files.table, rarefy_depth=0),
         distances=DistanceOptions(tree=files.tree),
         metadata=MetadataOptions(metadata=files.metadata, group_column=GROUPS.group_column),
         model=ModelOptions(num_layers=LAYERS),
-        optimizer=OptimizerOptions(
-            batch_size=8, epochs=epochs_for(config.pretrain_steps, config), lr=1e-3,
-            max_steps=config.pretrain_steps,
-        ),
+        optimizer=OptimizerOptions(epochs=config.pretrain_epochs),
         run=RunOptions(output_dir=output, seed=config.seed),
-    )  # fmt: skip
+    )
 
 
 def finetune_options(
@@ -112,14 +111,14 @@ def finetune_options(
         categorical=CategoricalOptions(categorical_columns=("site",)),
         model=ModelOptions(dropout=0.0),
         optimizer=OptimizerOptions(
-            batch_size=16, epochs=epochs_for(config.finetune_steps, config, 16), lr=3e-4,
+            batch_size=FINETUNE_BATCH, epochs=epochs_for(config.finetune_steps, config), lr=3e-4,
             max_steps=config.finetune_steps, validate_every=3,
         ),
         run=RunOptions(output_dir=output, seed=config.seed),
     )  # fmt: skip
 
 
-def epochs_for(steps: int, config: DemoConfig, batch_size: int = 8) -> int:
+def epochs_for(steps: int, config: DemoConfig) -> int:
     """Epochs whose schedule ends about where the steps do."""
     training = max(2, round(config.samples * (1 - MetadataOptions().validation_fraction)))
-    return max(1, round(steps * batch_size / training))
+    return max(1, round(steps * FINETUNE_BATCH / training))

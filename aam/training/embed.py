@@ -33,7 +33,9 @@ def embed(config: EmbedConfig) -> Path:
     if config.output.suffix.lower() not in KINDS:
         raise InputError(f"{config.output}: write to {' or '.join(KINDS)}")
     if config.asvs and config.dimensions is not None:
-        raise InputError("--dimensions is for samples; with --asvs a vector is what the encoder has")
+        raise InputError(
+            "--dimensions is for samples; with --asvs a vector is what the encoder has"
+        )
     device = pick_device(config.device, config.attn_implementation)
     placer = load_placer(config.model, device, impl=config.attn_implementation)
     embedding = Embedding.from_arrays(read_model(config.model).arrays)
@@ -69,9 +71,7 @@ def write_samples(
         write_npz(path, ids=np.array(table.sample_ids), faith_pd=faith, vectors=vectors)
     else:
         header = ["sample-id", "faith_pd", *(f"e{i}" for i in range(dimensions))]
-        numbers = (
-            np.concatenate([part[:, None], block], axis=1) for block, part in blocks
-        )
+        numbers = (np.concatenate([part[:, None], block], axis=1) for block, part in blocks)
         write_rows(path, header, zip(table.sample_ids, _each(numbers), strict=True))
     say(f"{len(table.sample_ids)} samples, {dimensions} dimensions and Faith PD: {path}")
 

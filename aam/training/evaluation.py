@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aam.config import NucleotideOptions
+from aam.data.asvs import AsvDataset
 from aam.data.dataset import Batch, SampleDataset
 from aam.data.sequences import A
 from aam.model import AsvEncoder, Predictor, PretrainedModel
@@ -130,7 +131,7 @@ def _blocks(count: int) -> tuple[Tensor, ...]:
 @torch.no_grad()
 def check_nucleotides(
     encoder: AsvEncoder,
-    dataset: SampleDataset,
+    dataset: SampleDataset | AsvDataset,
     asv_ids: np.ndarray,
     penalties: NucleotideOptions,
     *,

@@ -128,7 +128,11 @@ class CladeLoss:
         return (rows[:, None] >= start) & (rows[:, None] < stop)
 
     def share(
-        self, head: CladeHead, vectors: Tensor, rows: Tensor, total: int,
+        self,
+        head: CladeHead,
+        vectors: Tensor,
+        rows: Tensor,
+        total: int,
         drawn: tuple[Tensor, Tensor] | None,
     ) -> Terms:
         """Share of some ASVs in the loss.

@@ -69,7 +69,7 @@ def noisy_asvs(tokens: Ragged, rows: Tensor, penalties: NucleotideOptions) -> No
     is_base = (values >= A) & (values <= T)
     share = penalties.masked_share if penalties.nucleotide_penalty else 0.0
     is_masked = _of_rows(torch.rand(len(tokens), device=device) < share, lengths)
-    masked, places = mask_tokens(tokens, penalties.mask_probability, penalties.mask_strategy)
+    places = mask_tokens(tokens, penalties.mask_probability, penalties.mask_strategy)[1]
     places = places[is_masked[places]]
     rate = torch.rand(len(tokens), device=device) * SUBSTITUTION_RATE
     rate *= torch.rand(len(tokens), device=device) < SUBSTITUTED_SHARE
@@ -79,9 +79,7 @@ def noisy_asvs(tokens: Ragged, rows: Tensor, penalties: NucleotideOptions) -> No
     noisy = torch.where(hit, other.to(values.dtype), values)
     noisy[places] = MASK
     noisy.masked_fill_(_cut_off(tokens, lengths) & is_base & ~is_masked, MASK)
-    return NoisyAsvs(
-        tokens.with_values(noisy), places, values[places].long(), rows
-    )
+    return NoisyAsvs(tokens.with_values(noisy), places, values[places].long(), rows)
 
 
 def _cut_off(tokens: Ragged, lengths: Tensor) -> Tensor:

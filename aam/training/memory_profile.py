@@ -146,7 +146,9 @@ def watched_step(trainer: Trainer, rows: np.ndarray) -> tuple[StepWatch, int, in
     while True:
         watch = StepWatch(trainer.trained, batching.meter)
         try:
-            trainer.compute_all(rows[:2], pieces)  # the first of a process takes more than later ones
+            trainer.compute_all(
+                rows[:2], pieces
+            )  # the first of a process takes more than later ones
             trainer.optimizer.zero_grad(set_to_none=True)
             batching.meter.reset()
             before = batching.meter.peak()  # as the phases are measured
@@ -196,8 +198,10 @@ def note_state(trainer: Trainer, watch: StepWatch) -> None:
 # ------------------------------------------------------------------------------------ one layer
 def kept_by_layers(trainer: Trainer) -> list[Row]:
     """Bytes a token a layer of the ASV stack, for every implementation that runs here."""
-    stack = trainer.objective.encoder.asv_encoder.stack
-    layer: Any = stack.layers[0]
+    if not trainer.objective.encoder.has_stack:
+        return []
+    stack: Any = trainer.objective.encoder.stack
+    layer = stack.layers[0]
     dim, hidden = layer.linear1.in_features, layer.linear1.out_features
     length = max(1, int(np.median(trainer.dataset.sequence_lengths)))
     rows, own = [], stack.impl

@@ -20,8 +20,11 @@ from torch.distributed.tensor import DTensor
 
 from aam.batching import Meter
 
-ENCODERS = {"asv_encoder": "ASV", "sample_encoder": "sample", "unifrac_encoder": "UniFrac"}
-REST = {"UniFrac": "projections", "target": "head"}  # what is neither stack nor pool
+OWNERS = {
+    "sample_encoder": "sample", "encoder": "ASV", "predictor": "target", "head": "clade head",
+    "pairs": "free clades",
+}  # fmt: skip
+REST = {"target": "head", "ASV": "embeddings", "sample": "embeddings"}  # neither stack nor pool
 LARGEST = 10
 OWN = "the step itself"  # where no module runs: gathers, losses, what stages hand on
 Amounts = dict[str, int]
@@ -276,15 +279,17 @@ def group_of(name: str) -> str:
         name: path of the module in its objective.
     """
     parts = name.split(".")
-    owner = next((part for part in parts if part in ENCODERS), parts[0])
-    who = {**ENCODERS, "predictor": "target"}.get(owner)
+    owner = next((part for part in OWNERS if part in parts[:2]), "")
+    who = OWNERS.get(owner)
     if who is None or parts[-1] == "encoder":
         return OWN
     inner = [*parts[parts.index(owner) + 1 :], ""][0]
-    if inner in ("stack", "pool"):
-        return f"{who} {inner}"
+    if who not in REST:
+        return who
+    if inner in ("stack", "pool", "wide"):
+        return f"{who} {inner}" if inner != "wide" else "wide path"
     if inner == "count_stack":
         return "count stack"
     if inner == "nucleotide_head":
         return "nucleotide head"
-    return f"{who} {REST.get(who, 'embeddings')}"
+    return f"{who} {REST[who]}"

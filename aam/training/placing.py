@@ -32,7 +32,7 @@ from aam.training.checkpoint import SavedModel, read_model
 from aam_kernels import Ragged
 
 CLIP = 5.0  # largest network logit: where it is surer than that it has not been tested
-LEAST_VOTE = 0.01  # probability of a clade for which no neighbour votes
+LEAST_VOTE = 0.03  # probability of a clade for which no neighbour votes
 ASVS_AT_ONCE = 512  # sequences encoded at once
 LOGITS_AT_ONCE = 1 << 21  # numbers: bounds memory, not the result
 

@@ -12,9 +12,9 @@ from aam.data.dataset import SampleDataset
 from aam.data.facts import DataFact
 from aam.errors import InputError
 from aam.model import Predictor
+from aam.training.applicability import add_applicability
 from aam.training.checkpoint import read_model
 from aam.training.evaluation import predict_outputs
-from aam.training.applicability import add_applicability
 from aam.training.finetune import encode_categories
 from aam.training.predictions import in_units, prediction_cells, prediction_header
 from aam.training.prepare import Samples, make_dataset, read_samples, tell

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -122,7 +123,9 @@ def distinct_sequences(
     sequences: dict[str, str], source: str
 ) -> tuple[dict[str, str], list[DataFact]]:
     """Sequences of A, C, G and T, each once; what is left out is counted."""
-    facts, kept, first_with = [], {}, {}
+    facts: list[DataFact] = []
+    kept: dict[str, str] = {}
+    first_with: dict[str, str] = {}
     ambiguous, repeated = [], []
     for name, one in sequences.items():
         if not is_dna(one):
@@ -220,7 +223,6 @@ class TreeTask:
             "clade_loss": CladeLoss.WEIGHT * loss / len(self.judged),
             "clade_jaccard": float(jaccard.mean()),
         }
-
 
 
 def make_placer(model: PretrainedModel, clades: Clades, seed: int) -> Placer:

@@ -174,9 +174,7 @@ def command_line(command: str) -> str:
     return shlex.join(["aam", *sys.argv[1:]]) if typed and len(sys.argv) > 1 else f"aam {command}"
 
 
-def run_facts(
-    config: Any, fabric: Any, trainer: Any, job: Any, started: float
-) -> dict[str, Any]:
+def run_facts(config: Any, fabric: Any, trainer: Any, job: Any, started: float) -> dict[str, Any]:
     """What summary.json says of the run before its results."""
     parts, unit = job.parts, job.names
     device = fabric.device

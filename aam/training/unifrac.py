@@ -52,9 +52,7 @@ def unifrac_by_placing(config: UnifracConfig) -> UnifracSummary:
     check_output(config.output, config.metric, config.overwrite)
     placer = load_placer(config.model, pick_device(config.device))
     clock = [time.perf_counter()]
-    table, facts = read_rarefied(
-        config.table, config.sequences, config.rarefy_depth, config.seed
-    )
+    table, facts = read_rarefied(config.table, config.sequences, config.rarefy_depth, config.seed)
     clock.append(time.perf_counter())
     placed = placer.place(table.feature_ids)
     known, warnings = of_placed(table, placed)
