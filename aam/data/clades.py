@@ -75,7 +75,8 @@ class Clades:
     @cached_property
     def weight(self) -> NDArray[np.float64]:
         """``(clades,)`` weight of each clade in the loss: its length over the mean, at most 5."""
-        return np.minimum(self.length / max(self.length.mean(), LEAST_LENGTH), LONGEST_WEIGHT)
+        mean = self.length.sum() / max(len(self), 1)
+        return np.minimum(self.length / max(mean, LEAST_LENGTH), LONGEST_WEIGHT)
 
     @cached_property
     def clade_of_node(self) -> NDArray[np.int64]:
@@ -114,12 +115,17 @@ class Clades:
     @cached_property
     def levels(self) -> list[NDArray[np.int64]]:
         """The clades by how many hold them, outermost first; a clade's parent is a level before."""
-        depth = np.zeros(len(self), dtype=np.int64)
-        for clade in range(len(self) - 1, -1, -1):  # parents come after their children
-            above = self.parent[clade]
-            depth[clade] = depth[above] + 1 if above >= 0 else 0
-        order = np.argsort(depth, kind="stable")
-        return np.split(order, np.cumsum(np.bincount(depth))[:-1]) if len(self) else []
+        return levels_of(self.parent)
+
+    def on_paths(self, tips: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The clades of any of some known ASVs ``(n,)``, ascending."""
+        on_path = np.zeros(len(self), dtype=bool)
+        at = np.unique(self.lowest[tips])
+        while len(at := at[at >= 0]):
+            at = at[~on_path[at]]
+            on_path[at] = True
+            at = np.unique(self.parent[at])
+        return np.flatnonzero(on_path)
 
     @cached_property
     def _children(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -135,12 +141,8 @@ class Clades:
             tips: ``(n,)`` the ASVs.
         """
         on_path = np.zeros(len(self) + 1, dtype=bool)
+        on_path[self.on_paths(tips)] = True
         on_path[-1] = True  # holds the outermost ones
-        at = np.unique(self.lowest[tips])
-        while len(at := at[at >= 0]):
-            at = at[~on_path[at]]
-            on_path[at] = True
-            at = np.unique(self.parent[at])
         order, starts = self._children
         holding = np.flatnonzero(on_path)
         below = order[ranges(starts[holding], starts[holding + 1] - starts[holding])]
@@ -406,6 +408,17 @@ def places_by_tree(tree: Phylogeny, clades: Clades, sequences: Texts) -> Grafts 
     if (sheared.parent != own.parent).any() or not np.allclose(sheared.length, own.length):
         return None
     return true_grafts(tree, kept, tips)
+
+
+def levels_of(parent: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Numbers 0, 1, ... by how many are above each one, fewest first.
+
+    Args:
+        parent: ``(n,)`` what is directly above, a greater number; -1: nothing.
+    """
+    depth = sums_to_root(parent, np.ones(len(parent))).astype(np.int64) - 1
+    order = np.argsort(depth, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(depth))[:-1]) if len(parent) else []
 
 
 def sums_to_root(parent: NDArray[np.int64], values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -33,6 +33,9 @@ COMMUNITIES = 1024
 LEAST_COMMUNITIES = 512
 """Where there are fewer samples, random sets of known ASVs stand for the rest."""
 
+MOST_NUMBERS = 2**25
+"""Of all directions together: of very large trees there are fewer."""
+
 RANDOM_ASVS = 100
 """ASVs of such a set."""
 
@@ -81,7 +84,9 @@ class Embedding:
         walk = TreeWalk(clades.tree)
         reached = walk.reach(keys, rows.data, rows.shape[0], False).branches
         held = reached[:, inner].astype(np.float32) @ scipy.sparse.diags_array(scale)
-        number = min(DIRECTIONS, *held.shape)
+        number = min(DIRECTIONS, MOST_NUMBERS // max(1, len(inner)) + 1, *held.shape)
+        if not number:  # a star has no inner branches
+            return cls(np.zeros((0, len(inner)), dtype=np.float32))
         directions = randomized_svd(held, number, random_state=seed)[2]
         return cls(np.ascontiguousarray(directions, dtype=np.float32))
 

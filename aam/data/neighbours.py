@@ -128,7 +128,7 @@ class Neighbours:
         reverse = np.zeros(len(bases), dtype=bool)
         if len(far):
             turned = self._nearest(_turned(bases[far]), leave_out[far])[1][:, 0]
-            reverse[far] = turned < distance[far, 0] / 2
+            reverse[far] = turned < np.minimum(distance[far, 0] / 2, FOREIGN * lengths[far])
         return Found(
             index,
             distance,

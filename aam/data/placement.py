@@ -43,9 +43,6 @@ STEPS = (0.0, 1.75, 2.75, 3.75, 4.75, 6.75, 8.75, 12.75)
 KEPT = 0.7
 """Of the length by which unsure branches shorten the way, what is no length of its own either."""
 
-_BLOCK = 128
-"""Queries whose votes are counted together."""
-
 
 @dataclass(frozen=True, eq=False)
 class Law:
@@ -104,7 +101,7 @@ class Law:
         # A pair's branch belongs to no clade once one of the two is gone.
         pair = tree.tip_stop[above[tips]] - tree.tip_start[above[tips]] == 2
         added = clades.pendant[tips] + np.where(pair, tree.length[above[tips]], 0.0)
-        step = np.searchsorted(STEPS, found.distance[placed, 0]) - 1
+        step = _step_of(found.distance[placed, 0])
         sums = np.bincount(step, added[placed], len(STEPS)) + added[placed].mean()
         means = sums / (np.bincount(step, minlength=len(STEPS)) + 1)
         return cls(centre, slopes, levels, float(clades.pendant.max()), farthest, means)
@@ -125,7 +122,7 @@ class Law:
 
     def added_at(self, distance: NDArray[np.float64]) -> NDArray[np.float64]:
         """``(n,)`` G(h) at distances ``(n,)`` to the nearest known sequence."""
-        return self.added[np.searchsorted(STEPS, np.maximum(distance, 0.25)) - 1]
+        return self.added[_step_of(distance)]
 
     def to_arrays(self) -> dict[str, NDArray[np.float64]]:
         """As a file can hold it."""
@@ -163,26 +160,33 @@ class Placement:
     clades: Clades
     law: Law
 
-    def vote(self, near: Found) -> NDArray[np.float32]:
-        """``(n, clades)`` share of the neighbours' votes for each clade."""
-        weights, index = near.weights, near.index[:, :NEAREST]
-        votes = np.empty((len(index), len(self.clades)), dtype=np.float32)
-        for low in range(0, len(index), _BLOCK):
-            part = index[low : low + _BLOCK]
-            rows, columns = np.nonzero(part >= 0)
-            below = np.zeros((len(part), len(self.clades.tip_nodes) + 1))
-            below[rows, part[rows, columns] + 1] = weights[low : low + _BLOCK][rows, columns]
-            np.cumsum(below, axis=1, out=below)
-            votes[low : low + _BLOCK] = below[:, self.clades.stop] - below[:, self.clades.start]
+    def vote(self, near: Found, clades: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+        """``(n, clades)`` share of the neighbours' votes for all clades, or for some ``(m,)``."""
+        start, stop = self.clades.start, self.clades.stop
+        if clades is not None:
+            start, stop = start[clades], stop[clades]
+        weights = near.weights.astype(np.float32)
+        votes = np.zeros((len(weights), len(start)), dtype=np.float32)
+        for place in range(weights.shape[1]):
+            tip = near.index[:, place, None]
+            votes += weights[:, place, None] * ((start <= tip) & (tip < stop))
         return votes
 
-    def grafts(self, near: Found, lowest: NDArray[np.int64], sure: NDArray[np.float32]) -> Grafts:
+    def grafts(
+        self,
+        near: Found,
+        lowest: NDArray[np.int64],
+        sure: NDArray[np.float32],
+        column: NDArray[np.int64] | None = None,
+    ) -> Grafts:
         """Where sequences join.
 
         Args:
             near: neighbours of n sequences.
             lowest: ``(n,)`` the smallest clade decoded for each; -1: none.
-            sure: ``(n, clades)`` probability of each clade.
+            sure: ``(n, columns)`` probability of each clade.
+            column: ``(clades,)`` where in `sure` a clade stands, -1: it has no chance; None: all
+                clades stand there in order.
         """
         index = near.index[:, :NEAREST]
         own, rise = self.law.predict(near, self.clades.pendant[index])
@@ -191,7 +195,7 @@ class Placement:
         depth = np.maximum(mean - rise, 0.0)
         tip, deepest = self._way(index, lowest)
         depth = np.minimum(depth, deepest)
-        expected = self._expected(tip, depth, sure)
+        expected = self._expected(tip, depth, sure, column)
         node, shared = self._branch(tip, expected)
         return Grafts(node, shared, own + (1 - KEPT) * (depth - expected))
 
@@ -223,7 +227,11 @@ class Placement:
         return tip, np.where(found & (index[:, 0] >= 0), np.inf, end)
 
     def _expected(
-        self, tip: NDArray[np.int64], depth: NDArray[np.float64], sure: NDArray[np.float32]
+        self,
+        tip: NDArray[np.int64],
+        depth: NDArray[np.float64],
+        sure: NDArray[np.float32],
+        column: NDArray[np.int64] | None,
     ) -> NDArray[np.float64]:
         """``(n,)`` length of the ways down to a depth, each branch counted by its probability."""
         clades, tree = self.clades, self.clades.tree
@@ -232,7 +240,11 @@ class Placement:
         while (going := node != root).any():
             above = np.where(going, tree.parent[node], root)
             clade = clades.clade_of_node[node]
-            chance = np.where(clade >= 0, sure[rows, clade], 1.0) if sure.size else 1.0
+            place = clade if column is None else np.where(clade >= 0, column[clade], -1)
+            chance = np.ones(len(rows))
+            inside = (clade >= 0) & (place >= 0)
+            chance[inside] = sure[rows[inside], place[inside]]
+            chance[(clade >= 0) & (place < 0)] = 0.0
             length = np.clip(depth - clades.root_distance[above], 0.0, tree.length[node])
             total += np.where(going, chance * length, 0.0)
             node = above
@@ -256,6 +268,11 @@ class Placement:
             node = np.where(rises, above, node)
         shared = np.clip(depth - distance[above], 0.0, tree.length[node])
         return node, np.where(node == root, tree.length[root], shared)
+
+
+def _step_of(distance: NDArray[np.float64]) -> NDArray[np.int64]:
+    """``(n,)`` step of G(h) for distances ``(n,)``."""
+    return np.searchsorted(STEPS, distance, side="right") - 1
 
 
 def _terms(found: Found, pendant: NDArray[np.float64], farthest: float) -> NDArray[np.float64]:

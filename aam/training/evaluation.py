@@ -120,6 +120,7 @@ def predicted_distances(
     )
     blocks = [pairs.distances(presence[part], presence).cpu() for part in _blocks(len(rows))]
     matrix = torch.cat(blocks).double().numpy()
+    matrix = np.maximum((matrix + matrix.T) / 2, 0.0)  # rounding is neither symmetric nor positive
     np.fill_diagonal(matrix, 0.0)
     return matrix
 

@@ -161,7 +161,7 @@ def finetune(config: FinetuneConfig) -> Path:
         validate=task.validate,
         best_metric="balanced_accuracy" if classes else "r2",
         description=description,
-        arrays=known_arrays(dataset.sequences_of(dataset.asvs_of(train_rows))),
+        arrays=lambda: known_arrays(dataset.sequences_of(dataset.asvs_of(train_rows))),
         write_results=lambda run, summary: write_results(run, task, samples, summary),
         facts=samples.facts,
         warnings=samples.warnings,

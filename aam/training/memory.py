@@ -267,7 +267,7 @@ class Batching:
             found["out_of_memory"] = float(self.failures)
         if not self.calibrates and known < CALIBRATION_STEPS:
             self.calibration.add(size, peak)
-        elif self.calibration.check(size, peak):
+        elif self.calibrates and self.calibration.check(size, peak):
             say(f"memory: predictions were off, fitted again ({self.calibration.refits} times)")
         return found
 

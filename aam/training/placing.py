@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from aam.data.clades import Clades, Grafts
+from aam.data.clades import Clades, Grafts, levels_of
 from aam.data.neighbours import Found, Neighbours
 from aam.data.phylogeny import UniFrac
 from aam.data.placement import Law, Placement
@@ -31,10 +32,12 @@ from aam.model import PretrainedModel
 from aam.training.checkpoint import SavedModel, read_model
 from aam_kernels import Ragged
 
+WEIGHT = "placing.network_weight"  # among a model's arrays
 CLIP = 5.0  # largest network logit: where it is surer than that it has not been tested
 LEAST_VOTE = 0.03  # probability of a clade for which no neighbour votes
 ASVS_AT_ONCE = 512  # sequences encoded at once
 LOGITS_AT_ONCE = 1 << 21  # numbers: bounds memory, not the result
+MOST_CLADES = 32_768  # of more, only those of an ASV's candidates are looked at
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +90,14 @@ class Placer:
             use_votes: False: the network alone decides on the clades.
         """
         self.model, self.placement, self.clades = model, placement, placement.clades
-        self.neighbours = neighbours or Neighbours(self.clades.sequences)
-        self.use_votes = use_votes
+        self.use_votes, self.network_weight = use_votes, 1.0
+        if neighbours is not None:
+            self.neighbours = neighbours
+
+    @cached_property
+    def neighbours(self) -> Neighbours:
+        """Index of the known ASVs."""
+        return Neighbours(self.clades.sequences)
 
     @classmethod
     def of(cls, saved: SavedModel, model: PretrainedModel) -> Placer:
@@ -102,7 +111,9 @@ class Placer:
                 f"{saved.path}: knows no clades: distances taught it; pretrain with --tree"
             )
         clades = Clades.from_arrays(saved.arrays, str(saved.path))
-        return cls(model, Placement(clades, Law.from_arrays(saved.arrays)))
+        placer = cls(model, Placement(clades, Law.from_arrays(saved.arrays)))
+        placer.network_weight = float(saved.arrays[WEIGHT])
+        return placer
 
     def find(self, sequences: Sequence[str]) -> tuple[np.ndarray, Found]:
         """The known ASV that each sequence equals (-1: none), and the neighbours of the others."""
@@ -184,37 +195,53 @@ class Placer:
         node, shared, own = np.zeros(count, np.int64), np.zeros(count), np.zeros(count)
         for part in self.parts(count):
             some = near.take(part)
-            logits = self.logits(some)
-            lowest[part], support[part] = best_path(self.clades, logits)
+            lookup = self.lookup(some)
+            logits = self.logits(some, lookup.clades)
+            best, support[part] = best_path(lookup.parent, lookup.levels, logits)
+            lowest[part] = best if lookup.clades is None else lookup.named(best)
             sure = 1 / (1 + np.exp(-logits))
-            found = self.placement.grafts(some, lowest[part], sure)
+            found = self.placement.grafts(some, lowest[part], sure, lookup.column)
             node[part], shared[part], own[part] = found.node, found.shared, found.own
         return Grafts(node, shared, own), lowest, support
 
     def parts(self, count: int) -> Iterator[slice]:
         """ASVs whose logits are held at once."""
-        size = max(1, LOGITS_AT_ONCE // max(1, len(self.clades)))
+        clades = min(len(self.clades), MOST_CLADES)
+        size = max(1, LOGITS_AT_ONCE // max(1, clades))
         for low in range(0, count, size):
             yield slice(low, low + size)
 
-    def logits(self, near: Found) -> np.ndarray:
-        """Sum of both opinions of new ASVs as logits, (asvs, clades) float32."""
-        logits = self.network_logits(near)
+    def lookup(self, near: Found) -> Lookup:
+        """The clades that are looked at for new ASVs: all, or of very many those of candidates."""
+        clades = self.clades
+        if len(clades) <= MOST_CLADES:
+            return Lookup(None, clades.parent, clades.levels, None)
+        chosen = clades.on_paths(np.unique(near.index[near.index >= 0]))
+        column = np.full(len(clades), -1)
+        column[chosen] = np.arange(len(chosen))
+        above = clades.parent[chosen]
+        parent = np.where(above >= 0, column[above], -1)
+        return Lookup(chosen, parent, levels_of(parent), column)
+
+    def logits(self, near: Found, clades: np.ndarray | None = None) -> np.ndarray:
+        """Sum of both opinions of new ASVs on all clades, or some: (asvs, clades) float32."""
         if not self.use_votes:
-            return logits
-        np.clip(logits, -CLIP, CLIP, out=logits)
-        votes = self.placement.vote(near)
+            return self.network_logits(near, clades)
+        votes = self.placement.vote(near, clades)
         np.clip(votes, LEAST_VOTE, 1 - LEAST_VOTE, out=votes)
-        logits += np.log(votes / (1 - votes))
+        logits = np.log(votes / (1 - votes))
+        if self.network_weight:
+            logits += self.network_weight * self.network_logits(near, clades).clip(-CLIP, CLIP)
         return logits
 
     @torch.no_grad()
-    def network_logits(self, near: Found) -> np.ndarray:
-        """The network's opinion of new ASVs, (asvs, clades) float32."""
+    def network_logits(self, near: Found, clades: np.ndarray | None = None) -> np.ndarray:
+        """The network's opinion of new ASVs on all clades, or some: (asvs, clades) float32."""
         assert self.model is not None and self.model.clades is not None
         head = self.model.clades
         vectors = torch.from_numpy(self._encode(self._aligned(near)))
-        return head(vectors.to(head.weight.device)).cpu().numpy()
+        chosen = None if clades is None else torch.from_numpy(clades).to(head.weight.device)
+        return head(vectors.to(head.weight.device), chosen).cpu().numpy()
 
 
 def load_placer(run: Path, device: torch.device, *, impl: str = "auto") -> Placer:
@@ -230,27 +257,49 @@ def load_placer(run: Path, device: torch.device, *, impl: str = "auto") -> Place
     return Placer.of(saved, model.to(device))
 
 
-def best_path(clades: Clades, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+@dataclass(frozen=True, eq=False)
+class Lookup:
+    """Clades that are looked at, closed upwards.
+
+    Attributes:
+        clades: ``(m,)`` which; None: all.
+        parent: ``(m,)`` the one that holds each, as its place among them; -1: none.
+        levels: see `aam.data.clades.levels_of`.
+        column: ``(clades,)`` place of each clade among them, -1: none; None: all.
+    """
+
+    clades: np.ndarray | None
+    parent: np.ndarray
+    levels: list[np.ndarray]
+    column: np.ndarray | None
+
+    def named(self, place: np.ndarray) -> np.ndarray:
+        """The clades at some places ``(n,)``; -1 stays."""
+        assert self.clades is not None
+        return np.where(place >= 0, self.clades[place], -1) if len(self.clades) else place
+
+
+def best_path(
+    parent: np.ndarray, levels: list[np.ndarray], logits: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """The path from the root with the largest sum of logits: its last clade, and its support.
 
     Args:
-        clades: of a tree.
+        parent: (clades,) the one that holds each; -1: none.
+        levels: the clades by how many hold them.
         logits: (asvs, clades).
 
     Returns:
         (asvs,) clade, -1 where the root alone is best; (asvs,) mean probability along the path.
     """
-    sums, sure = np.zeros_like(logits), 1 / (1 + np.exp(-logits))
-    depth = np.zeros(len(clades))
-    for level, own in enumerate(clades.levels):
-        depth[own] = level + 1
-        sums[:, own] = logits[:, own]
-        if level:
-            above = clades.parent[own]
-            sums[:, own] += sums[:, above]
-            sure[:, own] += sure[:, above]
     if not logits.size:
         return np.full(len(logits), -1), np.ones(len(logits))
+    sums, sure = logits.copy(), 1 / (1 + np.exp(-logits))
+    depth = np.ones(logits.shape[1])
+    for level, own in enumerate(levels[1:], start=2):
+        depth[own] = level
+        sums[:, own] += sums[:, parent[own]]
+        sure[:, own] += sure[:, parent[own]]
     rows, best = np.arange(len(logits)), sums.argmax(axis=1)
     found = sums[rows, best] > 0
     return np.where(found, best, -1), np.where(found, sure[rows, best] / depth[best], 1.0)

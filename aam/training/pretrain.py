@@ -14,7 +14,6 @@ from scipy.sparse import csr_array
 from aam.config import PretrainConfig, TableOptions
 from aam.data.asvs import AsvDataset
 from aam.data.clades import Clades, TreeSplit, known_arrays
-from aam.data.embedding import Embedding
 from aam.data.facts import DataFact
 from aam.data.splits import Split
 from aam.data.texts import Texts, match_names
@@ -38,7 +37,7 @@ from aam.training.pretrain_pairs import PairTask, write_pair_results
 from aam.training.pretrain_tree import (
     STACK_JOINS,
     TreeTask,
-    make_placer,
+    calibration_tips,
     read_reference,
     split_by_samples,
     tree_options,
@@ -145,6 +144,10 @@ def clade_job(
 ) -> Job:
     """Learn the clades of known ASVs; the others are looked at in validation."""
     clades = known.clades
+    if not len(clades):
+        raise InputError(
+            f"{clades.tree.source}: has no inner branch with a length: there is no clade to learn"
+        )
     mapped = judged is not None and isinstance(judged.samples.table.feature_ids, Texts)
     asvs = AsvDataset.of(clades.sequences, config.data.max_bp, mapped=mapped).to(device)
     unseen = AsvDataset.of(known.unseen, config.data.max_bp, mapped=mapped).to(device)
@@ -153,9 +156,8 @@ def clade_job(
         share = (clades.stop - clades.start) / len(clades.tree.tip_names)
         model.clades.begin_at(torch.from_numpy(share))
     model.to(device)
-    placer = make_placer(model, clades, config.run.seed)
-    task = TreeTask(model, known, unseen, placer, config)
-    embedding = Embedding.fit(clades, communities(clades, judged), config.run.seed)
+    calibration = calibration_tips(len(asvs), config.run.seed)
+    task = TreeTask(model, known, unseen, calibration, config, communities(clades, judged))
     objective = CladeObjective(
         model.encoder, model.clades, config.losses, CladeLoss(clades), stack_joins=STACK_JOINS
     )
@@ -172,20 +174,14 @@ def clade_job(
         objective=objective,
         model=model,
         dataset=asvs,
-        rows=np.arange(len(asvs)),
+        rows=np.setdiff1d(np.arange(len(asvs)), calibration),
         parts=parts,
         options=tree_options(config.optimizer, asvs),
         validate=task.validate,
         best_metric=task.metric,
         description=description,
-        arrays={
-            **clades.to_arrays(),
-            **placer.placement.law.to_arrays(),
-            **embedding.to_arrays(),
-        },
-        write_results=lambda run, summary: write_tree_results(
-            run, task, judged, asvs, embedding, summary
-        ),
+        arrays=task.arrays,
+        write_results=lambda run, summary: write_tree_results(run, task, judged, asvs, summary),
         facts=facts,
         warnings=warnings,
         names="samples" if judged is not None else "sequences",
@@ -242,7 +238,7 @@ def pair_job(config: PretrainConfig, device: torch.device) -> Job:
         validate=task.validate,
         best_metric=task.metric,
         description=description,
-        arrays=known_arrays(dataset.sequences_of(dataset.asvs_of(train_rows))),
+        arrays=lambda: known_arrays(dataset.sequences_of(dataset.asvs_of(train_rows))),
         write_results=lambda run, summary: write_pair_results(run, task, samples, summary),
         facts=samples.facts,
         warnings=samples.warnings,

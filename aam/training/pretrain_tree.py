@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.sparse import csr_array
 
 from aam.config import OptimizerOptions, PretrainConfig
 from aam.data.asvs import AsvDataset
-from aam.data.clades import Clades, TreeSplit, split_tree
+from aam.data.clades import Grafts, TreeSplit, split_tree
+from aam.data.embedding import Embedding
 from aam.data.facts import DataFact, name_some
 from aam.data.neighbours import Found, Neighbours
 from aam.data.phylogeny import UniFrac
@@ -24,7 +27,7 @@ from aam.model import PretrainedModel
 from aam.training.evaluation import check_nucleotides
 from aam.training.exchange import Exchange
 from aam.training.losses import CladeLoss
-from aam.training.placing import Placer
+from aam.training.placing import WEIGHT, Placer
 from aam.training.prepare import Samples
 
 LEAST_TIPS = 3
@@ -32,9 +35,11 @@ TOKENS_SEEN = 30_000_000  # of a run whose epochs are not given
 EPOCHS = (3, 60)  # least and most that they make
 VALIDATIONS = 10  # of a run
 LEARNING_RATE = 4e-3
-STACK_JOINS = 0.5  # share of the run that the wide path learns alone
+STACK_JOINS = 2 / 3  # share of the run that the wide path learns alone
 LEFT_OUT = 2000  # most tips of a reference that are left out, and most unseen ASVs of a validation
 CHECK_SEED = 20_231
+CALIBRATION_SHARE, MOST_CALIBRATION = 0.05, 300
+NETWORK_WEIGHTS = (1.0, 0.5, 0.25, 0.0)  # of the network's logits beside those of the vote
 
 
 def tree_options(options: OptimizerOptions, asvs: AsvDataset) -> OptimizerOptions:
@@ -160,21 +165,46 @@ class TreeTask:
         model: with a clade head.
         split: known ASVs and those that are left out.
         unseen: the left-out ones as tokens.
-        placer: places them.
+        calibration: known ASVs that the network does not train on: they say how much it counts
+            beside the vote of the neighbours.
         config: all options.
+        communities: ``(n, known ASVs)`` reads of the training samples; n may be 0.
     """
 
     model: PretrainedModel
     split: TreeSplit
     unseen: AsvDataset
-    placer: Placer
+    calibration: np.ndarray
     config: PretrainConfig
+    communities: csr_array
 
     def __post_init__(self) -> None:
         order = np.random.default_rng(CHECK_SEED).permutation(len(self.unseen))
         self.judged: np.ndarray = np.sort(order[:LEFT_OUT])
-        names = self.split.unseen.take(self.judged)
-        self.found: tuple[np.ndarray, Found] = self.placer.find(names)
+
+    @cached_property
+    def placer(self) -> Placer:
+        """Places the left-out ASVs; made when it is first needed, after training has begun."""
+        clades = self.split.clades
+        neighbours = Neighbours(clades.sequences)
+        law = Law.fit(clades, neighbours, seed=self.config.run.seed)
+        return Placer(self.model, Placement(clades, law), neighbours=neighbours)
+
+    @cached_property
+    def found(self) -> tuple[np.ndarray, Found]:
+        """Neighbours of the left-out ASVs that validation looks at."""
+        return self.placer.find(self.split.unseen.take(self.judged))
+
+    @cached_property
+    def found_of_calibration(self) -> Found:
+        """Neighbours of the known ASVs that the network does not train on, but for themselves."""
+        sequences = self.split.clades.sequences.take(self.calibration)
+        return self.placer.neighbours.find(sequences, leave_out=self.calibration)
+
+    @cached_property
+    def embedding(self) -> Embedding:
+        """Directions of sample vectors."""
+        return Embedding.fit(self.split.clades, self.communities, self.config.run.seed)
 
     @property
     def metric(self) -> str:
@@ -183,33 +213,77 @@ class TreeTask:
             return "nucleotide_accuracy"
         return "clade_jaccard"
 
+    def calibrate(self) -> None:
+        """Choose the network's weight beside the vote, on ASVs that it was not trained on.
+
+        The largest one that is not worse than the best by more than a standard error.
+        """
+        clades, near, found = self.split.clades, self.found_of_calibration, []
+        if not len(self.calibration):
+            return
+        true = clades.ends(self.without_pairs(clades.lowest[self.calibration]))
+        for weight in NETWORK_WEIGHTS:
+            self.placer.network_weight = weight
+            decoded = self.without_pairs(self.placer.place_new(near)[1])
+            found.append(clades.jaccard(clades.ends(decoded), true))
+        best = max(found, key=np.mean)
+        for weight, own in zip(NETWORK_WEIGHTS, found, strict=True):
+            worse = best - own
+            if worse.mean() <= worse.std() / np.sqrt(len(worse)):
+                self.placer.network_weight = weight
+                return
+
+    def without_pairs(self, lowest: np.ndarray) -> np.ndarray:
+        """Smallest clades (n,) of calibration ASVs in the tree without each of them.
+
+        A clade of the ASV and one other is none then.
+        """
+        clades = self.split.clades
+        size = clades.stop[lowest] - clades.start[lowest]
+        inside = (clades.start[lowest] <= self.calibration) & (
+            self.calibration < clades.stop[lowest]
+        )
+        return np.where((lowest >= 0) & inside & (size == 2), clades.parent[lowest], lowest)
+
     def validate(self) -> dict[str, float | None]:
         """Validation metrics of the current weights, in evaluation mode; all ranks call it."""
-        penalties, exchange = self.config.losses, Exchange()
+        penalties = self.config.losses
         measured: dict[str, float | None] = {self.metric: None}
-        total = 0.0
         if not len(self.judged):
             return measured
         if penalties.unifrac_penalty:
             measured |= self.membership_metrics()
-            total += penalties.unifrac_penalty * (measured["clade_loss"] or 0.0)
         if penalties.nucleotide_penalty:
             check = check_nucleotides(
                 self.model.encoder, self.unseen, self.judged, penalties,
-                seed=CHECK_SEED, exchange=exchange,
+                seed=CHECK_SEED, exchange=Exchange(),
             )  # fmt: skip
             measured |= {"nucleotide_loss": check.loss, "nucleotide_accuracy": check.accuracy}
-            total += penalties.nucleotide_penalty * check.loss
+        total = penalties.unifrac_penalty * (measured.get("clade_loss") or 0.0)
+        total += penalties.nucleotide_penalty * (measured.get("nucleotide_loss") or 0.0)
         return {"loss": total, **measured}
 
     def membership_metrics(self) -> dict[str, float | None]:
-        """Loss of the network's logits and Jaccard of the places, on left-out ASVs."""
+        """Loss of the network's logits, and Jaccard of the decoded clades, of left-out ASVs.
+
+        Of very many clades the loss, which would take them all, is not measured.
+        """
         clades, truth = self.split.clades, self.split.truth.take(self.judged)
-        near = self.found[1]
+        self.calibrate()
         placed = self.placer.place(self.split.unseen.take(self.judged), self.found)
         jaccard = clades.jaccard(clades.ends(placed.clade), truth)
-        lowest, loss = clades.clade_of_node[truth.node], 0.0
-        weight = torch.from_numpy(clades.weight).float()
+        measured: dict[str, float | None] = {
+            "clade_jaccard": float(jaccard.mean()),
+            "network_weight": self.placer.network_weight,
+        }
+        if len(clades) <= CladeLoss.SAMPLED_ABOVE:
+            measured["clade_loss"] = self.clade_loss(truth)
+        return measured
+
+    def clade_loss(self, truth: Grafts) -> float:
+        """Loss of the network's logits on left-out ASVs."""
+        clades, near, loss = self.split.clades, self.found[1], 0.0
+        lowest, weight = clades.clade_of_node[truth.node], torch.from_numpy(clades.weight).float()
         for part in self.placer.parts(len(near.index)):
             logits = torch.from_numpy(self.placer.network_logits(near.take(part)))
             true = np.zeros(logits.shape, dtype=np.float32)
@@ -219,14 +293,20 @@ class TreeTask:
                     logits, torch.from_numpy(true), weight=weight, reduction="sum"
                 )
             )
+        return CladeLoss.WEIGHT * loss / len(self.judged)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What the model's file holds beside the weights that were chosen."""
+        self.calibrate()
         return {
-            "clade_loss": CladeLoss.WEIGHT * loss / len(self.judged),
-            "clade_jaccard": float(jaccard.mean()),
+            **self.split.clades.to_arrays(),
+            **self.placer.placement.law.to_arrays(),
+            **self.embedding.to_arrays(),
+            WEIGHT: np.array(self.placer.network_weight),
         }
 
 
-def make_placer(model: PretrainedModel, clades: Clades, seed: int) -> Placer:
-    """Index the known ASVs, and learn from them how ASVs join the tree."""
-    neighbours = Neighbours(clades.sequences)
-    placement = Placement(clades, Law.fit(clades, neighbours, seed=seed))
-    return Placer(model, placement, neighbours=neighbours)
+def calibration_tips(asvs: int, seed: int) -> np.ndarray:
+    """Known ASVs, (n,) ascending, that the network does not train on."""
+    count = min(round(CALIBRATION_SHARE * asvs), MOST_CALIBRATION)
+    return np.sort(np.random.default_rng([seed, count]).permutation(asvs)[:count])

@@ -24,7 +24,7 @@ def make_optimizer(module: nn.Module, lr: float, weight_decay: float) -> torch.o
             continue
         if name.endswith("log_scale"):
             scales.append(parameter)
-        elif parameter.ndim < 2 or id(parameter) in embeddings:
+        elif parameter.ndim < 2 or name.endswith("bias") or id(parameter) in embeddings:
             plain.append(parameter)
         else:
             decay.append(parameter)

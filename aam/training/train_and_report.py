@@ -42,7 +42,7 @@ class Job:
         validate: validation metrics of the current weights; all ranks call it.
         best_metric: the metric that chooses the best ones, if no option does.
         description: kept with the weights.
-        arrays: what the model knows beside them.
+        arrays: gives what the model knows beside them, once it is trained.
         write_results: writes the final measurements, and the summary with them.
         facts: what was read, dropped and cut.
         warnings: what a reader should know before trusting a number.
@@ -58,7 +58,7 @@ class Job:
     validate: Callable[[], dict[str, float | None]]
     best_metric: str
     description: dict[str, Any]
-    arrays: Mapping[str, np.ndarray]
+    arrays: Callable[[], Mapping[str, np.ndarray]]
     write_results: Callable[[Run, dict[str, Any]], None]
     facts: list[DataFact]
     warnings: list[str]
@@ -112,7 +112,7 @@ def train_and_report(
     )
     trainer.train(state)
     if ranks.first():
-        save_model(run.path / MODEL_FILE, job.model, job.description, job.arrays)
+        save_model(run.path / MODEL_FILE, job.model, job.description, job.arrays())
         job.write_results(run, run_facts(config, fabric, trainer, job, started))
         run.close()
         from aam.report import write_report

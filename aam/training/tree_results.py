@@ -49,7 +49,6 @@ def write_tree_results(
     task: TreeTask,
     judged: JudgedSamples | None,
     known: AsvDataset,
-    embedding: Embedding,
     summary: dict[str, Any],
 ) -> None:
     """Final measurements beside their baselines: tables, summary, and a printed table."""
@@ -57,7 +56,7 @@ def write_tree_results(
     everything = np.arange(len(task.unseen))
     if losses.unifrac_penalty:
         if judged is not None:
-            results += sample_results(task.placer, judged, run, embedding)
+            results += sample_results(task.placer, judged, run, task.embedding)
         if len(task.judged):
             sequences = task.split.unseen.take(task.judged)
             placed = task.placer.place(sequences, task.found)
