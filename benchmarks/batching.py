@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -22,18 +22,11 @@ import torch
 
 from aam.batching import Calibration, CostModel, EpochPlan
 from aam.batching.calibration import LEARNING_STEPS
-from aam.config import OptimizerOptions, PenaltyOptions
 from aam.data import FeatureTable, SampleDataset, read_table
-from aam.data.phylogeny import UniFrac
-from aam.model import CommunityEncoder
-from aam.model.encoder import EncoderShape
-from aam.training.loop import Trainer
-from aam.training.losses import DistanceLoss
-from aam.training.memory import Batching
-from aam.training.objectives import PretrainObjective, SamplePart
-from aam.training.runs import Run
+from aam.data.table_distances import TableDistances
+from aam.model import AsvEncoder, EncoderShape
 from benchmarks.large_tables import sequences
-from benchmarks.steps import TABLES, Jaccard, Unlogged
+from benchmarks.steps import TABLES, forward, make_trainer, pair_objective
 
 GB = 1e9
 SIMULATED = 400, 8000  # samples and features
@@ -93,19 +86,15 @@ def simulated(samples: int, features: int, seed: int = 0) -> FeatureTable:
 @lru_cache
 def samples_of(
     folder: str, name: str, token_limit: int, share_asvs: bool
-) -> tuple[SampleDataset, DistanceLoss]:
-    """Samples and their distance loss: UniFrac and mixtures for `ibd`, else Jaccard."""
+) -> tuple[SampleDataset, TableDistances]:
+    """Samples and their Jaccard distances."""
     table = read(folder, name)
     dataset = SampleDataset(table, token_limit=token_limit, share_asvs=share_asvs)
-    tree = Path(folder) / name / "tree.nwk"
-    if not tree.exists():
-        return dataset, DistanceLoss(Jaccard(table))
-    loss = DistanceLoss(UniFrac(table, tree), mixtures=1.0, columns=dataset.columns)
-    return dataset, loss
+    return dataset, TableDistances.of(table, "jaccard")
 
 
 class Case:
-    """A trainer of `aam pretrain` at its defaults on some samples, within a budget.
+    """A trainer of `aam pretrain --distance jaccard` on some samples, within a budget.
 
     Attributes:
         rows: of the samples that an epoch has.
@@ -139,20 +128,14 @@ class Case:
             effective: samples of a step, in pieces that fit the budget; None: as many as fit whole.
             seed: of weights, samples and order.
         """
-        from lightning_fabric import Fabric
-
         torch.manual_seed(seed)
         self.budget, self.seed = budget_gb * GB, seed
-        dataset, loss = samples_of(folder, name, token_limit, share_asvs)
+        dataset, distances = samples_of(folder, name, token_limit, share_asvs)
         self.rows = np.random.default_rng(seed).permutation(len(dataset))[:samples]
-        encoder = CommunityEncoder(EncoderShape(token_limit=token_limit), recompute=recompute)
-        objective = PretrainObjective(encoder, PenaltyOptions(), loss)
-        options = OptimizerOptions(max_memory_gb=budget_gb or None, effective_batch_size=effective)
-        fabric = Fabric(accelerator="cpu", devices=1)
-        batching = Batching(self.rows, dataset, objective, options, fabric.device, seed)
-        self.trainer = Trainer(
-            fabric, objective, dataset, batching, options, cast(Run, Unlogged()),
-            validate=dict, best_metric="loss", description={}, config={}, seed=seed,
+        objective = pair_objective(AsvEncoder(EncoderShape(), recompute=recompute), distances)
+        self.trainer = make_trainer(
+            objective, dataset, self.rows, seed,
+            max_memory_gb=budget_gb or None, effective_batch_size=effective,
         )  # fmt: skip
 
     def fixed(self, size: int) -> list[np.ndarray]:
@@ -217,16 +200,13 @@ def filling(
     return in_turn(calibrate, lambda: case.train(batching.batches(0)[:steps]))
 
 
-def largest_fixed(
-    folder: str, name: str, *, keep: str, share: float = 1.0, **options: Any
-) -> Epoch:
+def largest_fixed(folder: str, name: str, *, keep: str, **options: Any) -> Epoch:
     """Steps of the largest fixed number of samples with which a whole epoch meets the budget.
 
     Args:
         folder: of the data.
         name: see `read`.
         keep: file with a calibration, where the search begins; the number goes beside it.
-        share: of that number.
         options: of `Case`.
     """
     case, known = unlimited(folder, name, **options), Path(f"{keep}.size")
@@ -250,7 +230,7 @@ def largest_fixed(
         return {"fixed_size": size()}
 
     def size() -> int:
-        return max(2, int(share * int(known.read_text())))
+        return int(known.read_text())
 
     def epoch() -> Result:
         return {**case.train(case.fixed(size())), "fixed_size": size()}
@@ -360,26 +340,17 @@ def in_pieces(folder: str, name: str, *, pieces: int, **options: Any) -> Epoch:
 
     def call(rows: np.ndarray) -> Result:
         meter.reset()
-        terms = trainer.compute(rows, pieces) if pieces else forward(trainer, rows)
+        if pieces:
+            loss = trainer.compute(rows, pieces)["loss"]
+        else:
+            objective = trainer.objective.train()
+            with torch.no_grad():
+                work = objective.draw(trainer.dataset.batch(rows))
+                loss = float(forward(objective, work)["loss"])
         peak = meter.peak() / GB
-        return {"loss": terms["loss"], "peaks": [peak], "peak_megabytes": 1e3 * peak}
+        return {"loss": loss, "peaks": [peak], "peak_megabytes": 1e3 * peak}
 
     return in_turn(lambda: call(case.rows[:2]), lambda: call(case.rows))
-
-
-@torch.no_grad()
-def forward(trainer: Trainer, rows: np.ndarray) -> dict[str, float]:
-    """Every stage of a step once, in one piece."""
-    objective, batch = trainer.objective.train(), trainer.dataset.batch(rows)
-    work = objective.draw(batch)
-    loss = torch.zeros(())
-    if work.masked is not None:
-        loss += objective.nucleotides(work.masked, len(work.masked.positions), 0)["loss"]
-    slots, counts = work.batch.slots, work.batch.counts
-    whole = SamplePart(slots, counts, 0, slice(0, len(slots)), work.batch.categories)
-    outputs = objective.encode_samples(objective.encode_asvs(work.batch.tokens, 0), whole)
-    loss += objective.losses(outputs, work, 0, len(slots))["loss"]
-    return {"loss": float(loss)}
 
 
 def in_turn(first: Epoch, later: Epoch) -> Epoch:

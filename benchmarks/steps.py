@@ -1,9 +1,9 @@
 """Whole training steps and inference on real tables: aam's own, and the padded baseline's.
 
-Both see the same samples in the same order, at the defaults of `aam pretrain`. True distances are
-part of our step where there is a tree (`ibd`); the baseline always gets them for nothing. What is
-returned runs a short piece of the work on its first call, to warm up, and goes round the batches
-from then on.
+Both see the same samples (or ASVs) in the same order, at the defaults of `aam pretrain`. Distances
+are Jaccard's: ours are computed in the step, the baseline gets them for nothing. What is returned
+runs a short piece of the work on its first call, to warm up, and goes round the batches from then
+on.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,20 +21,25 @@ import torch
 from aam.batching import EpochPlan
 from aam.config import OptimizerOptions, PenaltyOptions
 from aam.data import FeatureTable, SampleDataset, read_table
-from aam.data.phylogeny import UniFrac
-from aam.model import CommunityEncoder
-from aam.model.encoder import EncoderShape
-from aam.training.evaluation import sample_embeddings
+from aam.data.asvs import AsvDataset
+from aam.data.clades import Clades
+from aam.data.table_distances import TableDistances
+from aam.data.tree import read_tree
+from aam.model import AsvEncoder, CladeHead, EncoderShape, FreeClades, PretrainedModel
+from aam.training.evaluation import predicted_distances
 from aam.training.loop import Trainer
-from aam.training.losses import DistanceLoss
+from aam.training.losses import CladeLoss, DistanceLoss, Terms
 from aam.training.memory import Batching
-from aam.training.objectives import PretrainObjective
+from aam.training.objectives import CladeObjective, Objective, PairObjective, SamplePart, Work
+from aam.training.pretrain import FREE_CLADES
+from aam.training.runs import Run
+from aam.training.train_and_report import USUAL_LEARNING_RATE, usual_options
 from benchmarks.baselines.padded_transformer import (
-    STACKS,
     Labelled,
     PaddedBatch,
-    PaddedTransformer,
+    PaddedEncoder,
     pad_batch,
+    padded_presence,
     training_step,
 )
 
@@ -42,24 +47,6 @@ TABLES = {"ibd": "table-rarefied-5000.biom", "oral": "table-rarefied-1000.biom"}
 BATCHES = 4  # steps go round these, so that no single batch decides
 SHORT = 2, 8  # samples and slots of the run that warms up
 Step = Callable[[], dict[str, float]]
-
-
-class Jaccard:
-    """Distances between the samples of a table without a tree."""
-
-    def __init__(self, table: FeatureTable):
-        self.present = (table.counts > 0).astype(np.float64)
-
-    def pairwise(self, rows: np.ndarray) -> np.ndarray:
-        """(n, n) share of features that only one of two samples has."""
-        return self.cross(rows, rows)
-
-    def cross(self, rows_a: np.ndarray, rows_b: np.ndarray) -> np.ndarray:
-        """(n, m) the same of two lists of samples."""
-        a, b = self.present[rows_a], self.present[rows_b]
-        shared = (a @ b.T).toarray()
-        richness = a.sum(axis=1)[:, None] + b.sum(axis=1)[None]
-        return 1 - shared / (richness - shared)
 
 
 @dataclass(frozen=True)
@@ -82,22 +69,14 @@ class Problem:
         return SampleDataset(self.table, token_limit=self.token_limit, share_asvs=self.share_asvs)
 
     @cached_property
-    def distances(self) -> Any:
-        """True distances: unweighted UniFrac, or Jaccard where there is no tree."""
-        tree = Path(self.folder) / "tree.nwk"
-        return UniFrac(self.table, tree) if tree.exists() else Jaccard(self.table)
-
-    def distance_loss(self) -> DistanceLoss:
-        """That of `aam pretrain` at its defaults: with mixtures where there is a tree."""
-        if not isinstance(self.distances, UniFrac):
-            return DistanceLoss(self.distances)
-        return DistanceLoss(self.distances, mixtures=1.0, columns=self.dataset.columns)
+    def distances(self) -> TableDistances:
+        """Those of `--distance jaccard`."""
+        return TableDistances.of(self.table, "jaccard")
 
     @cached_property
     def batches(self) -> list[np.ndarray]:
         """Rows of each batch."""
-        plan = EpochPlan(np.arange(len(self.dataset)), self.batch_size, seed=0)
-        return plan.batches(0)[:BATCHES]
+        return first_batches(len(self.dataset), self.batch_size)
 
     def describe(self) -> dict[str, str]:
         """Measured on these batches: what sharing and not padding can save."""
@@ -113,14 +92,64 @@ class Problem:
     def padded(self, rows: np.ndarray) -> PaddedBatch:
         """Samples at fixed size."""
         packed = self.dataset.batch(rows)
-        return pad_batch(
-            packed.tokens.values, packed.tokens.offsets,
-            packed.slots.values, packed.slots.offsets, self.token_limit,
-        )  # fmt: skip
+        return pad_batch(packed.tokens, packed.slots, self.token_limit)
 
 
 problem = lru_cache(Problem)
 """The same problem for every contestant."""
+
+
+def first_batches(rows: int, size: int) -> list[np.ndarray]:
+    """The first batches of an epoch."""
+    return EpochPlan(np.arange(rows), size, seed=0).batches(0)[:BATCHES]
+
+
+def pair_objective(encoder: AsvEncoder, distances: TableDistances) -> PairObjective:
+    """That of `aam pretrain --distance jaccard` at its defaults."""
+    pairs = FreeClades(encoder.shape.embedding_dim, FREE_CLADES, abundance=False)
+    return PairObjective(encoder, pairs, PenaltyOptions(), DistanceLoss(distances))
+
+
+def make_trainer(
+    objective: Objective,
+    dataset: SampleDataset | AsvDataset,
+    rows: np.ndarray | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Trainer:
+    """A trainer on the CPU that keeps nothing.
+
+    Args:
+        objective: what is learned.
+        dataset: samples or ASVs.
+        rows: which of them; None: all.
+        seed: of order, masks and dropout.
+        options: of `OptimizerOptions`.
+    """
+    from lightning_fabric import Fabric
+
+    rows = np.arange(len(dataset)) if rows is None else rows
+    usual = usual_options(OptimizerOptions(**options))
+    fabric = Fabric(accelerator="cpu", devices=1)
+    batching = Batching(rows, dataset, objective, usual, fabric.device, seed)
+    return Trainer(
+        fabric, objective, dataset, batching, usual, cast(Run, Unlogged()),
+        validate=dict, best_metric="loss", description={}, config={}, seed=seed,
+    )  # fmt: skip
+
+
+def forward(objective: Objective, work: Work) -> Terms:
+    """Every stage of a step once, in one piece; the losses, and the rest of what it tells."""
+    found = []
+    if work.noisy is not None:
+        found.append(objective.asv_losses(work.noisy, work, 0))
+    if work.batch is not None:
+        slots, counts = work.batch.slots, work.batch.counts
+        part = SamplePart(slots, counts, 0, slice(0, len(slots)), work.batch.categories)
+        outputs = objective.encode_samples(objective.encode_asvs(work.batch.tokens, 0), part)
+        found.append(objective.losses(outputs, work, 0, len(slots)))
+    total = torch.stack([one["loss"] for one in found]).sum()
+    return {name: value for one in found for name, value in one.items()} | {"loss": total}
 
 
 class Unlogged:
@@ -130,7 +159,7 @@ class Unlogged:
         """Forget."""
 
 
-def trainer_step(
+def pair_step(
     folder: str,
     token_limit: int,
     *,
@@ -138,7 +167,7 @@ def trainer_step(
     share_asvs: bool = True,
     recompute: bool = True,
 ) -> Step:
-    """`Trainer.step` of `aam pretrain` at its defaults, ready to run.
+    """`Trainer.step` of `aam pretrain --distance jaccard` at its defaults, ready to run.
 
     Args:
         folder: data set.
@@ -147,37 +176,11 @@ def trainer_step(
         share_asvs: what `--no-share-asvs` turns off.
         recompute: what `--no-gradient-checkpointing` turns off.
     """
-    from lightning_fabric import Fabric
-
     torch.manual_seed(0)
     data = problem(folder, token_limit, batch_size, share_asvs)
-    encoder = CommunityEncoder(EncoderShape(token_limit=token_limit), recompute=recompute)
-    options = OptimizerOptions(batch_size=batch_size)
-    objective = PretrainObjective(encoder, PenaltyOptions(), data.distance_loss())
-    trainer = Trainer(
-        Fabric(accelerator="cpu", devices=1),
-        objective,
-        data.dataset,
-        Batching(
-            np.arange(len(data.dataset)),
-            data.dataset,
-            objective,
-            options,
-            torch.device("cpu"),
-            seed=0,
-        ),
-        options,
-        Unlogged(),
-        validate=dict,
-        best_metric="loss",
-        description={},
-        config={},
-        seed=0,
-    )
-    return _in_turn(
-        lambda: trainer.step(data.batches[0][: SHORT[0]]),
-        [lambda rows=rows: trainer.step(rows) for rows in data.batches],
-    )
+    objective = pair_objective(AsvEncoder(EncoderShape(), recompute=recompute), data.distances)
+    trainer = make_trainer(objective, data.dataset, batch_size=batch_size)
+    return _in_turn(trainer.step, data.batches[0][: SHORT[0]], data.batches)
 
 
 def padded_step(
@@ -196,61 +199,102 @@ def padded_step(
         token_limit: slots a sample.
         batch_size: samples a step.
         parts: batches in which they are taken, one after the other, to bound memory.
-        checkpointed: recompute the layers of all three stacks in backward.
+        checkpointed: recompute the layers in backward.
         dropout: everywhere.
     """
-    torch.manual_seed(0)
-    data = problem(folder, token_limit, batch_size)
-    model = PaddedTransformer(
-        token_limit=token_limit, checkpointed=STACKS if checkpointed else (), dropout=dropout
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4)
+    data, model = problem(folder, token_limit, batch_size), padded_model(checkpointed, dropout)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=USUAL_LEARNING_RATE)
 
     def known(rows: np.ndarray) -> Labelled:
-        return data.padded(rows), torch.from_numpy(data.distances.pairwise(rows))
-
-    def step(batches: list[Labelled]) -> dict[str, float]:
-        return training_step(model, optimizer, batches)
+        true = torch.from_numpy(data.distances.pairwise(rows)).float()
+        return data.padded(rows), true
 
     batches = [[known(part) for part in np.array_split(rows, parts)] for rows in data.batches]
     first, true = known(data.batches[0][: SHORT[0]])
     return _in_turn(
-        lambda: step([(first.cut(SHORT[1]), true)]),
-        [lambda batch=batch: step(batch) for batch in batches],
+        lambda batch: training_step(model, optimizer, batch), [(first.cut(SHORT[1]), true)], batches
     )
 
 
-def embeddings(folder: str, token_limit: int) -> Step:
-    """Sample embeddings as `aam evaluate` and `aam predict` compute them."""
+def padded_model(checkpointed: bool = True, dropout: float = 0.1) -> PretrainedModel:
+    """The baseline."""
     torch.manual_seed(0)
-    data = problem(folder, token_limit)
-    encoder, rows = (
-        CommunityEncoder(EncoderShape(token_limit=token_limit)),
-        np.concatenate(data.batches),
+    encoder = PaddedEncoder(EncoderShape(dropout=dropout), checkpointed=checkpointed)
+    return PretrainedModel(encoder, free_clades=FREE_CLADES)
+
+
+def clade_step(
+    folder: str,
+    asvs: int | None = None,
+    *,
+    padded: bool = False,
+    recompute: bool = True,
+    dropout: float = 0.1,
+    stack: bool = True,
+) -> Step:
+    """`Trainer.step` of `aam pretrain --tree` at its defaults, ready to run.
+
+    Args:
+        folder: data set with a tree, of which every tip is known.
+        asvs: of a step; the default's, if not given.
+        padded: with the baseline's encoder in the place of ours.
+        recompute: what `--no-gradient-checkpointing` turns off.
+        dropout: of the stack.
+        stack: with the transformer, as in the last third of a run; else the wide path alone.
+    """
+    torch.manual_seed(0)
+    clades = Clades(read_tree(Path(folder) / "tree.nwk"))
+    shape = EncoderShape(dropout=dropout)
+    encoder = (
+        PaddedEncoder(shape, checkpointed=recompute)
+        if padded
+        else AsvEncoder(shape, recompute=recompute)
     )
+    head = CladeHead(shape.embedding_dim, len(clades))
+    head.begin_at(torch.from_numpy((clades.stop - clades.start) / len(clades.sequences)))
+    objective = CladeObjective(
+        encoder, head, PenaltyOptions(), CladeLoss(clades), stack_joins=0.0 if stack else 2.0
+    )
+    dataset = AsvDataset.of(clades.sequences, shape.max_bp)
+    batches = first_batches(len(dataset), asvs or dataset.default_batch)
+    trainer = make_trainer(objective, dataset, batch_size=asvs)
+    return _in_turn(trainer.step, batches[0][: SHORT[1]], batches)
 
-    def embed(rows: np.ndarray) -> dict[str, float]:
-        return {"samples": float(len(sample_embeddings(encoder, data.dataset, rows)))}
 
-    return _in_turn(lambda: embed(rows[: SHORT[0]]), [lambda: embed(rows)])
-
-
-def padded_embeddings(folder: str, token_limit: int) -> Step:
-    """The baseline's sample embeddings, batch by batch."""
+def distances(folder: str, token_limit: int) -> Step:
+    """Predicted distances of samples, as validation and `aam evaluate` compute them."""
     torch.manual_seed(0)
     data = problem(folder, token_limit)
-    model = PaddedTransformer(token_limit=token_limit).eval()
-    batches = [data.padded(rows) for rows in data.batches]
+    model = PretrainedModel(AsvEncoder(EncoderShape()), free_clades=FREE_CLADES)
+
+    def predict(rows: np.ndarray) -> dict[str, float]:
+        return {"samples": float(len(predicted_distances(model, data.dataset, rows)))}
+
+    rows = np.concatenate(data.batches)
+    return _in_turn(predict, rows[: SHORT[0]], [rows])
+
+
+def padded_distances(folder: str, token_limit: int) -> Step:
+    """The baseline's, its samples encoded batch by batch."""
+    data, model = problem(folder, token_limit), padded_model().eval()
+    encoder, pairs = model.encoder, model.pairs
+    assert isinstance(encoder, PaddedEncoder) and pairs is not None
 
     @torch.no_grad()
-    def embed(batches: list[PaddedBatch]) -> dict[str, float]:
-        return {"samples": float(sum(len(model(b.tokens, b.present)[0]) for b in batches))}
+    def predict(batches: list[PaddedBatch]) -> dict[str, float]:
+        presence = torch.cat(
+            [
+                padded_presence(pairs, encoder.encode(one.tokens.flatten(0, 1))[0], one.present)
+                for one in batches
+            ]
+        )
+        return {"samples": float(len(pairs.distances(presence, presence)))}
 
     first = data.padded(data.batches[0][: SHORT[0]]).cut(SHORT[1])
-    return _in_turn(lambda: embed([first]), [lambda: embed(batches)])
+    return _in_turn(predict, [first], [[data.padded(rows) for rows in data.batches]])
 
 
-def _in_turn(first: Step, steps: list[Step]) -> Step:
+def _in_turn(step: Callable[[Any], dict[str, float]], first: Any, batches: list[Any]) -> Step:
     """The first call warms up; each later one is a step, the next one with the next batch."""
-    calls = itertools.chain([first], itertools.cycle(steps))
-    return lambda: next(calls)()
+    calls = itertools.chain([first], itertools.cycle(batches))
+    return lambda: step(next(calls))

@@ -12,22 +12,15 @@ from benchmarks.comparison import Figure, Goal
 from benchmarks.steps import TABLES
 
 pytestmark = [pytest.mark.real, pytest.mark.batching]
-FILLED, FIXED, HALF, HALVED = "filled", "largest fixed size", "half of it", "halving from 1,024"
+FILLED, FIXED, HALVED = "filled", "largest fixed size", "halving from 1,024"
 LARGE = "4 times the fixed size, in pieces"
-# Budget in GB, samples of an epoch (three to five filled steps), and how the model is trained. At
-# its defaults all samples would be one step of 4 GB; without recomputation a sample takes six
-# times the memory, so that 4 and 8 GB can be filled more than once.
-KEPT, UNSHARED = {"recompute": False}, {"share_asvs": False}
+# Budget in GB, samples of an epoch (three to five filled steps), and how the model is trained:
+# without recomputation a sample takes many times the memory.
+KEPT = {"recompute": False}
 BUDGETS: dict[str, tuple[float, int, dict[str, bool]]] = {
     "1 GB": (1.0, 256, {}),
-    "1 GB, activations kept": (1.0, 32, KEPT),
     "2 GB": (2.0, 1600, {}),
     "4 GB, activations kept": (4.0, 512, KEPT),
-    "8 GB, activations kept": (8.0, 2000, KEPT),
-}
-MORE_BUDGETS: dict[str, tuple[float, int, dict[str, bool]]] = {
-    "1 GB, ASVs not shared": (1.0, 64, UNSHARED),
-    "2 GB, activations kept": (2.0, 128, KEPT),
 }
 PREDICTED = {  # budget, recomputing or not, steps
     "1 GB": (1.0, True, 4),
@@ -110,20 +103,17 @@ def test_peaks_are_predicted(compare, own_process, options, timing, data):
         assert errors_of(result).max() < 0.5
 
 
-@pytest.mark.parametrize("name", [*BUDGETS, *MORE_BUDGETS])
+@pytest.mark.parametrize("name", BUDGETS)
 def test_budgets(compare, own_process, options, timing, small, full, tmp_path, name):
-    if name in MORE_BUDGETS and not full:
-        pytest.skip("with --benchmark-size full")
     if small and name != "1 GB":
         pytest.skip("small steps are the same at every budget")
-    budget, samples, way = (BUDGETS | MORE_BUDGETS)[name]
+    budget, samples, way = BUDGETS[name]
     arguments = options(budget, samples, name="mixed", **way)
     arguments["keep"] = str(tmp_path / "calibration.json")
     budget = arguments["budget_gb"]
     started = {
         FILLED: ("filling", {}),
         FIXED: ("largest_fixed", {}),
-        HALF: ("largest_fixed", {"share": 0.5}),
         HALVED: ("halving", {}),
         LARGE: ("in_large_steps", {"times": 4}),
     }
@@ -155,7 +145,7 @@ def test_budgets(compare, own_process, options, timing, small, full, tmp_path, n
 
     results, _ = compare(
         f"filling {name}, ibd and oral mixed, {arguments['samples']} samples", contestants,
-        reference=[FIXED, HALF], rounds=3 if full else 1,
+        reference=FIXED, rounds=3 if full else 1,
         goals=[Goal(FILLED, 1.2), Goal(LARGE, 1.2)], figures=figures,
     )  # fmt: skip
     results = second(results, contestants, timing)
@@ -202,13 +192,11 @@ def test_pieces(compare, own_process, options, timing, full):
 
 @pytest.mark.parametrize(
     ("data", "batch", "samples"),
-    [("ibd", 16, 48), ("mixed", 64, 128), ("mixed", 8, 32), ("mixed", 256, 256)],
+    [("ibd", 16, 48), ("mixed", 64, 128)],
     ids=lambda value: str(value),
 )
 def test_ranks(compare, own_process, options, timing, small, full, data, batch, samples):
     """Ranks of one thread each: the same steps as one rank, and as ranks that exchange no ASVs."""
-    if batch in (8, 256) and not full:
-        pytest.skip("with --benchmark-size full")
     if not timing and data != "mixed":
         pytest.skip("the same code")
     arguments = options(samples=samples, name=data, batch=8 if small else batch)

@@ -1,9 +1,10 @@
-"""The split and the schedule of the pretraining measurement."""
+"""The split and the damage of the pretraining measurement."""
 
+import numpy as np
 import pytest
 
 from aam.data.metadata import read_metadata
-from benchmarks.pretraining import SUBJECT, epochs_within, parts
+from benchmarks.pretraining import SUBJECT, damaged, mean_of, parts
 
 
 @pytest.mark.real
@@ -22,6 +23,11 @@ def test_the_parts_of_ibd(real_data):
     assert not subjects["new-subjects"] & (subjects["train"] | subjects["random"])
 
 
-def test_epochs_that_fit_the_minutes():
-    assert epochs_within(20, 2.0, samples=291, batch_size=16) == 30  # of 19 steps
-    assert epochs_within(0.1, 2.0, samples=291, batch_size=16) == 1
+def test_damage_and_means():
+    found = dict(damaged(["ACGT" * 25], np.random.default_rng(0)))
+    assert found["trimmed to 80"] == ["ACGT" * 20]
+    assert found["shifted by 5"][0][5:] == ("ACGT" * 25)[:-5]
+    assert abs(len(found["3 indels"][0]) - 100) <= 3
+    assert mean_of([{"a": {"r": 1.0, "x": None}}, {"a": {"r": 0.0, "x": 1.0}}]) == {
+        "a": {"r": 0.5, "x": None}
+    }

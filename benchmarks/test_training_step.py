@@ -4,81 +4,37 @@ import math
 
 import numpy as np
 import pytest
-import torch
 
-from aam.model import CommunityEncoder
-from aam.model.encoder import EncoderShape
-from benchmarks.baselines.padded_transformer import PaddedTransformer
 from benchmarks.comparison import Goal
 from benchmarks.conftest import MALLOC
-from benchmarks.steps import Problem, embeddings, problem
+from benchmarks.steps import distances, problem
 
 pytestmark = [pytest.mark.real, pytest.mark.steps]
 PADDED, KEPT = "padded, checkpointing, dropout 0.1", "padded, kept, dropout 0"
+UNSHARED = "aam, ASVs not shared"
 OURS = {
-    "aam": ("trainer_step", {}),
-    "aam, ASVs not shared": ("trainer_step", {"share_asvs": False}),
-    "aam, kept": ("trainer_step", {"recompute": False}),
+    "aam": ("pair_step", {}),
+    UNSHARED: ("pair_step", {"share_asvs": False}),
+    "aam, kept": ("pair_step", {"recompute": False}),
 }
 THEIRS = {
     PADDED: ("padded_step", {}),
     KEPT: ("padded_step", {"checkpointed": False, "dropout": 0.0}),
 }
-MORE = {  # the other two of four; the first keeps some 16 GB
-    "padded, kept, dropout 0.1": ("padded_step", {"checkpointed": False}),
-    "padded, checkpointing, dropout 0": ("padded_step", {"dropout": 0.0}),
+WIDE = "aam, the wide path alone"
+CLADES = {
+    "aam": ("clade_step", {}),
+    WIDE: ("clade_step", {"stack": False}),
+    PADDED: ("clade_step", {"padded": True}),
+    KEPT: ("clade_step", {"padded": True, "recompute": False, "dropout": 0.0}),
 }
 
 
-def baseline_weights(encoder: CommunityEncoder) -> dict[str, torch.Tensor]:
-    """Our weights under the baseline's names."""
-    renamed = {
-        "asv_encoder.token_embedding": "token_embedding",
-        "asv_encoder.position_embedding": "position_embedding",
-        "asv_encoder.stack": "stacks.nucleotide",
-        "asv_encoder.pool.norm": "asv_pool.norm",
-        "asv_encoder.pool.query": "asv_pool.score.weight",
-        "asv_encoder.nucleotide_head": "nucleotide_head",
-        "sample_encoder.position_embedding": "slot_embedding",
-        "sample_encoder.stack": "stacks.sample",
-        "unifrac_encoder.stack": "stacks.unifrac",
-        "unifrac_encoder.pool.norm": "sample_pool.norm",
-        "unifrac_encoder.pool.query": "sample_pool.score.weight",
-    }
-    weights = {}
-    for name, value in encoder.state_dict().items():
-        for ours, theirs in renamed.items():
-            if name == ours or name.startswith(ours + "."):
-                weights[theirs + name[len(ours) :]] = (
-                    value[None] if ours.endswith("query") else value
-                )
-    return weights
-
-
-def test_both_are_the_same_model(real_data):
-    """With the reference's form and our weights the baseline gives our sample embeddings."""
-    torch.manual_seed(7)
-    data = Problem(str(real_data / "ibd"), 16, batch_size=3)
-    shape = EncoderShape(
-        num_layers=2, sample_position="slot", sample_embedding="attention",
-        nucleotide_embedding="sum", distance_scale=10.0, token_limit=16,
-    )  # fmt: skip
-    ours = CommunityEncoder(shape).eval()
-    padded = PaddedTransformer(layers=2, token_limit=16).eval()
-    padded.load_state_dict(baseline_weights(ours))
-    batch, fixed = data.dataset.batch(data.batches[0]), data.padded(data.batches[0])
-    with torch.no_grad():
-        vectors = ours.encode_asvs(batch.tokens)
-        got = ours.embed(vectors, batch.slots, batch.counts)
-        want, _ = padded(fixed.tokens, fixed.present)
-    assert float((got - want).abs().max()) < 1e-4
-
-
-def check_losses(results):
-    """Untrained: distances of any size, nucleotides near ln 7 (not yet below a third of it)."""
+def check_losses(results, taught="unifrac_loss"):
+    """Untrained: distances or clades of any size, nucleotides near ln 4."""
     for losses in results.values():
-        assert 0 <= losses["unifrac_loss"] <= 1
-        assert math.log(7) / 3 < losses["nucleotide_loss"] < 3 * math.log(7)
+        assert 0 < losses[taught] < 20
+        assert math.log(4) / 3 < losses["nucleotide_loss"] < 3 * math.log(4)
 
 
 @pytest.fixture
@@ -105,39 +61,47 @@ def measure(compare, small, full, own_process, real_data):
 
 
 @pytest.mark.parametrize("data", ["ibd", "oral"])
-def test_step(measure, full, data):
+def test_step(measure, data):
     goals = [
         Goal("aam", 10.0),
         Goal("aam", 4.0, over=KEPT),
-        Goal("aam, ASVs not shared", 4.0),
+        Goal(UNSHARED, 4.0),
         Goal("aam", 8.0, of="memory"),
     ]
-    contestants = OURS | THEIRS | (MORE if full else {})
-    check_losses(measure("training step, batch 8", data, contestants, goals=goals))
+    check_losses(measure("training step, batch 8", data, OURS | THEIRS, goals=goals))
 
 
-@pytest.mark.parametrize("data", ["ibd", "oral"])
-def test_step_on_one_thread(measure, timing, full, data):
-    if not timing or (data == "oral" and not full):
-        pytest.skip("minutes, and the same code as with more threads")
-    contestants = OURS | THEIRS
-    one = {name: {"OMP_NUM_THREADS": "1"} for name in contestants}
-    goals = [Goal("aam", 10.0), Goal("aam", 4.0, over=KEPT), Goal("aam, ASVs not shared", 4.0)]
-    check_losses(
-        measure(
-            "training step on one thread, batch 8", data, contestants, environment=one, goals=goals
-        )
-    )
+def test_step_on_one_thread(measure, timing):
+    if not timing:
+        pytest.skip("the same code as with more threads")
+    one = {name: {"OMP_NUM_THREADS": "1"} for name in OURS | THEIRS}
+    goals = [Goal("aam", 10.0), Goal("aam", 4.0, over=KEPT), Goal(UNSHARED, 4.0)]
+    title = "training step on one thread, batch 8"
+    check_losses(measure(title, "ibd", OURS | THEIRS, environment=one, goals=goals))
 
 
 def test_step_of_32_samples(measure, small):
     """The baseline takes its 32 as four batches of 8: at once they would need 19 GB."""
     size = 8 if small else 32
     contestants = {
-        "aam": ("trainer_step", {"batch_size": size}),
+        "aam": ("pair_step", {"batch_size": size}),
         PADDED: ("padded_step", {"batch_size": size, "parts": 4}),
     }
     check_losses(measure("training step, batch 32", "ibd", contestants, goals=[Goal("aam", 20.0)]))
+
+
+def test_step_of_clades(compare, own_process, small, full, real_data):
+    """ASVs of a tree: nothing is shared, and next to nothing padded; the stack is what differs."""
+    options = {"folder": str(real_data / "ibd"), "asvs": 8 if small else None}
+    contestants = {
+        name: own_process(f"benchmarks.steps:{function}", **options, **arguments)
+        for name, (function, arguments) in CLADES.items()
+    }
+    results, _ = compare(
+        "training step of clades, ibd", contestants, reference=[PADDED, KEPT],
+        rounds=5 if full else 3, goals=[Goal("aam", 1.0)],
+    )  # fmt: skip
+    check_losses(results, "clade_loss")
 
 
 @pytest.mark.parametrize("against", [PADDED, KEPT], ids=["checkpointing", "kept"])
@@ -159,8 +123,8 @@ def test_what_the_allocator_does(measure, timing, against):
 
 
 def test_inference(measure):
-    """Sample embeddings of four batches of 8; ours encodes each of their ASVs once."""
-    contestants = {"aam": ("embeddings", {}), PADDED: ("padded_embeddings", {})}
+    """Distances between four batches of 8; ours encodes each of their ASVs once."""
+    contestants = {"aam": ("distances", {}), PADDED: ("padded_distances", {})}
     results = measure("inference, 32 samples", "ibd", contestants, goals=[Goal("aam", 10.0)])
     assert results["aam"]["samples"] == results[PADDED]["samples"]
 
@@ -170,7 +134,7 @@ def test_threads(compare, own_process, small, real_data):
     arguments = {"folder": str(real_data / "ibd"), "token_limit": 8 if small else 256}
     contestants = {
         name: own_process(
-            "benchmarks.steps:trainer_step", environment={"OMP_NUM_THREADS": threads}, **arguments
+            "benchmarks.steps:pair_step", environment={"OMP_NUM_THREADS": threads}, **arguments
         )
         for name, threads in (("1 thread", "1"), ("2 threads", "2"))
     }
@@ -189,6 +153,6 @@ def test_the_batches_are_those_of_an_epoch(real_data):
 
 def test_the_first_call_is_short_and_then_steps_go_round(real_data):
     data = problem(str(real_data / "ibd"), 8)
-    step = embeddings(str(real_data / "ibd"), 8)
+    step = distances(str(real_data / "ibd"), 8)
     assert [step()["samples"] for _ in range(3)] == [2, 32, 32]
     assert len(data.batches) == 4

@@ -21,8 +21,8 @@ from aam.training.pretrain_tree import TreeTask
 from aam.training.results import print_results, result
 from aam.training.runs import Run
 
-DISTANCE_BINS = (1.75, 2.75, 4.75, 6.75, 9.75)
-"""Edits to the nearest known ASV between which memberships are shown apart."""
+MOST_COLOURS = 7
+"""Classes of a metadata column that the ordination may be coloured by."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,29 @@ def write_tree_results(
         results += nucleotide_results(
             task.model.encoder, task.unseen, everything, known, np.arange(len(known)), losses
         )
+    if judged is not None:
+        summary["colours"] = colours(judged.samples, judged.rows)
     summary["results"] = results
     run.write_summary(summary)
     print_results(results)
+
+
+def colours(samples: Samples, rows: np.ndarray) -> dict[str, Any] | None:
+    """A metadata column to colour samples by: the first with a few classes, else with numbers."""
+    metadata = samples.metadata
+    if metadata is None:
+        return None
+    numeric = None
+    for column in metadata.cells:
+        values = [metadata.text(column)[row] for row in rows]
+        present = {value for value in values if value is not None}
+        named = {samples.ids[row]: value or "" for row, value in zip(rows, values, strict=True)}
+        if metadata.is_numeric(column):
+            if numeric is None and len(present) > MOST_COLOURS:
+                numeric = {"column": column, "kind": "regression", "values": named}
+        elif 1 < len(present) <= MOST_COLOURS:
+            return {"column": column, "kind": "classification", "values": named}
+    return numeric
 
 
 def sample_results(

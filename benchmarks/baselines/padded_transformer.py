@@ -1,18 +1,17 @@
 """The same model as plain torch would be written: padded, masked, every slot encoded.
 
-`nn.TransformerEncoder` with a key padding mask over tensors of fixed size: every sample has
-`token_limit` ASV slots and every ASV as many positions as the longest of the batch. Slots of no ASV
-are computed like the others and masked where they would count. The form is the reference's: token
-plus position embedding, stack, attention pooling per slot; slot position, sample stack; UniFrac
-stack, attention pooling; nucleotides are masked in the batch itself. Kind to the baseline:
-sequences are padded to the longest of the batch and not to `max_bp`, and the nucleotide head runs
-at masked positions only.
+`nn.TransformerEncoder`'s layers with a key padding mask over tensors of fixed size: every sample
+has `token_limit` ASV slots and every ASV as many positions as the longest of the batch. Slots of
+no ASV are computed like the others and masked where they would count. All weights have our names
+and shapes. Kind to the baseline: sequences are padded to the longest of the batch and not to
+`max_bp`, nucleotides are masked in the batch itself instead of in copies, and the nucleotide heads
+run at masked positions only.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,10 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-PAD, MASK, VOCABULARY = 0, 6, 7
-FIRST_BASE, LAST_BASE = 1, 4
-EXTRA_POSITIONS = 5
-STACKS = ("nucleotide", "sample", "unifrac")
+from aam.model import AsvEncoder, EncodedAsvs, EncoderShape, FreeClades, PretrainedModel
+from aam.model.clades import SHARPNESS
+from aam.model.encoder import MASK, VOCABULARY
+from aam.training.losses import DistanceLoss
+from aam_kernels import Ragged
+
+PAD, FIRST_BASE, LAST_BASE = 0, 1, 4
 
 
 @dataclass(frozen=True)
@@ -43,48 +45,49 @@ class PaddedBatch:
         return PaddedBatch(self.tokens[:, :slots], self.present[:, :slots])
 
 
-def pad_batch(
-    token_values: Tensor,
-    token_offsets: Tensor,
-    slot_values: Tensor,
-    slot_offsets: Tensor,
-    token_limit: int,
-) -> PaddedBatch:
-    """Spread a packed batch (distinct ASVs, and slots that name them) over fixed slots.
+def pad_rows(tokens: Ragged) -> Tensor:
+    """Sequences at the length of the longest, (rows, length) int64."""
+    lengths = tokens.lengths.long()
+    rows = torch.zeros(len(lengths), int(lengths.max()), dtype=torch.long)
+    rows[torch.arange(rows.shape[1]) < lengths[:, None]] = tokens.values.long()
+    return rows
+
+
+def pad_batch(tokens: Ragged, slots: Ragged, token_limit: int) -> PaddedBatch:
+    """Spread a packed batch over fixed slots.
 
     Args:
-        token_values: (total_tokens,) tokens of the distinct ASVs.
-        token_offsets: (distinct + 1,).
-        slot_values: (slots,) row of the distinct ASVs in each slot.
-        slot_offsets: (samples + 1,).
+        tokens: of the distinct ASVs.
+        slots: values (slots,), the distinct ASV in each slot of a sample.
         token_limit: slots a sample.
 
     Raises:
         ValueError: a sample has more than `token_limit` ASVs.
     """
-    asvs, counts = token_offsets.diff().long(), slot_offsets.diff().long()
+    counts, distinct = slots.lengths.long(), pad_rows(tokens)
     if int(counts.max()) > token_limit:
         raise ValueError(f"a sample has {int(counts.max())} ASVs, token_limit is {token_limit}")
-    distinct = torch.zeros(len(asvs), int(asvs.max()), dtype=torch.long)
-    distinct[torch.arange(distinct.shape[1]) < asvs[:, None]] = token_values.long()
     present = torch.arange(token_limit) < counts[:, None]
-    tokens = torch.zeros(len(counts), token_limit, distinct.shape[1], dtype=torch.long)
-    tokens[present] = distinct[slot_values]
-    return PaddedBatch(tokens, present)
+    spread = torch.zeros(len(counts), token_limit, distinct.shape[1], dtype=torch.long)
+    spread[present] = distinct[slots.values]
+    return PaddedBatch(spread, present)
 
 
 class Stack(nn.Module):
     """`nn.TransformerEncoderLayer`s, each checkpointed on request, and a last LayerNorm."""
 
-    def __init__(self, dim: int, heads: int, layers: int, dropout: float, checkpointed: bool):
+    impl = "math"  # holds squares of the lengths, for all that training knows
+
+    def __init__(self, shape: EncoderShape, checkpointed: bool) -> None:
         super().__init__()
-        self.checkpointed = checkpointed
+        dim, self.checkpointed = shape.embedding_dim, checkpointed
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(
-                dim, heads, 4 * dim, dropout, activation="gelu", batch_first=True, norm_first=True
+                dim, shape.num_heads, shape.ffn_dim or 4 * dim, shape.dropout,
+                activation="gelu", batch_first=True, norm_first=True,
             )
-            for _ in range(layers)
-        )
+            for _ in range(shape.num_layers)
+        )  # fmt: skip
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
@@ -100,105 +103,105 @@ class Stack(nn.Module):
 class MaskedPool(nn.Module):
     """Attention pooling: softmax of w.h / sqrt(dim) over valid positions, then LayerNorm."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.score = nn.Linear(dim, 1, bias=False)
+        self.query = nn.Parameter(nn.Linear(dim, 1).weight.detach()[0])
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
         """(rows, length, dim), (rows, length) -> (rows, dim)."""
-        scores = self.score(x).squeeze(-1) / math.sqrt(x.shape[-1])
+        scores = x @ self.query / math.sqrt(x.shape[-1])
         weights = scores.masked_fill(padding, float("-inf")).softmax(-1)
         return self.norm(torch.einsum("rl,rld->rd", weights, x))
 
 
-class PaddedTransformer(nn.Module):
-    """Nucleotides -> ASVs -> sample embedding, padded at both levels."""
+class PaddedEncoder(AsvEncoder):
+    """Nucleotides of an ASV to one vector, by our weights under our names, padded."""
 
-    def __init__(
-        self,
-        *,
-        dim: int = 128,
-        heads: int = 4,
-        layers: int = 4,
-        dropout: float = 0.1,
-        max_bp: int = 150,
-        token_limit: int = 1024,
-        checkpointed: Collection[str] = STACKS,
-    ):
-        """Build the model.
+    def __init__(self, shape: EncoderShape, *, checkpointed: bool = True) -> None:
+        """Build the encoder.
 
         Args:
-            dim: width of every stack.
-            heads: attention heads.
-            layers: layers of each of the three stacks.
-            dropout: everywhere, the sample and UniFrac stacks included.
-            max_bp: bases of the position embedding, START not counted.
-            token_limit: slots a sample.
-            checkpointed: stacks whose layers are recomputed in backward, of `STACKS`.
+            shape: of ours.
+            checkpointed: recompute the layers in backward.
         """
-        super().__init__()
-        self.token_embedding = nn.Embedding(VOCABULARY, dim)
-        self.position_embedding = nn.Embedding(max_bp + 1, dim)
-        self.slot_embedding = nn.Embedding(token_limit + EXTRA_POSITIONS, dim)
-        self.stacks = nn.ModuleDict(
-            {name: Stack(dim, heads, layers, dropout, name in checkpointed) for name in STACKS}
-        )
-        self.asv_pool, self.sample_pool = MaskedPool(dim), MaskedPool(dim)
-        self.nucleotide_head = nn.Linear(dim, VOCABULARY)
+        super().__init__(shape)
+        self.stack = Stack(shape, checkpointed)  # type: ignore[assignment]
+        self.pool = MaskedPool(shape.embedding_dim)  # type: ignore[assignment]
 
-    def forward(self, tokens: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode samples.
+    def encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (rows, length) int64 to vectors (rows, dim) and states (rows, length, dim)."""
+        padding = rows == PAD
+        sites = torch.arange(rows.shape[1]) * VOCABULARY + rows
+        own = sites.masked_fill(padding, 0)  # no token is PAD at position 0
+        wide = F.embedding_bag(own, self.wide.sites, mode="sum", padding_idx=0)
+        vectors = self.wide.project(F.gelu(self.wide.norm(wide)))
+        # Rows of padding alone attend to their first position: a softmax over nothing is NaN.
+        padding[:, 0] = False
+        states = self.stack(F.embedding(sites, self.nucleotide_vectors()), padding)
+        return vectors + self.gate * self.pool(states, padding), states
 
-        Args:
-            tokens: (samples, slots, length) int64.
-            present: (samples, slots) bool.
+    def forward(self, tokens: Ragged, *, first_row: int = 0, stack: bool = True) -> EncodedAsvs:
+        """In the place of ours in any objective; with its stack, whatever is asked."""
+        rows = pad_rows(tokens)
+        vectors, states = self.encode(rows)
+        return EncodedAsvs(vectors, states[rows != PAD])
 
-        Returns:
-            Sample embeddings (samples, dim) and nucleotide states (samples, slots, length, dim).
-        """
-        samples, slots, length = tokens.shape
-        rows = tokens.flatten(0, 1)  # (samples * slots, length)
-        padding = _keep_one(rows == PAD)
-        x = self.token_embedding(rows) + self.position_embedding.weight[:length]
-        states = self.stacks["nucleotide"](x, padding)
-        asvs = self.asv_pool(states, padding).view(samples, slots, -1)
-        padding = ~present
-        x = self.stacks["sample"](asvs + self.slot_embedding.weight[:slots], padding)
-        embedding = self.sample_pool(self.stacks["unifrac"](x, padding), padding)
-        return embedding, states.view(samples, slots, length, -1)
+    def padded_logits(self, vectors: Tensor, states: Tensor, chosen: Tensor) -> Tensor:
+        """Logits (masked, 4) of the bases at chosen places (rows, length) bool."""
+        row, position = chosen.nonzero(as_tuple=True)
+        logits = torch.einsum("md,mbd->mb", vectors[row], self.site_head[position])
+        return logits + self.site_bias[position] + self.nucleotide_head(states[chosen])
 
 
-def _keep_one(padding: Tensor) -> Tensor:
-    """Let rows of padding alone attend to their first position: a softmax over nothing is NaN."""
-    padding = padding.clone()
-    padding[:, 0] &= ~padding.all(-1)
-    return padding
+def padded_presence(pairs: FreeClades, vectors: Tensor, present: Tensor) -> Tensor:
+    """Presence (samples, clades), from the vectors (samples * slots, dim) of all slots."""
+    member = F.softplus(SHARPNESS * pairs.head(vectors)).view(*present.shape, -1)
+    return 1 - torch.exp(-(member * present[..., None]).sum(1))
 
 
-def mask_nucleotides(tokens: Tensor, probability: float = 0.15) -> tuple[Tensor, Tensor]:
-    """Replace bases by MASK at random: (masked tokens, where)."""
+def mask_nucleotides(
+    tokens: Tensor, probability: float = 0.15, share: float = 0.25
+) -> tuple[Tensor, Tensor]:
+    """Replace bases of a share of the sequences by MASK: (masked tokens, where)."""
     bases = (tokens >= FIRST_BASE) & (tokens <= LAST_BASE)
     chosen = bases & (torch.rand(tokens.shape) < probability)
+    chosen &= torch.rand(*tokens.shape[:-1], 1) < share
     return tokens.masked_fill(chosen, MASK), chosen
-
-
-def predicted_distances(embedding: Tensor, scale: float = 10.0) -> Tensor:
-    """tanh(|z_i - z_j| / scale), (samples, samples)."""
-    difference = embedding[:, None] - embedding[None]
-    return torch.tanh(difference.square().sum(-1).clamp_min(1e-8).sqrt() / scale)
 
 
 Labelled = tuple[PaddedBatch, Tensor]
 """Samples and their true distances, (samples, samples)."""
 
 
+def losses(
+    model: PretrainedModel, batch: PaddedBatch, tokens: Tensor, chosen: Tensor, true: Tensor
+) -> dict[str, Tensor]:
+    """Those of `PairObjective`, of tokens of which the chosen ones are masked.
+
+    Args:
+        model: of a `PaddedEncoder` and free clades without abundance.
+        batch: samples as they are.
+        tokens: the same, masked.
+        chosen: where, bool.
+        true: (samples, samples) distances.
+    """
+    encoder, pairs = model.encoder, model.pairs
+    assert isinstance(encoder, PaddedEncoder) and pairs is not None
+    vectors, states = encoder.encode(tokens.flatten(0, 1))
+    presence = padded_presence(pairs, vectors, batch.present)
+    row, column = torch.triu_indices(len(presence), len(presence), 1)
+    errors = (pairs.distances(presence, presence) - true)[row, column] / pairs.unit
+    logits = encoder.padded_logits(vectors, states, chosen.flatten(0, 1))
+    found = {
+        "unifrac_loss": DistanceLoss.WEIGHT * errors.square().mean(),
+        "nucleotide_loss": F.cross_entropy(logits, batch.tokens[chosen] - FIRST_BASE),
+    }
+    return {"loss": found["unifrac_loss"] + found["nucleotide_loss"], **found}
+
+
 def training_step(
-    model: PaddedTransformer,
-    optimizer: torch.optim.Optimizer,
-    batches: Sequence[Labelled],
-    *,
-    unifrac_weight: float = 10.0,
+    model: PretrainedModel, optimizer: torch.optim.Optimizer, batches: Sequence[Labelled]
 ) -> dict[str, float]:
     """Forward and backward of each batch, and one optimizer step.
 
@@ -206,25 +209,17 @@ def training_step(
         model: in training mode.
         optimizer: of the model's parameters.
         batches: their gradients are averaged.
-        unifrac_weight: weight of the distance loss beside the nucleotide loss.
 
     Returns:
         The losses of the step, averaged.
     """
     optimizer.zero_grad(set_to_none=True)
-    sums = {"loss": 0.0, "unifrac_loss": 0.0, "nucleotide_loss": 0.0}
-    for batch, distances in batches:
-        tokens, chosen = mask_nucleotides(batch.tokens)
-        embedding, states = model(tokens, batch.present)
-        row, column = torch.triu_indices(len(embedding), len(embedding), 1)
-        errors = (predicted_distances(embedding) - distances.to(embedding.dtype))[row, column]
-        unifrac = errors.square().mean()
-        nucleotide = F.cross_entropy(model.nucleotide_head(states[chosen]), batch.tokens[chosen])
-        loss = unifrac_weight * unifrac + nucleotide
-        (loss / len(batches)).backward()
-        for name, value in zip(sums, (loss, unifrac, nucleotide), strict=True):
-            sums[name] += value.item() / len(batches)
-        del states, embedding, loss  # or the next batch's would lie beside them
+    sums: dict[str, float] = {}
+    for batch, true in batches:
+        found = losses(model, batch, *mask_nucleotides(batch.tokens), true)
+        (found["loss"] / len(batches)).backward()
+        for name in list(found):  # popped, or the next batch's graph would lie beside this one
+            sums[name] = sums.get(name, 0.0) + found.pop(name).item() / len(batches)
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     return sums
