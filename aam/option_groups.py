@@ -104,7 +104,7 @@ class ModelOptions:
     ffn_dim: int | None = None
     """Width of the feed-forward part; 4 x embedding-dim if not given."""
     dropout: float = 0.1
-    """Dropout of the stacks; always 0 where distances between samples are learned."""
+    """Dropout of the stacks; none where distances between samples are computed."""
 
 
 @dataclass(kw_only=True)
@@ -199,7 +199,7 @@ class OptimizerOptions:
     max_steps: int | None = None
     """End after this many steps, whatever the epochs say."""
     lr: float | None = None
-    """Highest learning rate; 6e-4 if not given, with a tree 3e-3."""
+    """Highest learning rate; 6e-4 if not given, with a tree 4e-3."""
     weight_decay: float = 0.01
     """Decay of weight matrices (never of norms, biases and embeddings)."""
     warmup_fraction: float = 0.05

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import io
 import itertools
 import re
@@ -158,14 +159,18 @@ def complaint(name: str, words: Sequence[str], said: str) -> str:
         said: the library's message.
     """
     remedy = f"aam {name} --help lists the options"
-    known = {f"--{leaf[-1].replace('_', '-')}" for leaf in config.leaves(COMMANDS[name])}
-    known |= {f"--no-{option[2:]}" for option in known} | {"--help"}
+    known = {"help"}
+    defaults = config.from_dict(COMMANDS[name], {}, missing=...)
+    for leaf in config.leaves(COMMANDS[name]):
+        option = leaf[-1].replace("_", "-")
+        is_switch = isinstance(functools.reduce(getattr, leaf, defaults), bool)
+        known |= {option, f"no-{option}"} if is_switch else {option}
     for word in words:
-        option = word.partition("=")[0].replace("_", "-")
-        if option.startswith("--") and option not in known:
+        option = option_of(word).removeprefix("--")
+        if word.startswith("--") and option not in known:
             near = difflib.get_close_matches(option, sorted(known), n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            return f"unknown option {option}; {hint}{remedy}"
+            hint = f"did you mean --{near[0]}? " if near else ""
+            return f"unknown option --{option}; {hint}{remedy}"
     lines = [line.strip(BOX) for line in said.splitlines()]
     lines = ["" if set(line) == {"-"} else line for line in lines]  # rules, where text is ASCII
     while lines and not lines[0]:

@@ -115,9 +115,7 @@ def measure(placer: Placer, held: Held, *, damage: bool) -> dict[str, dict[str, 
     table, clades = held.table, placer.clades
     names = Texts.of(table.feature_ids)
     nearest = Placer(None, placer.placement, neighbours=placer.neighbours)
-    network = Placer(
-        placer.model, placer.placement, neighbours=placer.neighbours, use_votes=False
-    )
+    network = Placer(placer.model, placer.placement, neighbours=placer.neighbours, use_votes=False)
     found = placer.find(names)
     new = found[0] < 0
     truth = places_by_tree(held.tree, clades, names.take(new))
@@ -133,9 +131,7 @@ def measure(placer: Placer, held: Held, *, damage: bool) -> dict[str, dict[str, 
     everything = placer.neighbours.find(names)
     unknown = np.full(len(names), -1), everything
     placed = network.place(names, unknown)
-    results["network, known ASVs too"] = held.distances(
-        unifrac_by_model(table, clades, placed)
-    )
+    results["network, known ASVs too"] = held.distances(unifrac_by_model(table, clades, placed))
     if damage:
         generator = np.random.default_rng(0)
         for what, sequences in damaged(list(names), generator):

@@ -2,11 +2,12 @@
 
     python -m profiling.memory_curve                              simulated samples, on this machine
     python -m profiling.memory_curve --device cuda --batch-sizes 8 32 128 512
-    python -m profiling.memory_curve --table TABLE --tree TREE --output curve.md
+    python -m profiling.memory_curve --table TABLE --output curve.md
 
-A step of `aam pretrain`: distance and nucleotide loss, all pairs, AdamW. Every line is measured in
-a process of its own: on a CPU the peak is that of the process, on a GPU the allocator's. Memory
-does not depend on what else the machine does. What the columns mean stands in README.md.
+A step of `aam pretrain --distance jaccard`: distance and nucleotide loss, all pairs, AdamW. Every
+line is measured in a process of its own: on a CPU the peak is that of the process, on a GPU the
+allocator's. Memory does not depend on what else the machine does. What the columns mean stands in
+README.md.
 """
 
 from __future__ import annotations
@@ -43,12 +44,10 @@ def main(words: Sequence[str] | None = None) -> None:
     """Measure every case and write the table."""
     options = parse(words)
     with tempfile.TemporaryDirectory() as folder:
-        table, tree = options.table, options.tree
-        if table is None:
-            table, tree = simulated(Path(folder), options)
+        table = options.table or simulated(Path(folder), options)
         rows = []
         for case in cases(options):
-            row = measure({**case, "table": str(table), "tree": tree and str(tree)})
+            row = measure({**case, "table": str(table)})
             rows.append(row)
             told = row.get("failure") or f"{row['step_mb']:,.1f} MB"
             sys.stderr.write(f"{told}: {case}\n")
@@ -69,7 +68,6 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--asvs", type=int, default=50, help="mean ASVs of a simulated sample")
     parser.add_argument("--length", type=int, default=100, help="bases of a simulated ASV")
     parser.add_argument("--table", type=Path, help="real samples instead of simulated ones")
-    parser.add_argument("--tree", type=Path, help="their tree; distances are Jaccard's without it")
     parser.add_argument("--token-limit", type=int, default=1024)
     parser.add_argument("--max-bp", type=int, default=150)
     parser.add_argument("--embedding-dim", type=int, default=128)
@@ -100,18 +98,17 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
         }
 
 
-def simulated(folder: Path, options: argparse.Namespace) -> tuple[Path, Path]:
-    """Files of a simulated community that is large enough."""
+def simulated(folder: Path, options: argparse.Namespace) -> Path:
+    """Table of a simulated community that is large enough."""
     from aam.data.demo import simulate_community
 
-    files = simulate_community(
+    return simulate_community(
         folder,
         samples=max(*options.batch_sizes, 2),
         asvs=12 * options.asvs,
         asvs_per_sample=options.asvs,
         sequence_length=options.length,
-    )
-    return files.table, files.tree
+    ).table
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -162,7 +159,7 @@ def step(samples: int, pieces: int, **setting: Any) -> Callable[[], dict[str, fl
     rows = np.arange(samples)
     change(rows[:2])  # the first step of a process takes more than later ones
     batch = dataset.batch(rows)
-    stack = objective.encoder.asv_encoder.stack
+    stack = objective.encoder.stack
     dim, hidden = stack.layers[0].linear1.in_features, stack.layers[0].linear1.out_features
 
     def work() -> dict[str, float]:
@@ -190,7 +187,6 @@ def step(samples: int, pieces: int, **setting: Any) -> Callable[[], dict[str, fl
 
 def prepare(
     table: str,
-    tree: str | None,
     impl: str,
     recompute: bool,
     device: str,
@@ -198,29 +194,20 @@ def prepare(
     max_bp: int,
     model: Sequence[int],
 ) -> tuple[Any, Any]:
-    """Samples, and the objective of `aam pretrain` at its defaults, on the device."""
+    """Samples, and the objective of `aam pretrain --distance jaccard`, on the device."""
     import torch
 
-    from aam.config import PenaltyOptions
     from aam.data import SampleDataset, read_table
-    from aam.data.phylogeny import UniFrac
-    from aam.model import CommunityEncoder
-    from aam.model.encoder import EncoderShape
-    from aam.training.losses import DistanceLoss
-    from aam.training.objectives import PretrainObjective
-    from benchmarks.steps import Jaccard
+    from aam.data.table_distances import TableDistances
+    from aam.model import AsvEncoder, EncoderShape
+    from benchmarks.steps import pair_objective
 
     read = read_table(Path(table))
     dataset = SampleDataset(read, max_bp=max_bp, token_limit=token_limit)
     dim, heads, layers = model
-    shape = EncoderShape(dim, heads, layers, max_bp=max_bp, token_limit=token_limit)
-    encoder = CommunityEncoder(shape, impl=impl, recompute=recompute)
-    loss = (
-        DistanceLoss(UniFrac(read, Path(tree)), mixtures=1.0, columns=dataset.columns)
-        if tree
-        else DistanceLoss(Jaccard(read))
-    )
-    objective = PretrainObjective(encoder, PenaltyOptions(), loss)
+    shape = EncoderShape(embedding_dim=dim, num_heads=heads, num_layers=layers, max_bp=max_bp)
+    encoder = AsvEncoder(shape, impl=impl, recompute=recompute)
+    objective = pair_objective(encoder, TableDistances.of(read, "jaccard"))
     return dataset.to(torch.device(device)), objective.to(device).train()
 
 

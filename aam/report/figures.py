@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +19,13 @@ ORDINATION_SAMPLES = 500
 
 CURVES = {
     "loss": "Loss (total)",
+    "clade_loss": "Clade loss",
     "unifrac_loss": "UniFrac loss",
     "nucleotide_loss": "Nucleotide loss",
     "target_loss": "Target loss",
     "count_loss": "Count loss",
+    "clade_jaccard": "Clade memberships of new ASVs, Jaccard",
+    "network_weight": "Weight of the network beside the nearest ASVs",
     "mantel_r": "Mantel r",
     "distance_mae": "Mean absolute error of distances",
     "nucleotide_accuracy": "Accuracy on masked nucleotides",
@@ -57,7 +59,8 @@ class Figure:
 
 def curves_figure(curves: Mapping[str, Mapping[str, Series]], results: Iterable[Result]) -> Any:
     """Losses and validation metrics over the steps, with the best baseline of each metric."""
-    baselines = {r.key: r.best for r in results if r.best and r.part != "train"}
+    judged = [r for r in results if r.best and r.part != "train"]
+    baselines = {r.key: r.best for r in reversed(judged)}  # of two with one key, the first
     names = [name for name in CURVES if name in curves]
     if set(names) >= {"loss"} and len([n for n in names if n.endswith("_loss")]) == 1:
         names = [name for name in names if not name.endswith("_loss")]  # it is the total
@@ -68,8 +71,8 @@ def curves_figure(curves: Mapping[str, Mapping[str, Series]], results: Iterable[
     if not panels:
         return None
     caption = (
-        "Training (blue) is measured on each batch, in train mode; validation (orange) on all "
-        f"held-out samples, in eval mode. Long series are means of at most {CURVE_POINTS} equal "
+        "Training (blue) is measured on each batch, in train mode; validation (orange) on what is "
+        f"held out, in eval mode. Long series are means of at most {CURVE_POINTS} equal "
         "stretches. A dashed line is the best baseline. Scales with powers of ten are logarithmic."
     )
     return Figure("curves", "Learning curves", panels, caption, wide=False)
@@ -108,7 +111,9 @@ def _curve_panel(
             label = f"{short(baseline[0])} {number(baseline[1])}"
             axes.axhline(baseline[1], color=COLOUR["muted"], linestyle=(0, (4, 3)), label=label)
         if logarithmic:
+            few = values.max() < 300 * values.min()
             axes.set_yscale("log")
+            axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5) if few else (1,))
             # Plain text: the page's fonts show powers of ten as matplotlib's markup.
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axes.yaxis.set_minor_formatter(lambda value, _: "")
@@ -190,47 +195,6 @@ def _calibration_panel(true: np.ndarray, predicted: np.ndarray, span: Any) -> st
     )
 
 
-def check_figure(check: Any) -> Any:
-    """Mean and spread of true and predicted distances in train and eval mode."""
-    rows = []
-    names = {"true": "true", "eval_mode": "eval mode", "train_mode": "train mode"}
-    for index, (key, label) in enumerate(names.items()):
-        entry = check.get(key) if isinstance(check, Mapping) else None
-        mean = to_float(entry.get("mean")) if isinstance(entry, Mapping) else math.nan
-        sd = to_float(entry.get("sd")) if isinstance(entry, Mapping) else math.nan
-        if math.isfinite(mean):
-            rows.append((label, mean, sd if math.isfinite(sd) else 0.0, SERIES[(2, 1, 0)[index]]))
-    if len(rows) < 2:
-        return None
-
-    def plot(axes: Any) -> None:
-        for height, (_, mean, sd, colour) in enumerate(rows):
-            axes.plot([mean - sd, mean + sd], [height] * 2, color=colour, linewidth=5, alpha=0.45)
-            axes.plot([mean], [height], "o", color=colour, markersize=8)
-            axes.annotate(
-                f"{number(mean)} ± {number(sd)}",
-                (mean, height),
-                (0, 9),
-                textcoords="offset points",
-                ha="center",
-                fontsize=8.5,
-            )
-        axes.set_yticks(range(len(rows)), [row[0] for row in rows])
-        axes.set_ylim(len(rows) - 0.5, -0.7)
-        axes.margins(x=0.15)
-        axes.grid(axis="y", visible=False)
-        axes.set_xlabel("distance between samples")
-
-    said = "; ".join(f"{label}: mean {number(m)}, spread {number(sd)}" for label, m, sd, _ in rows)
-    caption = (
-        "Mean (dot) and standard deviation (bar) of the distances. Predictions should lie like the "
-        "true ones and must not depend on the mode: what differs in train mode is noise that the "
-        "model uses as distance."
-    )
-    panel = draw("distance-check", f"Mean and spread of distances. {said}.", plot, size=(4.8, 2.3))
-    return Figure("distance-check", "Distances in train and eval mode", (panel,), caption)
-
-
 def ordination_figure(run: RunFiles) -> Any:
     """Embeddings beside the principal coordinates of the true distances."""
     embeddings = run.embeddings
@@ -294,15 +258,10 @@ def _sample_colours(
     """What colours stand for, one a sample, and a legend (empty for a scale)."""
     from matplotlib import colormaps
 
-    target = run.summary.get("target")
-    target = target if isinstance(target, Mapping) else {}
-    column = short(str(target.get("column") or "the target"), 40)
-    known = (
-        dict(zip(run.predictions.ids, run.predictions.true, strict=True)) if run.predictions else {}
-    )
-    labels = [known.get(name, "") for name in ids]
+    column, kind, known = _column(run)
+    labels = [str(known.get(name) or "") for name in ids]
     scale = colormaps["viridis"]
-    if target.get("kind") == "classification" and any(labels):
+    if kind == "classification" and any(labels):
         ranked = sorted(set(filter(None, labels)), key=lambda name: (-labels.count(name), name))
         colour = {name: SERIES[i] for i, name in enumerate(ranked[:7])}
         other = COLOUR["muted"]
@@ -311,15 +270,32 @@ def _sample_colours(
             legend.append(("other or missing", other))
         return f"Colours are classes of {column}.", [colour.get(n, other) for n in labels], legend
     numbers = np.array([to_float(label) for label in labels])
-    by = f"Colours are {column}, from low (violet) to high (yellow)."
+    by = ""
     if not np.isfinite(numbers).any():
         numbers = fallback
         by = "A sample has the same colour in both: its place on the first axis of the left map."
         by = by if run.distances else "Colours are the place on the first axis."
+    numbers[~np.isfinite(numbers)] = np.nan
     low, high = np.nanmin(numbers), np.nanmax(numbers)
+    by = by or (
+        f"Colours are {column}, from {number(low)} (violet) to {number(high)} (yellow)"
+        f"{'; grey: not known' if np.isnan(numbers).any() else ''}."
+    )
     placed = (numbers - low) / (high - low if high > low else 1.0)
     muted = COLOUR["muted"]
     return by, [scale(0.15 + 0.77 * x) if np.isfinite(x) else muted for x in placed], []
+
+
+def _column(run: RunFiles) -> tuple[str, str, Mapping[str, Any]]:
+    """Name, kind and values, by sample, of the column that colours samples; maybe no values."""
+    chosen = run.summary.get("colours")
+    if isinstance(chosen, Mapping) and isinstance(chosen.get("values"), Mapping):
+        values = chosen["values"]
+    else:
+        chosen, found = run.summary.get("target"), run.predictions
+        values = dict(zip(found.ids, found.true, strict=True)) if found else {}
+    chosen = chosen if isinstance(chosen, Mapping) else {}
+    return short(str(chosen.get("column") or "the target"), 40), str(chosen.get("kind")), values
 
 
 def _map_panel(

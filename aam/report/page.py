@@ -12,6 +12,7 @@ from typing import Any
 from aam.errors import InputError
 from aam.report import figures
 from aam.report.memory_figure import memory_figure
+from aam.report.placement_figure import placement_figure
 from aam.report.results import (
     NOTHING,
     Result,
@@ -33,6 +34,9 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 MARKS = {"better": "▲", "worse": "▼", "equal": "=", "undefined": "?", "no baseline": ""}
 
+PLACEMENT = ("placement", "nearest known ASV")
+"""Baselines that are nearest-neighbour placement."""
+
 
 def write_report(run_dir: Path) -> Path:
     """Write ``report.html`` into a run directory from the files that are in it.
@@ -42,8 +46,8 @@ def write_report(run_dir: Path) -> Path:
     beside its place and moved there, so that no half page is ever seen.
 
     Args:
-        run_dir: directory of a run: summary.json, metrics.csv, distances.tsv, predictions.tsv,
-            embeddings.tsv, memory.tsv, config.toml, each optional.
+        run_dir: directory of a run: summary.json, metrics.csv, distances.tsv, placements.tsv,
+            predictions.tsv, embeddings.tsv, memory.tsv, config.toml, each optional.
 
     Returns:
         Path of the page.
@@ -74,10 +78,9 @@ def write_report(run_dir: Path) -> Path:
 def render(run: RunFiles) -> str:
     """The page of a run as one string of HTML."""
     results = read_results(run.summary)
-    check = run.summary.get("distance_check")
     drawn = [
         [figures.distances_figure(run.distances)],
-        [figures.check_figure(check)],
+        [placement_figure(run.placements)],
         target_figures(run.predictions, run.summary.get("target")),
         [figures.ordination_figure(run)],
         [figures.curves_figure(run.curves, results)],
@@ -87,9 +90,7 @@ def render(run: RunFiles) -> str:
     groups = [found for group in drawn if (found := [figure for figure in group if figure])]
     given = run.summary.get("warnings")
     warnings = [str(entry) for entry in given] if isinstance(given, list) else []
-    told = any("disagree" in entry for entry in warnings)  # by the training run, in its own words
-    warnings += [w for w in distance_warnings(check) if not (told and "disagree" in w)]
-    warnings += run.problems
+    warnings += distance_warnings(run.distances) + run.problems
     sections = [
         ("results", "Results", _results(results, run.summary)),
         *((f"section-{group[0].id}", group[0].title, _figures(group)) for group in groups),
@@ -128,6 +129,8 @@ def _header(title: str, summary: Mapping[str, Any]) -> str:
     for name, value in (
         ("training samples", summary.get("samples_train")),
         ("validation samples", summary.get("samples_validation")),
+        ("training sequences", summary.get("sequences_train")),
+        ("left-out sequences", summary.get("sequences_validation")),
         ("steps", summary.get("steps")),
         ("epochs", summary.get("epochs")),
         ("parameters", summary.get("parameters")),
@@ -187,7 +190,19 @@ def _results(results: Sequence[Result], summary: Mapping[str, Any]) -> str:
         f'<ul class="words">{said}</ul>\n'
         '<div class="scroll"><table class="stack" id="result-table">'
         "<thead><tr><th>Metric</th><th>Model</th><th>Verdict</th><th>Baselines</th></tr></thead>"
-        f"<tbody>{rows}</tbody></table></div>"
+        f"<tbody>{rows}</tbody></table></div>{_placement_note(results)}"
+    )
+
+
+def _placement_note(results: Sequence[Result]) -> str:
+    copied = [name for name in PLACEMENT if any(name in result.baselines for result in results)]
+    if not copied:
+        return ""
+    named = f"The baseline {copied[0]!r}" if len(copied) == 1 else "The baselines {!r} and {!r}"
+    verb = "is" if len(copied) == 1 else "are"
+    return (
+        f'<p class="quiet">{text(named.format(*copied))} {verb} nearest-neighbour placement: a new '
+        "ASV joins the tree beside the most similar known ASV.</p>"
     )
 
 

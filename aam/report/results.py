@@ -7,14 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from aam.report.run_files import to_float
+import numpy as np
+
+from aam.report.run_files import Distances, to_float
 
 NOTHING = "\N{EN DASH}"
 """Stands for a number that is not there."""
 MINUS = "\N{MINUS SIGN}"
 
-MODE_SHIFT = 0.25
-"""Train and eval mode disagree where their means differ by this share of the true spread."""
+SAME_SCORE, SAME_ERROR = 5e-4, 0.01
+"""Scores that differ by less, and errors that differ by a smaller share, are equal."""
 COLLAPSE = 0.5
 """Predicted distances hardly differ where their spread is below this share of the true one."""
 
@@ -52,13 +54,15 @@ class Result:
 
     @property
     def verdict(self) -> Literal["better", "worse", "equal", "undefined", "no baseline"]:
-        """Against the best baseline, at the three decimals that are printed."""
+        """Against the best baseline, at the precision that matters."""
         if not math.isfinite(self.value):
             return "undefined"
         if self.best is None:
             return "no baseline"
-        ahead = self.value - self.best[1] if self.higher_is_better else self.best[1] - self.value
-        if abs(ahead) < 5e-4 * max(1.0, abs(self.best[1])):
+        best = self.best[1]
+        ahead = self.value - best if self.higher_is_better else best - self.value
+        same = SAME_SCORE * max(1.0, abs(best)) if self.higher_is_better else SAME_ERROR * abs(best)
+        if abs(ahead) <= same:
             return "equal"
         return "better" if ahead > 0 else "worse"
 
@@ -87,7 +91,7 @@ def read_results(summary: Mapping[str, Any]) -> list[Result]:
 
 
 def number(value: Any) -> str:
-    """A number for people: three decimals, fewer where large; a dash where there is none."""
+    """A number for people: three decimals, fewer where large, two digits where small, or a dash."""
     if isinstance(value, bool) or value is None:
         return NOTHING if value is None else str(value)
     if isinstance(value, int):
@@ -103,8 +107,12 @@ def number(value: Any) -> str:
     elif size >= 10:
         text = f"{value:.2f}"
     else:
-        text = f"{value:.3f}" if size >= 0.001 or value == 0 else f"{value:.1e}"
+        text = f"{value:.1e}" if 0 < size < 1e-5 else f"{value:.{_decimals(size)}f}"
     return text.replace("-", MINUS, 1) if text.startswith("-") else text
+
+
+def _decimals(size: float) -> int:
+    return max(3, 1 - math.floor(math.log10(size))) if size else 3
 
 
 def duration(seconds: Any) -> str:
@@ -125,7 +133,18 @@ def metric_key(name: str, column: str = "") -> str:
     if column and name.startswith(f"{column} "):
         name = name[len(column) + 1 :]
     key = name.lower().replace("\N{SUPERSCRIPT TWO}", "2").replace("-", "_").replace(" ", "_")
-    return "nucleotide_accuracy" if key == "masked_nucleotide_accuracy" else key
+    return _KEYS.get(key, key)
+
+
+_KEYS = {
+    "masked_nucleotide_accuracy": "nucleotide_accuracy",
+    "masked_nucleotide_accuracy,_asvs_not_in_training": "nucleotide_accuracy",
+    "clade_memberships_of_new_asvs,_jaccard": "clade_jaccard",
+    "the_same,_more_than_6_edits_from_any_known_one": "clade_jaccard_far",
+}
+_PERCENT = (
+    "nucleotide_accuracy", "clade_jaccard", "clade_jaccard_far", "r2", "faith_pd_r2", "accuracy"
+)  # fmt: skip
 
 
 def sentence(result: Result, target: str) -> str:
@@ -138,10 +157,22 @@ def sentence(result: Result, target: str) -> str:
     value, unit = number(result.value), f" {result.unit}" if result.unit else ""
     share = _percent(result.value)
     held_out = "held-out samples" if result.part != "train" else "training samples"
+    new = " of ASVs not in training" if "not in training" in result.name else ""
     named = {
         "mantel_r": f"Predicted and true distances between {held_out} correlate with r = {value}",
+        "mantel_r_between_groups": f"Between {held_out} of different groups r is {value}",
         "distance_mae": f"Predicted distances between {held_out} are off by {value} on average",
-        "nucleotide_accuracy": f"The model names {share} of the masked nucleotides",
+        "weighted_normalised_distance_mae": (
+            f"Weighted normalised UniFrac between {held_out} is off by {value} on average"
+        ),
+        "faith_pd_r2": f"The model explains {share} of the variance of Faith PD of {held_out}",
+        "clade_jaccard": (
+            f"Predicted and true clades of ASVs not in training agree to {share} (mean Jaccard)"
+        ),
+        "clade_jaccard_far": (
+            f"More than 6 edits from any known ASV, predicted and true clades agree to {share}"
+        ),
+        "nucleotide_accuracy": f"The model names {share} of the masked nucleotides{new}",
         "r2": f"The model explains {share} of the variance of {target}",
         "mae": f"Predictions of {target} are off by {value}{unit} on average",
         "accuracy": f"The model names the right {target} for {share} of samples",
@@ -150,45 +181,30 @@ def sentence(result: Result, target: str) -> str:
     }
     if result.value < 0:
         named["r2"] = f"Predictions of {target} are worse than its mean (r2 {value})"
+        named["faith_pd_r2"] = f"Predictions of Faith PD are worse than its mean (r2 {value})"
     said = named.get(result.key, f"{result.name[:1].upper()}{result.name[1:]} is {value}{unit}")
     if result.best is None:
         return f"{said}."
     name, best = result.best
-    percent = result.key in ("nucleotide_accuracy", "r2", "accuracy")
-    shown = _percent(best) if percent else f"{number(best)}{unit}"
+    shown = _percent(best) if result.key in _PERCENT else f"{number(best)}{unit}"
     link = {"better": "better than", "worse": "worse than", "equal": "no better than"}
     return f"{said}: {link[result.verdict]} the best baseline ({name}, {shown})."
 
 
-def distance_warnings(check: Mapping[str, Any] | None) -> list[str]:
-    """Where predicted distances of train and eval mode disagree, or have collapsed."""
-    if not isinstance(check, Mapping):
+def distance_warnings(distances: Distances | None) -> list[str]:
+    """Where predicted distances have collapsed to nearly one number."""
+    if distances is None:
         return []
-    modes = {}
-    for name in ("train_mode", "eval_mode", "true"):
-        entry = check.get(name)
-        entry = entry if isinstance(entry, Mapping) else {}
-        modes[name] = to_float(entry.get("mean")), to_float(entry.get("sd"))
-    (train_mean, train_sd), (mean, sd), (true_mean, true_sd) = modes.values()
-    found = []
-    if true_sd > 0 and abs(train_mean - mean) > MODE_SHIFT * true_sd:
-        found.append(
-            "Train and eval mode disagree: predicted distances have mean "
-            f"{number(train_mean)} in train mode and {number(mean)} in eval mode (true "
-            f"{number(true_mean)}). Noise that is drawn anew for each sample, such as dropout, is "
-            "being used as distance; the numbers of this report are those of eval mode."
-        )
-    elif sd > 0 and not 0.67 <= train_sd / sd <= 1.5 and math.isfinite(train_sd):
-        found.append(
-            f"Train and eval mode disagree: predicted distances have spread {number(train_sd)} in "
-            f"train mode and {number(sd)} in eval mode."
-        )
-    if true_sd > 0 and sd < COLLAPSE * true_sd:
-        found.append(
-            f"Predicted distances hardly differ: their spread is {number(sd)}, that of the true "
-            f"ones {number(true_sd)}."
-        )
-    return found
+    finite = np.isfinite(distances.true) & np.isfinite(distances.predicted)
+    if not finite.any():
+        return []
+    true, predicted = float(distances.true[finite].std()), float(distances.predicted[finite].std())
+    if predicted >= COLLAPSE * true:
+        return []
+    return [
+        f"Predicted distances hardly differ: their spread is {number(predicted)}, that of the true "
+        f"ones {number(true)}."
+    ]
 
 
 def _percent(value: float) -> str:

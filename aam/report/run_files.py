@@ -51,6 +51,23 @@ class Distances:
 
 
 @dataclass(frozen=True)
+class Placements:
+    """Where left-out ASVs were placed.
+
+    Attributes:
+        edits: ``(n,)`` to the nearest known ASV, infinite where there is none.
+        support: ``(n,)`` mean probability that the model gives the clades it chose.
+        jaccard: ``(n,)`` of predicted and true clades.
+        nearest: ``(n,)`` the same of the clades of the nearest known ASV.
+    """
+
+    edits: np.ndarray
+    support: np.ndarray
+    jaccard: np.ndarray
+    nearest: np.ndarray
+
+
+@dataclass(frozen=True)
 class Predictions:
     """Predictions of a target, as text; ``probabilities`` are ``(samples, classes)`` or None."""
 
@@ -79,6 +96,7 @@ class RunFiles:
     summary: dict[str, Any] = field(default_factory=dict)
     curves: dict[str, dict[str, Series]] = field(default_factory=dict)
     distances: Distances | None = None
+    placements: Placements | None = None
     predictions: Predictions | None = None
     embeddings: Embeddings | None = None
     memory: list[dict[str, str]] = field(default_factory=list)
@@ -163,6 +181,13 @@ def _distances(path: Path, run: RunFiles) -> None:
         )
 
 
+def _placements(path: Path, run: RunFiles) -> None:
+    names = ("edits", "support", "jaccard", "jaccard_of_nearest")
+    rows = [[to_float(row[name]) for name in names] for row in table_rows(path)]
+    if rows:
+        run.placements = Placements(*np.array(rows).T)
+
+
 def _predictions(path: Path, run: RunFiles) -> None:
     rows = list(table_rows(path))
     if not rows:
@@ -209,6 +234,7 @@ _READERS = {
     "summary.json": _summary,
     "metrics.csv": _curves,
     "distances.tsv": _distances,
+    "placements.tsv": _placements,
     "predictions.tsv": _predictions,
     "embeddings.tsv": _embeddings,
     "memory.tsv": _memory,

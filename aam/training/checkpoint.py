@@ -132,7 +132,7 @@ def save_model(
         name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
     }
     for name, values in (arrays or {}).items():
-        tensors[ARRAYS + name] = torch.from_numpy(np.ascontiguousarray(values))
+        tensors[ARRAYS + name] = torch.from_numpy(np.require(values, requirements="CW"))
     with atomic_path(path) as temporary:
         temporary.write_bytes(save(tensors, metadata={METADATA_KEY: json.dumps(described)}))
 

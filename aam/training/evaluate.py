@@ -79,6 +79,11 @@ def chosen_ids(samples: Samples, config: EvaluateConfig) -> tuple[str, ...]:
     path = config.model / "validation_ids.txt"
     if not path.is_file():
         raise InputError(f"{path}: no such file; choose samples with --ids or --all-samples")
+    if known.isdisjoint(path.read_text(encoding="utf-8").split("\n")):
+        raise InputError(
+            f"{config.table}: has none of the run's validation samples; choose samples with --ids "
+            "or --all-samples"
+        )
     return read_ids(path, known)
 
 

@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor
 from aam.batching import Meter
 
 OWNERS = {
-    "sample_encoder": "sample", "encoder": "ASV", "predictor": "target", "head": "clade head",
-    "pairs": "free clades",
+    "sample_encoder": "sample", "encoder": "ASV", "predictor": "target", "pairs": "free clades",
+    "head": "clade head",
 }  # fmt: skip
 REST = {"target": "head", "ASV": "embeddings", "sample": "embeddings"}  # neither stack nor pool
 LARGEST = 10

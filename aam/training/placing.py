@@ -112,7 +112,7 @@ class Placer:
             )
         clades = Clades.from_arrays(saved.arrays, str(saved.path))
         placer = cls(model, Placement(clades, Law.from_arrays(saved.arrays)))
-        placer.network_weight = float(saved.arrays[WEIGHT])
+        placer.network_weight = float(saved.arrays[WEIGHT].item())
         return placer
 
     def find(self, sequences: Sequence[str]) -> tuple[np.ndarray, Found]:

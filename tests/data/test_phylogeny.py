@@ -110,11 +110,13 @@ def test_unifrac_and_faith_pd_equal_brute_force(tmp_path_factory, seed, tips, me
     np.testing.assert_allclose(
         unifrac.cross([2, 0], [1, 3]), expected[[2, 0]][:, [1, 3]], atol=1e-12
     )
-    others = unifrac.of(scipy.sparse.csr_array(make_table(counts, features).counts[[3, 0, 1]]))
-    np.testing.assert_allclose(
-        others.all_pairs(), expected[np.ix_([3, 0, 1], [3, 0, 1])], atol=1e-12
-    )
-    assert len(others) == 3 and len(unifrac) == 4
+    for other in METRICS:
+        np.testing.assert_allclose(
+            unifrac.by(other).all_pairs(),
+            brute_force(tree, counts.tolist(), features, other),
+            atol=1e-12,
+        )
+    assert unifrac.metric == metric
     pd = [
         sum(
             length
@@ -420,7 +422,7 @@ def test_a_few_samples_cost_what_they_hold_and_not_the_tree(newick):
     unifrac.pairwise([0, 1])
     tracemalloc.start()
     unifrac.pairwise([0, 1])
-    unifrac.of(table.counts[[0, 1]]).pairwise([0, 1])
+    unifrac.by("weighted").pairwise([0, 1])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 0.3e6

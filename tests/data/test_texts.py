@@ -53,3 +53,6 @@ def test_equality_upper_case_and_cut():
     assert own != ["acGt", ""] and own != ["acGt", "", "TTA"] and own != 3
     assert own.upper() == ["ACGT", "", "TTT"] and own == ["acGt", "", "TTT"]
     assert own.cut(2) == ["ac", "", "TT"] and own.cut(2).lengths.tolist() == [2, 0, 2]
+    assert own.joined(Texts.of(["x", "é"])) == ["acGt", "", "TTT", "x", "é"]
+    chosen = own.take(np.array([2, 1, 2])).packed()
+    assert chosen == ["TTT", "", "TTT"] and bytes(chosen.buffer) == b"TTTTTT"

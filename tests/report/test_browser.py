@@ -63,7 +63,7 @@ def _share(pixels, colour):
 @pytest.mark.parametrize(
     ("kind", "figures"),
     [
-        ("pretraining", ["distances", "distance-check", "ordination", "curves", "mechanics"]),
+        ("pretraining", ["distances", "placements", "ordination", "curves", "mechanics"]),
         ("regression", ["target", "ordination", "curves"]),
         ("classification", ["confusion", "roc", "ordination", "curves"]),
     ],

@@ -89,18 +89,25 @@ def assert_nothing_is_loaded(page):
 
 def test_pretraining_shows_distances_ordination_and_curves(tmp_path, fabricate):
     page = report(fabricate.pretraining(tmp_path / "pre"))
-    assert list(page.figures) == [
-        "distances", "distance-check", "ordination", "curves", "mechanics"
-    ]  # fmt: skip
+    assert list(page.figures) == ["distances", "placements", "ordination", "curves", "mechanics"]
     assert len(page.figures["ordination"]["alt"]) == 2
-    assert len(page.figures["curves"]["alt"]) == 6
+    assert len(page.figures["curves"]["alt"]) == 7
     assert "1,770 pairs of 60 validation samples" in page.words
     assert "Orange: 90 pairs within a group" in page.words
-    assert "Better than every baseline in 3 of 4 comparisons." in page.words
-    assert "better than Jaccard by 0.038" in page.words
-    assert "worse than Jaccard by 0.007" in page.words
+    assert "Better than every baseline in 6 of 8 comparisons." in page.words
+    assert "better than placement by 0.038" in page.words
+    assert "worse than placement by 0.0070" in page.words
+    assert "0.000095 = equal to placement" in page.words
     assert "Bray-Curtis 0.710" in page.words and "constant –" in page.words
-    assert "The model names 83.6 % of the masked nucleotides" in page.words
+    assert "off by 0.0041 on average: better than the best baseline (placement, 0.0058)" in (
+        page.words
+    )
+    assert "clades of ASVs not in training agree to 90.2 % (mean Jaccard)" in page.words
+    assert "More than 6 edits from any known ASV, predicted and true clades agree to 79.7 %" in (
+        page.words
+    )
+    assert "83.6 % of the masked nucleotides of ASVs not in training" in page.words
+    assert page.words.count("nearest-neighbour placement") == 1
     assert "20 min 34 s" in page.words and "2,345,678" in page.words
     assert "warnings" not in page.ids
     assert page.html.index("below the rarefaction depth") < page.html.index("samples read")
@@ -108,30 +115,64 @@ def test_pretraining_shows_distances_ordination_and_curves(tmp_path, fabricate):
     assert "model.dim" in page.words and "0.0006" in page.words
 
 
-def test_pretraining_warns_where_the_modes_disagree(tmp_path, fabricate):
-    check = {
-        "train_mode": {"mean": 0.63, "sd": 0.05},
-        "eval_mode": {"mean": 0.1, "sd": 0.03},
-        "true": {"mean": 0.62, "sd": 0.09},
-    }
-    page = report(
-        fabricate.pretraining(tmp_path / "a", distance_check=check, warnings=["Subjects leak."])
-    )
-    assert "3 warnings Subjects leak. Train and eval mode disagree" in page.words
-    assert "0.630 in train mode and 0.100 in eval mode (true 0.620)" in page.words
-    assert "Predicted distances hardly differ: their spread is 0.030" in page.words
+def test_memberships_by_distance_are_means_of_their_bins(tmp_path, fabricate):
+    page = report(fabricate.pretraining(tmp_path))
+    rows = [line.split("\t") for line in (tmp_path / "placements.tsv").read_text().splitlines()]
+    edits, _, jaccard, nearest = np.array([row[2:] for row in rows[1:]], dtype=float).T
+    alt = page.figures["placements"]["alt"]
+    for label, low, high in (("1", -1, 1), ("3–4", 3, 4), ("10+", 10, np.inf)):
+        own = (edits >= low - 0.5) & (edits < high + 0.5) | (edits == high)
+        found = f"{label} edits: {jaccard[own].mean():.3f}, {nearest[own].mean():.3f}"
+        assert found in alt[0]
+        assert f"{label} {own.sum()} " in page.words
+    ranked = np.sort(jaccard)  # the support of the fabricated run has the same order
+    low, high = ranked[:20].mean(), ranked[-20:].mean()
+    assert f"by support: {low:.3f} where" in alt[1] and f", {high:.3f} where" in alt[1]
+    assert "200 ASVs that the model was not trained on" in page.words
+
+
+def test_a_reference_alone_shows_its_sequences_and_memberships(tmp_path, fabricate):
+    fabricate.pretraining(
+        tmp_path, samples_train=None, samples_validation=None,
+        sequences_train=9000, sequences_validation=1000,
+    )  # fmt: skip
+    for name in ("distances.tsv", "embeddings.tsv"):
+        (tmp_path / name).unlink()
+    page = report(tmp_path)
+    assert "training sequences 9,000 left-out sequences 1,000" in page.words
+    assert "training samples" not in page.words and next(iter(page.figures)) == "placements"
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "said"),
+    [
+        ("classification", ["UC", "CD", "", "UC"], "classes of diagnosis."),
+        (
+            "regression",
+            ["20", "5.5", "", "61"],
+            "diagnosis, from 5.500 (violet) to 61.00 (yellow);",
+        ),
+        ("regression", [""], "the same colour in both"),
+    ],
+)
+def test_a_metadata_column_colours_the_ordination(tmp_path, fabricate, kind, values, said):
+    named = {f"2538.{1000100 + i}": values[i % len(values)] for i in range(60)}
+    colours = {"column": "diagnosis", "kind": kind, "values": named}
+    page = report(fabricate.pretraining(tmp_path, colours=colours))
+    assert said in page.words
+    assert page.words.count("other or missing") == 2 * (kind == "classification")
+
+
+def test_distances_that_hardly_differ_earn_a_warning(tmp_path, fabricate):
+    fabricate.pretraining(tmp_path, warnings=["Subjects leak."])
+    assert "hardly differ" not in report(tmp_path).words
+    pairs = [(f"s{i}", f"t{i}", i % 2, 0.4 + 0.2 * (i % 2)) for i in range(20)]
+    header = ["sample_a", "sample_b", "true", "predicted"]
+    fabricate.write_rows(tmp_path / "distances.tsv", header, pairs)
+    page = report(tmp_path)
+    said = "their spread is 0.100, that of the true ones 0.500."
+    assert f"2 warnings Subjects leak. Predicted distances hardly differ: {said}" in page.words
     assert page.html.index('id="warnings"') < page.html.index('id="results"')
-
-
-def test_a_disagreement_that_training_noticed_is_not_told_twice(tmp_path, fabricate):
-    check = {
-        "train_mode": {"mean": 0.63, "sd": 0.05},
-        "eval_mode": {"mean": 0.1, "sd": 0.03},
-        "true": {"mean": 0.62, "sd": 0.09},
-    }
-    told = "distances of training mode and evaluation mode disagree"
-    page = report(fabricate.pretraining(tmp_path, distance_check=check, warnings=[told]))
-    assert f"2 warnings {told} Predicted distances hardly differ" in page.words
 
 
 def test_regression_shows_scatter_and_verdicts(tmp_path, fabricate):
@@ -196,7 +237,14 @@ MEMORY = [
 
 @pytest.mark.parametrize(
     "absent",
-    ["summary.json", "metrics.csv", "distances.tsv", "embeddings.tsv", "predictions.tsv"],
+    [
+        "summary.json",
+        "metrics.csv",
+        "distances.tsv",
+        "embeddings.tsv",
+        "placements.tsv",
+        "predictions.tsv",
+    ],
 )
 def test_what_is_absent_is_left_out(tmp_path, fabricate, absent):
     fabricate.regression(tmp_path)
@@ -210,7 +258,8 @@ def test_what_is_absent_is_left_out(tmp_path, fabricate, absent):
         "distances.tsv": {"distances"},
         "embeddings.tsv": {"ordination"},
         "predictions.tsv": {"target"},
-        "summary.json": {"distance-check"},
+        "placements.tsv": {"placements"},
+        "summary.json": set(),
     }
     everything = set().union(*figures.values())
     assert set(page.figures) == everything - figures[absent]
@@ -253,6 +302,7 @@ def test_a_path_that_is_no_directory_is_an_input_error(tmp_path):
             "line 2 has 3 fields",
         ),
         ("embeddings.tsv", "sample-id\tpart\te0\n", ""),
+        ("placements.tsv", "sequence\tnearest\nA\tC\n", "column 'edits' is missing"),
         ("predictions.tsv", "", ""),
         ("memory.tsv", "section\tname\npeak\tweights\n", "column 'part' is missing"),
         ("memory.tsv", MEMORY[0] + "peak\tp\tweights\tmany\t\n", "could not convert string"),
@@ -275,7 +325,7 @@ def test_numbers_that_are_none_or_not_finite(tmp_path, fabricate):
             fabricate.result("accuracy", 0.5, {"majority": float("inf")}),
             fabricate.result("r2", -0.59, {"mean": -0.01}),
         ],
-        distance_check={"train_mode": None, "eval_mode": {"mean": None, "sd": None}},
+        colours=None,
         seconds=None,
         samples_train=None,
         data=None,

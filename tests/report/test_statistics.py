@@ -53,7 +53,8 @@ def test_thin_keeps_the_mean_and_the_order():
     [
         (0.93812, "0.938"), (-0.5872, "−0.587"), (5.91, "5.910"), (42.0, "42.00"), (42, "42"),
         (123.45, "123.5"), (2345678, "2,345,678"), (12345.6, "12,346"), (0, "0"), (0.0, "0.000"),
-        (3.2e-5, "3.2e-05"), (None, "–"), (float("nan"), "–"), ("0.5", "0.500"), ("x", "–"),
+        (3.2e-6, "3.2e-06"), (9.5e-5, "0.000095"), (-0.00408, "−0.0041"), (0.0123, "0.012"),
+        (None, "–"), (float("nan"), "–"), ("0.5", "0.500"), ("x", "–"),
     ],
 )  # fmt: skip
 def test_numbers_for_people(value, text):
@@ -68,6 +69,10 @@ def test_numbers_for_people(value, text):
         (0.75, False, {"a": 0.8, "b": 0.7}, "worse"),
         (0.6, False, {"a": 0.8, "b": None}, "better"),
         (0.8001, True, {"a": 0.8}, "equal"),
+        (0.998, True, {"a": 0.997}, "better"),
+        (0.004, False, {"a": 0.0042}, "better"),
+        (0.0003, False, {"a": 0.0002}, "worse"),
+        (5.91, False, {"a": 5.95}, "equal"),
         (0.9, True, {"a": None}, "no baseline"),
         (None, True, {"a": 0.8}, "undefined"),
     ],
@@ -87,17 +92,7 @@ def test_names_of_results_find_their_curve():
         "R²": "r2",
         "Faith PD R2": "faith_pd_r2",
         "balanced accuracy": "balanced_accuracy",
+        "masked-nucleotide accuracy, ASVs not in training": "nucleotide_accuracy",
+        "clade memberships of new ASVs, Jaccard": "clade_jaccard",
     }.items():
         assert results.metric_key(name, "age") == key
-
-
-def test_modes_that_agree_give_no_warning():
-    check = {
-        "train_mode": {"mean": 0.624, "sd": 0.088},
-        "eval_mode": {"mean": 0.617, "sd": 0.085},
-        "true": {"mean": 0.619, "sd": 0.092},
-    }
-    assert results.distance_warnings(check) == []
-    check["train_mode"]["sd"] = 0.2
-    assert "spread 0.200 in train mode" in results.distance_warnings(check)[0]
-    assert results.distance_warnings(None) == []

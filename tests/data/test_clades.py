@@ -1,0 +1,334 @@
+"""Clades and grafts against brute force: sets of tips, and walks from every tip to the root."""
+
+import numpy as np
+import pytest
+
+from aam.data.clades import (
+    LEAST_LENGTH,
+    LONGEST_WEIGHT,
+    Clades,
+    Grafts,
+    places_by_tree,
+    split_tree,
+    sums_to_root,
+    true_grafts,
+)  # fmt: skip
+from aam.data.phylogeny import METRICS, UniFrac
+from aam.data.texts import Texts
+from tests.data.trees import (
+    caterpillar,
+    check_ranges,
+    parse,
+    paths,
+    random_newick,
+    random_table,
+    shared_lengths,
+    tips_below,
+)  # fmt: skip
+
+SEEDS = range(12)
+
+
+def random_split(seed, tips=24, plain=False):
+    generator = np.random.default_rng(seed)
+    tree = parse(random_newick(generator, tips, plain=plain))
+    known = generator.random(tips) < 0.6
+    known[generator.choice(tips, 3, replace=False)] = True
+    return generator, tree, known
+
+
+def sets_of_names(tree, kept):
+    """Length of the branches that hold each set of kept tips, of the whole tree."""
+    lengths = {}
+    for node, below in enumerate(tips_below(tree)[:-1]):
+        names = frozenset(tree.tip_names[tip] for tip in below if kept[tip])
+        lengths[names] = lengths.get(names, 0.0) + tree.length[node]
+    return lengths
+
+
+# --------------------------------------------------------------------------------------- clades
+@pytest.mark.parametrize("seed", SEEDS)
+def test_clades_and_pendants_are_the_sets_of_known_tips_with_their_summed_lengths(seed):
+    _, tree, known = random_split(seed)
+    clades = split_tree(tree, known).clades
+    names, count = list(clades.sequences), int(known.sum())
+    assert names == [name for name, has in zip(tree.tip_names, known, strict=True) if has]
+    lengths = sets_of_names(tree, known)
+    expected = {
+        one: length
+        for one, length in lengths.items()
+        if 1 < len(one) < count and length > LEAST_LENGTH
+    }
+    members = [frozenset(names[a:b]) for a, b in zip(clades.start, clades.stop, strict=True)]
+    assert len(set(members)) == len(members) == len(clades)
+    assert dict(zip(members, clades.length, strict=True)) == pytest.approx(expected)
+    pendants = dict(zip(names, clades.pendant, strict=True))
+    assert pendants == pytest.approx({name: lengths[frozenset([name])] for name in names})
+    # Parents, smallest clades and levels are those of the sets.
+    for clade, held in enumerate(members):
+        holders = [k for k, other in enumerate(members) if held < other]
+        smallest = min(holders, key=lambda k: len(members[k]), default=-1)
+        assert clades.parent[clade] == smallest
+        assert clade in clades.levels[len(holders)]
+    assert sum(map(len, clades.levels)) == len(clades)
+    for tip, name in enumerate(names):
+        holders = [k for k, held in enumerate(members) if name in held]
+        assert clades.lowest[tip] == min(holders, key=lambda k: len(members[k]), default=-1)
+    if len(clades):
+        weight = clades.length / clades.length.mean()
+        np.testing.assert_allclose(clades.weight, np.minimum(weight, LONGEST_WEIGHT))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_near_are_the_clades_on_the_paths_and_their_sisters(seed):
+    generator, tree, known = random_split(seed)
+    clades = Clades(tree.shear(known))
+    for size in (0, 1, 3):
+        tips = generator.choice(int(known.sum()), size, replace=False)
+        path = {
+            k for k in range(len(clades)) for t in tips if clades.start[k] <= t < clades.stop[k]
+        }
+        expected = path | {k for k in range(len(clades)) if clades.parent[k] in path | {-1}}
+        assert clades.near(tips).tolist() == sorted(expected)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_sums_along_the_paths(seed):
+    generator, tree, known = random_split(seed)
+    clades = Clades(tree.shear(known))
+    own = clades.tree
+    is_clade = np.isin(np.arange(len(own)), clades.nodes)
+    for tip, path in enumerate(paths(own)):
+        node = clades.tip_nodes[tip]
+        assert clades.root_distance[node] == pytest.approx(own.length[path].sum())
+        assert clades.depth[node] == pytest.approx(own.length[path] @ is_clade[path])
+    values = generator.random((2, int(known.sum()))).astype(np.float32)
+    into = np.ones((2, len(clades)), dtype=np.float32)
+    tips = generator.integers(0, int(known.sum()), 2)
+    clades.spread(clades.lowest[tips], values[:, 0], into)
+    inside = (clades.start <= tips[:, None]) & (tips[:, None] < clades.stop)
+    np.testing.assert_allclose(into, 1 + inside * values[:, :1])
+
+
+def test_sums_to_root_of_a_chain():
+    parent = np.array([1, 2, 3, 4, -1])
+    assert sums_to_root(parent, np.array([1.0, 2, 3, 4, 0])).tolist() == [10, 9, 7, 4, 0]
+
+
+def test_a_caterpillar_of_two_thousand_tips():
+    clades = Clades(parse(caterpillar(2000)))
+    assert len(clades) == 1998 and (clades.length == 2).all()
+    assert clades.parent.tolist() == [*range(1, 1998), -1]
+    assert [level.tolist() for level in clades.levels] == [[k] for k in range(1997, -1, -1)]
+    assert clades.near(np.array([0])).tolist() == list(range(1998))
+    assert clades.near(np.array([1999])).tolist() == [1997]
+    assert clades.root_distance[0] == 1 + 2 * 1998
+
+
+def test_a_star_has_no_clades_and_everything_about_them_is_empty():
+    clades = Clades(parse("(a:1,b:2,c:3);"))
+    assert len(clades) == 0 and clades.levels == [] and len(clades.weight) == 0
+    assert clades.pendant.tolist() == [1, 2, 3] and clades.lowest.tolist() == [-1] * 3
+    assert clades.near(np.array([0, 2])).tolist() == []
+    ends = clades.ends(np.array([-1, -1]))
+    assert ends.node.tolist() == [3, 3] and ends.shared.tolist() == [0, 0]
+    assert clades.jaccard(ends, ends).tolist() == [1, 1]
+    tree, _ = clades.graft(Grafts(ends.node, ends.shared, np.array([4.0, 5.0])), ["x", "y"])
+    names, shared = shared_lengths(tree)
+    assert names == list("abcxy") and np.array_equal(shared, np.diag([1.0, 2, 3, 4, 5]))
+
+
+def test_three_tips_and_stems():
+    clades = Clades(parse("((((a:1):1,b:2):0.5):0.25,c:3);").shear(np.ones(3, dtype=bool)))
+    assert clades.length.tolist() == [0.75] and clades.pendant.tolist() == [2, 2, 3]
+    # A stem below the root is no clade: all are members of it.
+    clades = Clades(parse("((a:1,b:2,c:1):7);").shear(np.ones(3, dtype=bool)))
+    assert len(clades) == 0 and clades.root_distance[clades.tip_nodes].tolist() == [8, 9, 8]
+
+
+def test_branches_that_are_hardly_longer_than_nothing_are_no_clades():
+    clades = Clades(parse("(((a:1,b:1):0.00001,c:1):0.00002,d:1);"))
+    assert clades.length.tolist() == [0.00002] and clades.lowest.tolist() == [0, 0, 0, -1]
+
+
+# --------------------------------------------------------------------------------------- grafts
+def random_grafts(generator, clades, count):
+    """On any branch, the root's too; several at one point; at both ends."""
+    tree = clades.tree
+    node = generator.integers(0, len(tree), count)
+    part = generator.choice([0.0, 1.0, 0.5, generator.random()], count)
+    node[1::3] = node[: len(node[1::3])]
+    part[1::6] = part[: len(part[1::6])]
+    own = generator.choice([0.0, 0.3, generator.random()], count)
+    return Grafts(node, part * tree.length[node], own)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("count", [0, 1, 17])
+def test_grafts_share_with_every_tip_what_lies_above_their_place(seed, count):
+    generator, tree, known = random_split(seed, plain=seed % 2 == 0)
+    clades = Clades(tree.shear(known))
+    old = clades.tree
+    grafts = random_grafts(generator, clades, count)
+    new = [f"x{i:02d}" for i in range(count)]
+    grown, origin = clades.graft(grafts, new)
+    check_ranges(grown)
+    assert (grown.length >= 0).all()
+    assert grown.length.sum() == pytest.approx(old.length.sum() + grafts.own.sum())
+    for node in range(len(old)):
+        assert grown.length[origin == node].sum() == pytest.approx(old.length[node])
+    known_order = [name for name in grown.tip_names if not name.startswith("x")]
+    assert known_order == list(clades.sequences)
+    # Way of each new ASV: the branches above its node, and a part of the node's own.
+    above = [set() for _ in range(len(old))]
+    for path in paths(old):
+        for at, node in enumerate(path):
+            above[node] = set(path[at + 1 :])
+    ways = {}
+    for name, node, shared in zip(new, grafts.node, grafts.shared, strict=True):
+        ways[name] = {one: old.length[one] for one in above[node]} | {int(node): shared}
+    for name, path in zip(old.tip_names, paths(old), strict=True):
+        ways[name] = {one: old.length[one] for one in path}
+    names, found = shared_lengths(grown)
+    assert names == sorted(ways)
+    expected = np.array(
+        [
+            [sum(min(a, ways[two].get(node, 0)) for node, a in ways[one].items()) for two in names]
+            for one in names
+        ]
+    )
+    places = [names.index(name) for name in new]
+    expected[places, places] += grafts.own
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def test_a_graft_beyond_its_branch_is_put_at_its_end():
+    clades = Clades(parse("((a:1,b:1):2,c:3);"))
+    tree, _ = clades.graft(Grafts(np.array([0, 0]), np.array([9.0, -1]), np.ones(2)), ["x", "y"])
+    names, shared = shared_lengths(tree)
+    assert names == list("abcxy")
+    assert shared[0].tolist() == [3, 2, 0, 3, 2] and shared[3, 3] == 4 and shared[4, 4] == 3
+
+
+def alone(tree, known):
+    """Known tips so that no two others share a branch with a length and no known tip below."""
+    known = known.copy()
+    for node, below in enumerate(tips_below(tree)):
+        if tree.length[node] > 0 and len(below) > 1 and not known[list(below)].any():
+            known[list(below)] = True
+    return known
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_unifrac_of_true_grafts_is_that_of_the_whole_tree(seed):
+    generator, tree, known = random_split(seed, tips=40, plain=seed % 3 == 0)
+    known = alone(tree, known)
+    assert (~known).sum() >= 5
+    split = split_tree(tree, known)
+    grown, _ = split.clades.graft(split.truth, split.unseen)
+    check_ranges(grown)
+    table = random_table(generator, 9, list(tree.tip_names))
+    for metric in METRICS:
+        truth, found = UniFrac(table, tree, metric), UniFrac(table, grown, metric)
+        np.testing.assert_allclose(found.all_pairs(), truth.all_pairs(), atol=1e-12)
+    np.testing.assert_allclose(found.faith_pd(range(9)), truth.faith_pd(range(9)))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_true_grafts_leave_the_known_tree_where_the_tips_do(seed):
+    _, tree, known = random_split(seed, plain=seed % 2 == 0)
+    split = split_tree(tree, known)
+    names, whole = shared_lengths(tree)
+    unseen = list(split.unseen)
+    assert unseen == [name for name, has in zip(tree.tip_names, known, strict=True) if not has]
+    old = list(split.clades.sequences)
+    for number, name in enumerate(unseen):  # one at a time: exact, whatever the others do
+        grown, _ = split.clades.graft(split.truth.take([number]), [name])
+        own_names, shared = shared_lengths(grown)
+        places = [names.index(one) for one in own_names]
+        np.testing.assert_allclose(shared, whole[np.ix_(places, places)], atol=1e-12)
+        assert sorted([*old, name]) == own_names
+
+
+# -------------------------------------------------------------------------------------- jaccard
+def held(clades, grafts):
+    """``(n, clades)`` length of each clade that an ASV holds."""
+    tree, found = clades.tree, np.zeros((len(grafts), len(clades)))
+    for row, (at, shared) in enumerate(zip(grafts.node, grafts.shared, strict=True)):
+        while at >= 0:
+            part = min(shared, tree.length[at]) if at == grafts.node[row] else tree.length[at]
+            found[row, clades.nodes == at] = part
+            at = tree.parent[at]
+    return found
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_jaccard_of_memberships_against_dense_rows(seed):
+    generator, tree, known = random_split(seed, plain=seed % 2 == 0)
+    clades = Clades(tree.shear(known))
+    one, other = random_grafts(generator, clades, 60), random_grafts(generator, clades, 60)
+    other.node[::4] = one.node[::4]
+    a, b = held(clades, one), held(clades, other)
+    less, more = np.minimum(a, b).sum(axis=1), np.maximum(a, b).sum(axis=1)
+    expected = np.where(more > 0, less / np.where(more > 0, more, 1), 1.0)
+    np.testing.assert_allclose(clades.jaccard(one, other), expected, atol=1e-12)
+    np.testing.assert_allclose(clades.jaccard(other, one), expected, atol=1e-12)
+    np.testing.assert_allclose(clades.jaccard(one, one), 1.0)
+    # The ends of clades hold these whole.
+    chosen = np.arange(-1, len(clades))
+    whole = held(clades, clades.ends(chosen)) > 0
+    inside = (clades.start <= clades.start[chosen][:, None]) & (
+        clades.stop >= clades.stop[chosen][:, None]
+    ) if len(clades) else np.zeros((1, 0), dtype=bool)  # fmt: skip
+    inside[0] = False
+    assert np.array_equal(whole, inside)
+
+
+# ---------------------------------------------------------------------------- files and the rest
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_tree_finds_the_places_in_a_model_made_from_it(seed, tmp_path):
+    _, tree, known = random_split(seed, plain=True)
+    upper = parse(random_newick(np.random.default_rng(seed), 24, plain=True).replace("t", "T"))
+    split = split_tree(upper, known)
+    np.savez(tmp_path / "model.npz", **split.clades.to_arrays())
+    with np.load(tmp_path / "model.npz") as arrays:
+        clades = Clades.from_arrays(arrays, "model")
+    assert clades.sequences == list(split.clades.sequences)
+    for name in ("parent", "length", "tip_start", "tip_stop"):
+        assert np.array_equal(getattr(clades.tree, name), getattr(split.clades.tree, name))
+    shuffled = np.random.default_rng(5).permutation(len(split.unseen))
+    found = places_by_tree(tree, clades, split.unseen.take(shuffled))  # tips in lower case
+    for name in ("node", "shared", "own"):
+        np.testing.assert_allclose(getattr(found, name), getattr(split.truth, name)[shuffled])
+    assert places_by_tree(upper, clades, Texts.of(["T99"])) is None
+    less = upper.shear(np.arange(24) != np.flatnonzero(known)[0])
+    assert places_by_tree(less, clades, split.unseen) is None
+    longer = parse(random_newick(np.random.default_rng(seed + 7), 24, plain=True))
+    assert places_by_tree(longer, clades, split.unseen) is None
+    stretched = type(tree)(upper.tip_names, upper.parent, upper.length * 2, upper.tip_start,
+                           upper.tip_stop, "stretched")  # fmt: skip
+    assert places_by_tree(stretched, clades, split.unseen) is None
+
+
+def test_tips_of_a_kept_tree_join_at_their_own_ends():
+    """Of known tips true_grafts says: all of their own branch, nothing beside it."""
+    tree = parse("((a:1,b:2):3,c:4);")
+    grafts = true_grafts(tree, np.ones(3, dtype=bool), np.arange(3))
+    assert grafts.shared.tolist() == [1, 2, 4] and grafts.own.tolist() == [0, 0, 0]
+
+
+def test_twenty_thousand_tips():
+    generator = np.random.default_rng(0)
+    tree = parse(random_newick(generator, 20_000, plain=True))
+    known = generator.random(20_000) < 0.9
+    split = split_tree(tree, known)
+    clades = split.clades
+    assert len(clades) == known.sum() - 2 == sum(map(len, clades.levels))
+    assert 0 < len(clades.near(np.arange(100))) < len(clades) / 10
+    assert (clades.jaccard(split.truth, split.truth) == 1).all()
+    grown, _ = clades.graft(split.truth, split.unseen)
+    assert len(grown.tip_names) == 20_000
+    place = {name: tip for tip, name in enumerate(tree.tip_names)}
+    whole = Clades(tree).root_distance[tree.tip_nodes]
+    found = Clades(grown).root_distance[grown.tip_nodes]
+    np.testing.assert_allclose(found, whole[[place[name] for name in grown.tip_names]])

@@ -1,0 +1,271 @@
+"""Neighbours against an edit distance of its own, one cell at a time."""
+
+import numpy as np
+import pytest
+
+from aam.data.neighbours import BAND, CANDIDATES, NEAREST, Neighbours, bases_of
+
+LETTERS = np.array(list("ACGT"))
+NUMBER = {letter: number for number, letter in enumerate("ACGT", start=1)}
+COMPLEMENT = str.maketrans("ACGT", "TGCA")
+
+
+def draw(generator, length):
+    return "".join(generator.choice(LETTERS, length))
+
+
+def substituted(generator, sequence, count):
+    letters = list(sequence)
+    for at in generator.choice(len(letters), count, replace=False):
+        letters[at] = generator.choice([one for one in "ACGT" if one != letters[at]])
+    return "".join(letters)
+
+
+def edits(query, known):
+    """Edit distance with free ends, at most ``BAND`` bases of either end overhanging."""
+    rows, columns = len(query), len(known)
+    cost = np.full((rows + 1, columns + 1), 10**6)
+    cost[0, : BAND + 1] = cost[: BAND + 1, 0] = 0
+    for i in range(1, rows + 1):
+        for j in range(max(1, i - BAND), min(columns, i + BAND) + 1):
+            match = cost[i - 1, j - 1] + (query[i - 1] != known[j - 1])
+            cost[i, j] = min(cost[i, j], match, cost[i - 1, j] + 1, cost[i, j - 1] + 1)
+    return min(cost[-1].min(), cost[:, -1].min())
+
+
+def family(seed, ancestors=6, each=5, length=60):
+    """Relatives of some sequences, at 0 to 10 substitutions."""
+    generator = np.random.default_rng(seed)
+    found = []
+    for _ in range(ancestors):
+        ancestor = draw(generator, length)
+        for _ in range(each):
+            found.append(substituted(generator, ancestor, int(generator.integers(0, 11))))
+    return generator, list(dict.fromkeys(found))
+
+
+def letters_of(aligned):
+    return "".join("-ACGT"[base] for base in aligned)
+
+
+# ------------------------------------------------------------------------------------- distances
+@pytest.mark.parametrize("seed", range(4))
+def test_the_nearest_is_that_of_the_edit_distance(seed):
+    generator, known = family(seed)
+    queries = [
+        substituted(generator, known[row], int(generator.integers(1, 7)))
+        for row in generator.integers(0, len(known), 15)
+    ]
+    index = Neighbours(known)
+    found = index.find(queries)
+    for row, query in enumerate(queries):
+        expected = np.array([edits(query, one) for one in known])
+        held = found.index[row] >= 0
+        own, at = found.distance[row][held], found.index[row][held]
+        assert (np.diff(own) >= 0).all() and len(set(at)) == len(at)
+        assert expected[at[0]] == expected.min()
+        # Missing words add less than an edit; a shifted overlap scales what it holds.
+        straight = found.diagonal[row][held] == 0
+        extra = own[straight] - expected[at[straight]]
+        assert (extra >= -1e-6).all() and (extra <= 0.5).all()
+    assert not found.reverse.any() and not found.foreign.any()
+    nearest = found.distance[:, :NEAREST]
+    votes = np.exp(-nearest)
+    np.testing.assert_allclose(found.weights, votes / votes.sum(axis=1, keepdims=True), rtol=1e-6)
+
+
+def test_a_known_sequence_finds_itself_and_may_be_left_out():
+    _, known = family(0)
+    index, own = Neighbours(known), np.arange(len(known))
+    found = index.find(known)
+    assert np.array_equal(found.index[:, 0], own) and (found.distance[:, 0] == 0).all()
+    assert (found.diagonal[:, 0] == 0).all() and np.array_equal(found.aligned, bases_of(known))
+    without = index.find(known, leave_out=own)
+    assert not (without.index == own[:, None]).any() and (without.distance[:, 0] >= 1).all()
+    some = np.where(own % 2 == 0, own, -1)
+    mixed = index.find(known, leave_out=some)
+    assert np.array_equal(mixed.index[:, 0] == own, own % 2 == 1)
+
+
+def trimmed(one):
+    return one[7:-9]
+
+
+def shifted_and_longer(one):
+    return "GATTACAG" + one + "CCCTA"
+
+
+def without_three(one):
+    return one[:30] + one[33:]
+
+
+def with_two_more(one):
+    return one[:30] + "GG" + one[30:]
+
+
+def overlapping(one):
+    return one[20:] + "TTGACCATTGGCAACGTACG"
+
+
+@pytest.mark.parametrize(
+    ("change", "least", "most"),
+    [
+        (trimmed, 0, 0), (shifted_and_longer, 0, 0.01), (without_three, 1, 4.5),
+        (with_two_more, 1, 3.5), (overlapping, 0, 0.3),
+    ],
+)  # fmt: skip
+def test_changed_sequences_find_their_source(change, least, most):
+    generator = np.random.default_rng(1)
+    known = [draw(generator, 100) for _ in range(60)]
+    found = Neighbours(known).find([change(one) for one in known])
+    assert np.array_equal(found.index[:, 0], np.arange(60))
+    assert (found.distance[:, 0] >= least).all() and (found.distance[:, 0] <= most).all()
+    assert not found.foreign.any() and not found.reverse.any()
+
+
+def test_edits_of_a_short_overlap_count_over_the_whole_query():
+    generator = np.random.default_rng(3)
+    one = draw(generator, 80)
+    changed = substituted(generator, one[20:40], 0) + "A" * 40  # unlike: 40 bases overhang
+    found = Neighbours([one[:40]]).find([one[20:30] + one[30:40] + changed[20:]])
+    assert found.diagonal[0, 0] == 20 and found.distance[0, 0] < 0.5
+    wrong = list(one[20:40])
+    wrong[10] = "A" if wrong[10] != "A" else "C"
+    found = Neighbours([one[:40]]).find(["".join(wrong) + changed[20:]])
+    assert 3 <= found.distance[0, 0] < 3.5  # one edit in 20 of 60 bases
+
+
+# ------------------------------------------------------------------------------------- alignment
+def test_bases_stand_at_the_places_of_the_nearest_known_sequence():
+    generator = np.random.default_rng(2)
+    known = [draw(generator, 50), draw(generator, 60)]
+    one = known[0]
+    other = "A" if one[20] != "A" else "C"
+    inserted = next(base for base in "ACGT" if base not in (one[24], one[25]))
+    gone = next(at for at in range(24, 30) if one[at] != one[at - 1] and one[at] != one[at + 1])
+    cases = {
+        one: one,
+        one[:20] + other + one[21:]: one[:20] + other + one[21:],
+        one[:gone] + one[gone + 1 :]: one[:gone] + "-" + one[gone + 1 :],
+        one[:25] + inserted + one[25:]: one,
+        one[6:]: "-" * 6 + one[6:],
+        one[:-6]: one[:-6] + "-" * 6,
+        "ACGTAG" + one: one,
+        one + "ACGTAG": one,
+        one[:30].lower() + "N" + one[31:]: one[:30] + "-" + one[31:],
+    }
+    found = Neighbours(known).find(list(cases))
+    assert found.aligned.shape == (len(cases), 60) and (found.index[:, 0] == 0).all()
+    assert [letters_of(row) for row in found.aligned] == [
+        f"{one}{'-' * 10}" for one in cases.values()
+    ]
+    assert found.diagonal[4, 0] == 6 and found.diagonal[6, 0] == -6
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_aligned_bases_come_from_the_query_in_order(seed):
+    """With any edits: what is left out are at most the insertions, the rest keeps its order."""
+    generator, known = family(seed, length=80)
+    queries = []
+    for row in generator.integers(0, len(known), 30):
+        letters = list(substituted(generator, known[row], 3))
+        for _ in range(2):
+            letters.insert(int(generator.integers(0, len(letters))), str(generator.choice(LETTERS)))
+            del letters[int(generator.integers(0, len(letters)))]
+        queries.append("".join(letters))
+    found = Neighbours(known).find(queries)
+    for query, row, near, distance in zip(
+        queries, found.aligned, found.index[:, 0], found.distance[:, 0], strict=True
+    ):
+        rest = iter(query)
+        kept = letters_of(row).replace("-", "")
+        assert all(letter in rest for letter in kept)  # a subsequence
+        same = sum(a == b for a, b in zip(letters_of(row), known[near], strict=True))
+        assert same >= len(kept) - distance - 0.5 and len(kept) >= len(query) - distance - 5
+
+
+# --------------------------------------------------------------------------- what is not its kind
+def test_reverse_complements_are_recognised():
+    generator, known = family(4, length=100)
+    queries = [substituted(generator, one, 3) for one in known]
+    turned = [one.translate(COMPLEMENT)[::-1] for one in queries]
+    turned[0] = turned[0][5:]
+    found = Neighbours(known).find(turned + queries)
+    assert found.reverse[: len(known)].all() and not found.reverse[len(known) :].any()
+    assert not found.foreign.any()
+
+
+def test_other_dna_is_foreign_and_not_reversed():
+    """With few known sequences it shares no word with any, in one direction or both."""
+    for seed in range(3):
+        generator, known = family(seed, length=100)
+        queries = [draw(generator, 100) for _ in range(300)]
+        found = Neighbours(known).find(queries)
+        assert found.foreign.mean() > 0.99 and not found.reverse.any()
+
+
+def test_queries_too_short_for_a_word_find_nothing():
+    known = ["ACGTACGTACGTTTGA", "GGGTACGTACCTTTGA"]
+    found = Neighbours(known).find(["ACGTACG", "A", "", "NNNNNNNNNNNN"])
+    assert (found.index == -1).all() and np.isinf(found.distance).all() and found.foreign.all()
+    assert (found.aligned == 0).all() and (found.weights == 0).all() and not found.reverse.any()
+
+
+# ------------------------------------------------------------------------------------- odd inputs
+def test_one_known_sequence_and_no_query():
+    known = Neighbours(["ACGTTGCAAGTCCATG"])
+    found = known.find(["ACGTTGCAAGTCCATC", "TTTTTTTTTTTTTTTT"])
+    assert found.index.tolist() == [[0], [-1]] and found.foreign.tolist() == [False, True]
+    assert 1 <= found.distance[0, 0] <= 1.5
+    none = known.find([])
+    assert none.index.shape == (0, 1) and none.aligned.shape == (0, 16) and len(none.reverse) == 0
+    assert none.weights.shape[0] == 0
+
+
+def test_lower_case_and_uracil_are_the_same_bases():
+    _, known = family(5)
+    odd = [one.lower().replace("t", "u") for one in known]
+    for one, other in ((known, odd), (odd, known)):
+        found = Neighbours(one).find(other)
+        assert np.array_equal(found.index[:, 0], np.arange(len(known)))
+        assert (found.distance[:, 0] == 0).all()
+
+
+def test_known_sequences_of_all_lengths():
+    generator = np.random.default_rng(6)
+    known = [draw(generator, length) for length in (5, 9, 20, 60, 100, 150)]
+    index = Neighbours(known)
+    assert index.lengths.tolist() == [5, 9, 20, 60, 100, 150] and len(index) == 6
+    found = index.find(known)
+    assert found.index[:, 0].tolist() == [-1, 1, 2, 3, 4, 5]  # five bases are no word
+    for row in range(1, 6):
+        assert letters_of(found.aligned[row]).rstrip("-") == known[row]
+
+
+def test_of_many_known_sequences_some_are_candidates_and_ten_vote():
+    generator = np.random.default_rng(7)
+    source = draw(generator, 100)
+    known = [substituted(generator, source, 1 + at // 10) for at in range(150)]
+    found = Neighbours(known).find([source])
+    assert found.index.shape == (1, CANDIDATES) and (found.index[0, :10] < 20).all()
+    expected = np.array([edits(source, one) for one in known])
+    assert expected[found.index[0, 0]] == 1 and np.floor(found.distance[0, :8]).tolist() == [1] * 8
+    weights, distance = found.weights[0], found.distance[0, :NEAREST]
+    assert weights.shape == (NEAREST,) and weights.sum() == pytest.approx(1)
+    np.testing.assert_allclose(weights / weights[0], np.exp(distance[0] - distance))
+
+
+def test_neither_the_order_of_queries_nor_their_blocks_change_anything(monkeypatch):
+    generator, known = family(8)
+    queries = [substituted(generator, one, 4)[generator.integers(0, 9) :] for one in known]
+    index = Neighbours(known)
+    whole = index.find(queries)
+    order = generator.permutation(len(queries))
+    monkeypatch.setattr("aam.data.neighbours._BLOCK_PAIRS", 3 * CANDIDATES)
+    monkeypatch.setattr("aam.data.neighbours._BLOCK_ALIGNED", 4)
+    monkeypatch.setattr("aam.data.neighbours._BLOCK_SEQUENCES", 5)
+    parts = Neighbours(known).find([queries[at] for at in order])
+    for name in ("distance", "aligned", "reverse", "foreign"):
+        assert np.array_equal(getattr(parts, name), getattr(whole, name)[order]), name
+    taken = whole.take(order[:4])
+    assert np.array_equal(taken.index, whole.index[order[:4]])

@@ -1,0 +1,225 @@
+"""Placement of new sequences on a tree whose sequences evolved along it."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from aam.data.clades import LEAST_LENGTH, Clades, split_tree, true_grafts
+from aam.data.demo import simulate_community
+from aam.data.neighbours import NEAREST, Found, Neighbours
+from aam.data.placement import STEPS, Law, Placement
+from aam.data.tree import read_tree
+from tests.data.trees import parse
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    files = simulate_community(
+        tmp_path_factory.mktemp("study"), samples=4, asvs=300, asvs_per_sample=20, seed=3
+    )
+    tree = read_tree(files.tree)
+    return split_tree(tree, np.random.default_rng(0).random(300) < 0.8)
+
+
+@pytest.fixture(scope="module")
+def neighbours(split):
+    return Neighbours(split.clades.sequences)
+
+
+@pytest.fixture(scope="module")
+def placement(split, neighbours):
+    return Placement(split.clades, Law.fit(split.clades, neighbours))
+
+
+@pytest.fixture(scope="module")
+def near(split, neighbours):
+    return neighbours.find(split.unseen)
+
+
+def found_at(index, distance):
+    """Neighbours as if they had been found."""
+    index = np.array(index)
+    distance = np.array(distance, dtype=float)
+    none = np.zeros(len(index), dtype=bool)
+    return Found(index, distance, np.zeros_like(index), np.zeros((len(index), 1)), none, none)
+
+
+def ancestors(tree, node):
+    found = [int(node)]
+    while tree.parent[found[-1]] >= 0:
+        found.append(int(tree.parent[found[-1]]))
+    return found
+
+
+# ------------------------------------------------------------------------------------------- law
+def test_the_law_is_the_same_each_time_and_comes_back_from_a_file(
+    placement, split, neighbours, tmp_path
+):
+    law = placement.law
+    np.savez(tmp_path / "law.npz", **law.to_arrays())
+    with np.load(tmp_path / "law.npz") as arrays:
+        read = Law.from_arrays(arrays)
+    for other in (Law.fit(split.clades, neighbours), read):
+        for name, value in law.to_arrays().items():
+            assert np.array_equal(other.to_arrays()[name], value), name
+
+
+def test_lengths_that_are_added_grow_with_the_distance(placement):
+    added = placement.law.added
+    assert added.shape == (len(STEPS),) and (added > 0).all() and np.isfinite(added).all()
+    assert added[-1] > 2 * added[0] and np.corrcoef(np.arange(len(added)), added)[0, 1] > 0.8
+
+
+def test_each_distance_has_the_step_that_the_table_of_steps_says(placement):
+    law = replace(placement.law, added=np.arange(len(STEPS), dtype=float))
+    edits = np.array([0, 1, 1.5, 1.75, 2.3, 3, 4.5, 5, 6.5, 7.2, 8.75, 12.5, 13, 40, np.inf])
+    steps = [0, 0, 0, 1, 1, 2, 3, 4, 4, 5, 6, 6, 7, 7, 7]
+    assert law.added_at(edits).tolist() == steps
+
+
+def test_own_lengths_are_positive_and_bounded_and_known_better_than_by_their_mean(
+    placement, split, near
+):
+    clades, law = split.clades, placement.law
+    own, rise = law.predict(near, clades.pendant[near.index[:, :NEAREST]])
+    assert (own >= LEAST_LENGTH).all() and (own <= clades.pendant.max()).all() and (rise >= 0).all()
+    assert law.longest == clades.pendant.max()
+    truth = split.truth.own
+    assert ((own - truth) ** 2).mean() < 0.7 * truth.var()
+    far = found_at(np.full((1, NEAREST), -1), np.full((1, NEAREST), np.inf))
+    lost, _ = law.predict(far, np.zeros((1, NEAREST)))
+    assert np.isfinite(lost).all() and lost[0] <= law.longest
+
+
+def test_what_the_law_is_fitted_to_is_the_tree_without_each_tip(placement, split, neighbours):
+    clades, everyone = split.clades, np.arange(len(split.clades.sequences))
+    found = neighbours.find(clades.sequences, leave_out=everyone)
+    local, rise = [], []
+    for tip in everyone:
+        rest = everyone != tip
+        less = Clades(clades.tree.shear(rest))
+        at = found.index[tip, :NEAREST]
+        at = at - (at > tip)
+        place = true_grafts(clades.tree, rest, np.array([tip]))
+        local.append(less.pendant[at].mean())
+        depth = found.weights[tip] @ less.root_distance[less.tip_nodes[at]]
+        rise.append(depth - depth_of(less, place)[0])
+    assert placement.law.centre[3] == pytest.approx(np.mean(local))
+    assert placement.law.levels == pytest.approx([clades.pendant.mean(), np.mean(rise)])
+
+
+def test_at_most_some_thousand_tips_are_taken_out_drawn_by_the_seed(split, neighbours, monkeypatch):
+    monkeypatch.setattr("aam.data.placement.CALIBRATED", 50)
+    one, same, other = (Law.fit(split.clades, neighbours, seed=seed) for seed in (1, 1, 2))
+    assert np.array_equal(one.slopes, same.slopes) and not np.allclose(one.slopes, other.slopes)
+
+
+def test_sequences_that_resemble_no_other_teach_a_law_of_nothing():
+    names = ["ACGTACGTACGTACGT", "GGGGGGGGGGGGGGGG", "TTTTTTTTTTTTTTTT"]
+    clades = Clades(parse(f"(({names[0]}:1,{names[1]}:1):1,{names[2]}:2);"))
+    law = Law.fit(clades, Neighbours(clades.sequences))
+    placement = Placement(clades, law)
+    near = Neighbours(clades.sequences).find(["ACGTACGTACGTACGA", "CATCATCATCATCATC"])
+    for sure in (np.ones((2, 1), np.float32), np.zeros((2, 1), np.float32)):
+        grafts = placement.grafts(near, np.array([0, -1]), sure)
+        assert np.isfinite(grafts.own).all() and (grafts.own >= LEAST_LENGTH).all()
+
+
+# ---------------------------------------------------------------------------------------- places
+@pytest.mark.parametrize("chance", [0.0, 0.6, 1.0])
+def test_places_lie_on_branches_of_the_way_through_the_decoded_clade(
+    placement, split, near, chance
+):
+    clades = split.clades
+    lowest = clades.lowest[near.index[:, 2]]  # not always the nearest one's
+    sure = np.full((len(lowest), len(clades)), chance, dtype=np.float32)
+    grafts = placement.grafts(near, lowest, sure)
+    assert (grafts.shared >= 0).all() and (grafts.own > 0).all()
+    assert (grafts.shared <= clades.tree.length[grafts.node]).all()
+    for row, (node, clade) in enumerate(zip(grafts.node, lowest, strict=True)):
+        end = clades.node_of(np.array([clade]))[0]
+        assert end in ancestors(clades.tree, node) or node in ancestors(clades.tree, end), row
+
+
+def depth_of(clades, grafts):
+    """Distance of each place to the root."""
+    root = len(clades.tree) - 1
+    above = np.where(grafts.node == root, root, clades.tree.parent[grafts.node])
+    return clades.root_distance[above] + grafts.shared
+
+
+def test_sure_clades_keep_the_depth_and_impossible_ones_lead_to_the_root(placement, split, near):
+    clades = split.clades
+    index = near.index[:, :NEAREST]
+    lowest = clades.lowest[index[:, 0]]
+    sure = np.ones((len(lowest), len(clades)), dtype=np.float32)
+    grafts = placement.grafts(near, lowest, sure)
+    own, rise = placement.law.predict(near, clades.pendant[index])
+    mean = (near.weights * clades.root_distance[clades.tip_nodes[index]]).sum(axis=1)
+    way = clades.root_distance[clades.tip_nodes[index[:, 0]]]
+    expected = np.minimum(np.maximum(mean - rise, 0), way)
+    np.testing.assert_allclose(depth_of(clades, grafts), expected, atol=1e-9)
+    np.testing.assert_allclose(
+        grafts.own, own + 0.3 * np.maximum(mean - rise - expected, 0), atol=1e-6
+    )
+    inner = lowest >= 0
+    none = placement.grafts(near.take(inner), lowest[inner], 0 * sure[inner])
+    np.testing.assert_allclose(depth_of(clades, none), 0.0, atol=1e-12)
+    # What is not passed on of the way is shared between the two: KEPT is no length of its own.
+    np.testing.assert_allclose(none.own - grafts.own[inner], 0.3 * expected[inner], atol=1e-6)
+    half = placement.grafts(near, lowest, 0.5 * sure)
+    top = depth_of(clades, half) / np.maximum(depth_of(clades, grafts), 1e-9)
+    np.testing.assert_allclose(top[inner], 0.5, atol=1e-6)
+
+
+def test_without_a_neighbour_in_the_clade_the_way_ends_at_the_clade():
+    clades = Clades(parse("(((a:1,b:1):2,c:3):1,(d:1,e:1):5);"))
+    zero = Law(np.zeros(5), np.zeros((2, 5)), np.array([0.5, 0.0]), 1.0, 10.0, np.zeros(len(STEPS)))
+    placement = Placement(clades, zero)
+    sure = np.ones((1, len(clades)), dtype=np.float32)
+    near = found_at([[3]], [[1.0]])  # d, at depth 6
+    ab = clades.lowest[0]
+    grafts = placement.grafts(near, np.array([ab]), sure)
+    assert depth_of(clades, grafts).tolist() == [3]
+    assert clades.nodes[ab] in ancestors(clades.tree, grafts.node[0])
+    inside = placement.grafts(found_at([[3, 1]], [[1.0, 1.0]]), np.array([ab]), sure)
+    assert clades.tip_nodes[1] == inside.node[0] and inside.shared.tolist() == [1]
+    for tip in (0, 3):  # no clade decoded: the nearest one's way
+        root = placement.grafts(found_at([[tip]], [[1.0]]), np.array([-1]), sure)
+        assert root.node.tolist() == [clades.tip_nodes[tip]] and root.shared.tolist() == [1]
+    lost = placement.grafts(found_at([[-1]], [[np.inf]]), np.array([-1]), sure)
+    assert depth_of(clades, lost).tolist() == [0]
+
+
+def test_copied_places_are_the_ends_of_the_nearest_ones_clades(placement, split, near):
+    clades = split.clades
+    copied = placement.copied(near)
+    lowest = clades.lowest[near.index[:, 0]]
+    expected = np.where(lowest >= 0, clades.nodes[lowest], len(clades.tree) - 1)
+    assert np.array_equal(copied.node, expected)
+    assert np.array_equal(copied.shared, clades.tree.length[expected])
+    assert np.array_equal(copied.own, placement.law.added_at(near.distance[:, 0]))
+    lost = placement.copied(found_at([[-1]], [[np.inf]]))
+    assert lost.node.tolist() == [len(clades.tree) - 1] and np.isfinite(lost.own).all()
+
+
+def test_decoded_by_the_vote_the_memberships_are_nearly_the_trees(placement, split, near):
+    clades = split.clades
+    vote = placement.vote(near)
+    lowest = clades.lowest[near.index[:, 0]]
+    grafts = placement.grafts(near, lowest, vote)
+    found, copied = (clades.jaccard(one, split.truth) for one in (grafts, placement.copied(near)))
+    assert found.mean() > 0.6 and found.mean() > copied.mean() - 0.02
+
+
+def test_votes_are_the_weights_of_the_neighbours_below(placement, split, near):
+    clades = split.clades
+    vote = placement.vote(near)
+    tips = near.index[:, None, :NEAREST]
+    below = (tips >= clades.start[:, None]) & (tips < clades.stop[:, None])
+    np.testing.assert_allclose(vote, (below * near.weights[:, None]).sum(axis=2), atol=1e-5)
+    outer = clades.parent >= 0
+    assert (vote[:, outer] <= vote[:, clades.parent[outer]] + 1e-6).all()
+    lost = found_at([[-1] * 3], [[np.inf] * 3])
+    assert (placement.vote(lost) == 0).all()
