@@ -21,8 +21,9 @@ from pdoc.render_helpers import to_html
 
 ROOT = Path(__file__).parent.parent
 GUIDE = [
-    "inspect", "pretrain", "finetune", "predict", "evaluate", "unifrac", "demo",
-    "batches-and-memory", "memory-profile", "several-devices", "files", "troubleshooting",
+    "inspect", "pretrain", "finetune", "predict", "evaluate", "unifrac", "embed", "demo",
+    "batches-and-memory", "memory-profile", "several-devices", "files", "glossary",
+    "troubleshooting",
     "other-models", "verification",
 ]  # fmt: skip
 PAGES = {

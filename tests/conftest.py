@@ -75,8 +75,9 @@ def aam(community) -> Callable[..., int]:
             arguments += TINY_MODEL if filling else TINY
         if files and command != "demo":
             arguments += ["--table", str(community.table)]
+            teaches = {"--distance", "--unifrac-matrix"} & set(map(str, words))
             arguments += {
-                "pretrain": ["--tree", str(community.tree)],
+                "pretrain": [] if teaches else ["--tree", str(community.tree)],
                 "finetune": ["--metadata", str(community.metadata)],
             }.get(command, [])
         arguments += map(str, words)

@@ -26,7 +26,7 @@ def make_contents(shape, n, seed, *, pool=5000, lengths=(101, 102)):
     samples = [np.unique(rng.integers(pool, size=count)) for count in SHAPES[shape](n, rng)]
     indptr = np.concatenate([[0], np.cumsum([len(one) for one in samples])])
     lengths = rng.integers(*lengths, pool)
-    return Contents(indptr, np.concatenate(samples), lengths, masked_share=0.25, mixtures=1.0)
+    return Contents(indptr, np.concatenate(samples), lengths, masked_share=0.25)
 
 
 def budget_for(contents, rows, times):
@@ -96,7 +96,7 @@ def test_oversize_samples_are_named_with_what_fits():
     cut = Contents(
         np.r_[contents.indptr[:40], contents.indptr[39] + giant.keep],
         np.r_[contents.asvs[: contents.indptr[39]], kept],
-        contents.lengths, 0.25, 1.0,
+        contents.lengths, 0.25,
     )  # fmt: skip
     assert 0.5 < MODEL.bound(cut.size([39, smallest])) / budget <= 1
     assert MemoryPlan(rows, cut, MODEL, budget, 0).oversize() == []
@@ -112,12 +112,12 @@ def test_nothing_fits():
 
 def test_size_counts_shared_asvs_once():
     contents = Contents(
-        np.array([0, 2, 5]), np.array([0, 1, 1, 2, 3]), np.array([10, 20, 30, 40]), 0.5, 1.0, True
+        np.array([0, 2, 5]), np.array([0, 1, 1, 2, 3]), np.array([10, 20, 30, 40]), 0.5, True
     )
     size = contents.size([0, 1])
     assert (size.tokens, size.masked, size.asvs) == (100, 50, 4)
-    assert (size.slots, size.samples, size.longest) == (10, 4, 3)
-    assert size.squares == 100 + 400 + 900 + 1600 + 2 * (4 + 9)
+    assert (size.slots, size.samples, size.longest) == (5, 2, 3)
+    assert size.squares == 100 + 400 + 900 + 1600 + 4 + 9
 
 
 def test_shares_divide_what_processes_share():

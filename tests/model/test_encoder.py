@@ -1,144 +1,110 @@
-"""The encoder and the predictor: what must not change a prediction, and what each part computes."""
+"""The two paths of the ASV encoder, the clade heads, and the formulas of distances."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
-import scipy.sparse
 import torch
-from torch import nn
 
-from aam.data.dataset import SampleDataset
-from aam.data.table import FeatureTable, read_table
-from aam.model import CommunityEncoder, Encoded, Predictor
-from aam.model.encoder import EncoderShape, euclidean, positions_in_rows
-from aam.model.fusion import AddFusion, CategoricalEmbedding, ConcatFusion
-from aam.model.heads import HEADS
-from aam.model.predictor import PredictorShape, category_codes
+from aam.model import AsvEncoder, CladeHead, EncoderShape, FreeClades
+from aam.model.encoder import positions_in_rows
 from aam_kernels import Ragged
 
-SHAPE = EncoderShape(32, 2, 1, count_embedding="film")
+SHAPE = EncoderShape(embedding_dim=32, wide_dim=24, num_heads=2, num_layers=1, max_bp=20)
+START, MASK = 5, 6
 
 
-@pytest.fixture(scope="module")
-def table(community) -> FeatureTable:
-    return read_table(community.table)
+def tokens_of(*sequences):
+    """Sequences of A, C, G, T and - (masked), as the encoder gets them."""
+    rows = [[START, *("?ACGT?-".index(base) for base in one)] for one in sequences]
+    return Ragged.from_list([torch.tensor(row, dtype=torch.uint8) for row in rows])
 
 
-@pytest.fixture(scope="module")
-def model() -> Predictor:
-    torch.manual_seed(0)
-    return Predictor(CommunityEncoder(SHAPE), PredictorShape(outputs=2)).eval()
+TOKENS = tokens_of("ACGTACGT", "A", "GGCATTA-CCGTACGATCAG", "TTT")
 
 
-@torch.no_grad()
-def outputs(model, table, rows, **options) -> tuple[torch.Tensor, torch.Tensor]:
-    batch = SampleDataset(table, **options).batch(rows)
-    encoder = model.encoder
-    vectors = encoder.encode_asvs(batch.tokens)
-    encoded = encoder.encode_samples(vectors, batch.slots, batch.counts)
-    return model(encoded), encoder.unifrac_encoder(encoded, batch.slots)
+def make(seed=0, **changes):
+    torch.manual_seed(seed)
+    return AsvEncoder(dataclasses.replace(SHAPE, **changes))
 
 
-def permuted(table, generator) -> FeatureTable:
-    order = generator.permutation(len(table.feature_ids))
-    counts = scipy.sparse.csr_array(table.counts[:, order])
-    counts.sort_indices()
-    ids = tuple(table.feature_ids[one] for one in order)
-    return dataclasses.replace(table, feature_ids=ids, counts=counts)
-
-
-@pytest.mark.parametrize("sampling", ["abundance", "first"])
-def test_the_order_of_the_tables_rows_changes_nothing(model, table, sampling):
-    rows = list(range(8))
-    expected = outputs(model, table, rows)
-    shuffled = permuted(table, np.random.default_rng(1))
-    found = outputs(model, shuffled, rows, asv_sampling=sampling)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
-
-
-def test_a_sample_does_not_depend_on_its_batch(model, table):
-    together = outputs(model, table, list(range(12)))
-    alone = [outputs(model, table, [row]) for row in range(12)]
-    for part in range(2):
-        torch.testing.assert_close(
-            together[part], torch.cat([one[part] for one in alone]), rtol=0, atol=1e-5
-        )
-    apart = outputs(model, table, list(range(12)), share_asvs=False)
-    torch.testing.assert_close(apart[1], together[1], rtol=0, atol=1e-5)
-
-
-def test_counts_matter_only_where_they_are_embedded(table):
-    other = dataclasses.replace(table, counts=table.counts * 7)
-    for kind in ("none", "add", "concat", "film"):
-        torch.manual_seed(0)
-        shape = dataclasses.replace(SHAPE, count_embedding=kind)
-        model = Predictor(CommunityEncoder(shape), PredictorShape()).eval()
-        same = torch.equal(outputs(model, table, [0, 1])[0], outputs(model, other, [0, 1])[0])
-        assert same == (kind == "none")
-
-
-def test_slot_positions_make_the_order_matter(table):
-    torch.manual_seed(0)
-    model = Predictor(
-        CommunityEncoder(EncoderShape(32, 2, 1, sample_position="slot")), PredictorShape()
-    ).eval()
+def randomise(encoder):
+    """Gate and nucleotide heads begin at 0: say something with them."""
     with torch.no_grad():
-        model.encoder.sample_encoder.position_embedding.weight.normal_()
-    options = {"asv_sampling": "first"}
-    found = outputs(model, permuted(table, np.random.default_rng(1)), [0, 1, 2], **options)
-    expected = outputs(model, table, [0, 1, 2], **options)
-    assert not torch.allclose(found[0], expected[0], atol=1e-4)
+        for one in (encoder.gate, encoder.site_head, encoder.site_bias):
+            one.normal_()
+    return encoder
 
 
-def test_count_embeddings_compute_their_formulas():
-    slots = Ragged(torch.randn(5, 32), torch.tensor([0, 2, 5], dtype=torch.int32), 3)
-    counts = torch.tensor([1.0, 10.0, 3.0, 7.0, 100.0])
-    for kind in ("add", "concat", "film"):
-        torch.manual_seed(0)
-        encoder = CommunityEncoder(EncoderShape(32, 2, 1, count_embedding=kind)).sample_encoder
-        seen = []
-        encoder.stack.forward = lambda x, _row, seen=seen: seen.append(x.values) or x
-        encoder(slots, counts)
-        c = encoder.count_projection(torch.log(counts + 1)[:, None])
-        x = slots.values
-        expected = {
-            "add": lambda x=x, c=c: x + c,
-            "concat": lambda x=x, c=c, e=encoder: e.count_merge(torch.cat([x, c], -1)),
-            "film": lambda x=x, c=c: x * (1 + c[:, :32]) + c[:, 32:],
-        }[kind]()
-        torch.testing.assert_close(seen[0], expected)
+def test_the_wide_path_adds_a_vector_for_each_base_at_its_position():
+    encoder = make()
+    wide, found = encoder.wide, encoder.wide(TOKENS)
+    sites = wide.sites.view(21, 7, 24)
+    assert (sites[:, MASK] == 0).all(), "what is masked says nothing at first"
+    for row in range(len(TOKENS)):
+        total = sum(sites[place, base] for place, base in enumerate(TOKENS[row].tolist()))
+        expected = wide.project(torch.nn.functional.gelu(wide.norm(total)))
+        torch.testing.assert_close(found[row], expected)
 
 
-def test_sample_embedding_is_attention_mean_and_maximum(table):
-    torch.manual_seed(0)
-    encoder = CommunityEncoder(EncoderShape(32, 2, 1)).eval()
-    batch = SampleDataset(table).batch([0, 5])
-    with torch.no_grad():
-        vectors = encoder.encode_asvs(batch.tokens)
-        encoded = encoder.encode_samples(vectors, batch.slots, batch.counts)
-        head = encoder.unifrac_encoder
-        z = head(encoded, batch.slots)
-        pooled = head.pool(head.stack(encoded.samples))
-        for sample in range(2):
-            own = vectors[batch.slots[sample]]
-            mean, strongest = head.mean_projection(own).mean(0), head.max_projection(own).amax(0)
-            expected = head.norm(torch.cat([pooled[sample], mean, strongest]))
-            torch.testing.assert_close(z[sample], expected, rtol=0, atol=1e-5)
+def test_the_gate_lets_nothing_through_at_first_and_the_pooled_stack_later():
+    encoder = make().eval()
+    whole, without = encoder(TOKENS), encoder(TOKENS, stack=False)
+    wide = encoder.wide(TOKENS)
+    assert torch.equal(whole.vectors, wide) and torch.equal(without.vectors, wide)
+    assert whole.hidden.shape == (len(TOKENS.values), 32) and without.hidden is None
+    randomise(encoder)
+    found = encoder(TOKENS)
+    pooled = encoder.pool(TOKENS.with_values(found.hidden))
+    torch.testing.assert_close(found.vectors, wide + encoder.gate * pooled)
+    assert torch.equal(encoder(TOKENS, stack=False).vectors, wide)
 
 
-def test_distances_are_zero_on_the_diagonal_symmetric_and_below_one():
-    head = CommunityEncoder(EncoderShape(32, 2, 1, distance_scale=10.0)).unifrac_encoder
-    z = torch.randn(6, 20) * 3
-    found = head.distances(z)
-    assert torch.equal(found, found.T) and (found.diagonal() == 0).all() and found.max() < 1
-    expected = torch.tanh((z[0] - z[1]).norm() / 10)
-    torch.testing.assert_close(found[0, 1], expected)
-    torch.testing.assert_close(head.distances(z[:2], z)[0, 1], expected)
-    same = torch.zeros(2, 3, requires_grad=True)
-    euclidean(same).sum().backward()
-    assert torch.isfinite(same.grad).all()
+def test_the_wide_path_alone_has_no_other_weights_and_still_tells_nucleotides():
+    encoder, both = make(encoder="wide"), make()
+    names = {name.split(".")[0] for name, _ in encoder.named_parameters()}
+    assert names == {"wide", "site_head", "site_bias"} and not encoder.has_stack
+    encoder.load_state_dict(both.state_dict(), strict=False)
+    encoded = encoder(TOKENS)
+    assert torch.equal(encoded.vectors, both.wide(TOKENS))
+    optimizer = torch.optim.Adam(encoder.parameters(), 0.01)
+    places, true = torch.arange(1, 9), TOKENS.values[1:9].long() - 1
+    for _ in range(60):
+        optimizer.zero_grad()
+        logits = encoder.nucleotide_logits(encoder(TOKENS), TOKENS, places)
+        torch.nn.functional.cross_entropy(logits, true).backward()
+        optimizer.step()
+    assert torch.equal(logits.argmax(1), true)
+
+
+@pytest.mark.parametrize("stack", [True, False])
+def test_nucleotides_are_told_by_their_position_and_the_stack_there(stack):
+    encoder = randomise(make()).eval()
+    places = torch.tensor([2, 10, 12, 18, 31])  # in rows 0, 1, 2, 2 and 2
+    row, position = [0, 1, 2, 2, 2], [2, 1, 1, 7, 20]
+    encoded = encoder(TOKENS, stack=stack)
+    found = encoder.nucleotide_logits(encoded, TOKENS, places)
+    for one, (place, r, p) in enumerate(zip(places.tolist(), row, position, strict=True)):
+        expected = encoder.site_head[p] @ encoded.vectors[r] + encoder.site_bias[p]
+        if stack:
+            expected = expected + encoder.nucleotide_head(encoded.hidden[place])
+        torch.testing.assert_close(found[one], expected)
+    none = encoder.nucleotide_logits(encoded, TOKENS, torch.empty(0, dtype=torch.int64))
+    assert none.shape == (0, 4)
+
+
+@pytest.mark.parametrize("kind", ["transformer", "wide"])
+def test_a_sequence_does_not_depend_on_the_others_and_there_may_be_none(kind):
+    encoder = make(encoder=kind).eval()
+    if kind == "transformer":
+        randomise(encoder)
+    together = encoder(TOKENS).vectors
+    for row in range(len(TOKENS)):
+        alone = encoder(Ragged.from_list([TOKENS[row]])).vectors
+        torch.testing.assert_close(alone[0], together[row], rtol=0, atol=1e-5)
+    empty = Ragged(TOKENS.values[:0], TOKENS.offsets[:1], 0)
+    assert encoder(empty).vectors.shape == (0, 32)
 
 
 def test_positions_in_rows():
@@ -146,59 +112,91 @@ def test_positions_in_rows():
     assert positions_in_rows(ragged).tolist() == [0, 1, 0, 1, 2, 3]
 
 
-def test_fusions_compute_their_formulas():
-    samples = Ragged(torch.randn(5, 8), torch.tensor([0, 2, 5], dtype=torch.int32), 3)
-    covariates = torch.randn(2, 3)
-    spread = covariates[[0, 0, 1, 1, 1]]
-    concat, add = ConcatFusion(8, 3), AddFusion(8, 3)
-    torch.testing.assert_close(
-        concat(samples, covariates).values, concat.merge(torch.cat([samples.values, spread], -1))
-    )
-    torch.testing.assert_close(
-        add(samples, covariates).values, samples.values + add.project(spread)
-    )
-
-
-def test_category_embedding_has_a_row_for_the_unknown():
-    embedding = CategoricalEmbedding([3, 2], 4).eval()
-    found = embedding(torch.tensor([[0, 2], [3, 0]]))
-    first, second = (column.weight for column in embedding.columns)
-    assert torch.equal(found[0], torch.cat([first[0], second[2]]))
-    assert torch.equal(found[1], torch.cat([first[3], second[0]]))
-    assert category_codes(["b", None, "new", "a"], ["a", "b"]) == [2, 0, 0, 1]
-
-
-@pytest.mark.parametrize("name", HEADS)
-def test_heads(name):
-    head = HEADS[name](8, 3)
-    x = torch.randn(4, 8)
-    found = head(x)
-    assert found.shape == (4, 3)
-    if name == "linear+mlp":
-        torch.testing.assert_close(found, head.linear(x) + head.mlp(x))
-    if name == "mlp":
-        torch.testing.assert_close(found, head[2](nn.functional.gelu(head[0](x))))
-
-
-def test_the_target_norm_is_optional():
-    encoder = CommunityEncoder(EncoderShape(32, 2, 1))
-    assert isinstance(Predictor(encoder, PredictorShape()).norm, nn.LayerNorm)
-    bare = Predictor(encoder, PredictorShape(target_norm=False))
-    assert isinstance(bare.norm, nn.Identity)
-
-
-def test_sample_dropout_is_off_where_distances_are_learned(table):
+def test_a_clade_head_begins_at_the_shares_and_answers_for_some_clades():
     torch.manual_seed(0)
-    encoder = CommunityEncoder(EncoderShape(32, 2, 1, dropout=0.5)).train()
-    batch = SampleDataset(table).batch([0, 1, 2])
+    head = CladeHead(32, 3)
+    head.begin_at(torch.tensor([0.25, 0.5, 1.0], dtype=torch.float64))
+    assert head.bias[:2].tolist() == pytest.approx([math.log(1 / 3), 0.0])
+    assert torch.isfinite(head.bias).all()
+    vectors = torch.randn(5, 32)
+    expected = vectors @ head.weight.T + head.bias
+    torch.testing.assert_close(head(vectors), expected)
+    torch.testing.assert_close(head(vectors, torch.tensor([2, 0])), expected[:, [2, 0]])
+
+
+SLOTS = Ragged(
+    torch.tensor([0, 3, 1, 4, 2, 0]), torch.tensor([0, 2, 5, 5, 6], dtype=torch.int32), 3
+)
+COUNTS = torch.tensor([1.0, 5.0, 2.0, 2.0, 4.0, 9.0])
+
+
+def free_clades(abundance, exponent=0.0):
+    torch.manual_seed(0)
+    pairs = FreeClades(8, 6, abundance=abundance)
+    pairs.unit.fill_(3.0)
     with torch.no_grad():
-        first, second = (
-            encoder.embed(
-                encoder.encode_asvs(batch.tokens, dropout=False), batch.slots, batch.counts
+        pairs.head.bias.normal_()
+        pairs.log_length.normal_()
+        pairs.log_scale.fill_(-0.3)
+        pairs.exponent.fill_(exponent)
+    return pairs
+
+
+@pytest.mark.parametrize("abundance", [False, True])
+def test_free_clades_compute_their_formulas(abundance):
+    pairs, vectors = free_clades(abundance, 0.7), torch.randn(5, 8)
+    found = pairs.presence(vectors, SLOTS, COUNTS).detach()
+    member = np.log1p(np.exp(4.0 * pairs.head(vectors).detach().double().numpy()))
+    presence = np.zeros((4, 6))
+    for sample, (low, high) in enumerate([(0, 2), (2, 5), (5, 5), (5, 6)]):
+        counts = COUNTS[low:high].double().numpy()
+        power = (100 * counts / counts.sum()) ** 0.7 if abundance else np.ones(high - low)
+        own = member[SLOTS.values[low:high].numpy()]
+        presence[sample] = 1 - np.exp(-(own * power[:, None]).sum(0))
+    np.testing.assert_allclose(found, presence, atol=1e-6)
+    assert (presence[2] == 0).all(), "a sample of nothing has no clade"
+    length = pairs.log_length.exp().detach().double().numpy()
+    distances = pairs.distances(found[:2], found).detach()
+    for i in range(2):
+        for j in range(4):
+            shared, own, other = (
+                (length * presence[a] * presence[b]).sum() for a, b in ((i, j), (i, i), (j, j))
             )
-            for _ in range(2)
-        )
-        noisy = encoder.encode_asvs(batch.tokens)
-        assert not torch.equal(noisy, encoder.encode_asvs(batch.tokens))
-    assert torch.equal(first, second)
-    assert isinstance(encoder.encode_samples(noisy, batch.slots, batch.counts), Encoded)
+            expected = 3.0 * math.exp(-0.3) * (1 - shared / (own + other - shared))
+            assert distances[i, j].item() == pytest.approx(expected, abs=1e-5)
+    assert pairs.exponent.requires_grad == abundance
+
+
+def test_distances_are_symmetric_zero_to_oneself_within_the_unit_and_blind_to_order():
+    pairs, vectors = free_clades(True, 0.5), torch.randn(5, 8)
+    presence = pairs.presence(vectors, SLOTS, COUNTS).detach()
+    far = torch.eye(6)[:2]  # share nothing
+    everything = torch.cat([presence[[0, 1, 3]], far])
+    found = pairs.distances(everything, everything).detach()
+    largest = 3.0 * math.exp(-0.3)
+    torch.testing.assert_close(found, found.T)
+    assert found.diagonal().abs().max() < 1e-5
+    assert found.min() > -1e-5 and found.max() <= largest + 1e-5
+    assert found[3, 4].item() == pytest.approx(largest)
+    order = torch.tensor([1, 0, 4, 2, 3, 5])  # within samples
+    other = SLOTS.with_values(SLOTS.values[order])
+    torch.testing.assert_close(pairs.presence(vectors, other, COUNTS[order]), presence)
+
+
+def test_free_clades_see_counts_only_where_they_may():
+    vectors, other = torch.randn(5, 8), COUNTS.flip(0)
+    for pairs, same in ((free_clades(False, 0.5), True), (free_clades(True, 0.5), False),
+                        (free_clades(True), True)):  # fmt: skip
+        one, two = (pairs.presence(vectors, SLOTS, counts) for counts in (COUNTS, other))
+        assert torch.allclose(one, two, atol=1e-6) == same
+
+
+def test_gradients_of_free_clades_are_finite_even_between_equal_samples():
+    pairs = free_clades(True, 0.5)
+    vectors = torch.randn(5, 8, requires_grad=True)
+    slots = Ragged(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 2, 3], dtype=torch.int32), 1)
+    presence = pairs.presence(vectors, slots, torch.ones(3))
+    pairs.distances(presence, presence).square().sum().backward()
+    assert torch.isfinite(vectors.grad).all() and vectors.grad[:2].abs().max() > 0
+    for name, one in pairs.named_parameters():
+        assert torch.isfinite(one.grad).all(), name

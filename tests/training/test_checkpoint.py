@@ -5,18 +5,18 @@ import os
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from aam.errors import InputError
-from aam.model import CommunityEncoder, Predictor
-from aam.model.encoder import EncoderShape
+from aam.model import AsvEncoder, EncoderShape, Predictor, PretrainedModel
 from aam.model.predictor import PredictorShape
 from aam.training import checkpoint
 from aam.training.checkpoint import (
     load_encoder,
-    load_model,
     load_state,
     read_model,
     save_model,
@@ -26,7 +26,8 @@ from aam.training.checkpoint import (
 from aam.training.runs import write_table
 
 STATE = {"format": checkpoint.FORMAT, "objective": {"w": torch.arange(3.0)}}
-SHAPE = EncoderShape(32, 2, 1)
+SHAPE = EncoderShape(embedding_dim=32, wide_dim=24, num_heads=2, num_layers=1)
+WIDE = replace(SHAPE, encoder="wide")
 
 
 def full(*_args, **_keywords):
@@ -35,7 +36,7 @@ def full(*_args, **_keywords):
 
 WRITERS = {
     "checkpoint": lambda path: save_state(path, STATE),
-    "model": lambda path: save_model(path, CommunityEncoder(SHAPE), {"data": {}}),
+    "model": lambda path: save_model(path, PretrainedModel(AsvEncoder(SHAPE)), {"data": {}}),
     "text": lambda path: write_text(path, "new\n"),
 }
 
@@ -81,52 +82,101 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(aam, community, tmp_path
     assert aam("pretrain", "--resume-from", run, "--max-steps", 10, files=False) == 0
 
 
-def test_a_model_is_its_file_alone(tmp_path):
+MODELS = {
+    "clades": lambda: PretrainedModel(AsvEncoder(SHAPE), clades=7),
+    "pairs": lambda: PretrainedModel(AsvEncoder(WIDE), free_clades=5, abundance=True),
+    "nucleotides": lambda: PretrainedModel(AsvEncoder(SHAPE)),
+    "predictor": lambda: Predictor(
+        AsvEncoder(SHAPE),
+        PredictorShape(outputs=3, count_embedding="film", category_sizes=(2, 4),
+                       target_head="mlp", predict_counts=True),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_is_its_file_alone(name, tmp_path):
     torch.manual_seed(0)
-    model = Predictor(
-        CommunityEncoder(EncoderShape(32, 2, 1, count_embedding="film")),
-        PredictorShape(outputs=3, category_sizes=(2, 4), target_head="mlp", predict_counts=True),
-    )
-    save_model(tmp_path / "model.safetensors", model, {"categories": {"sex": ["f", "m"]}})
-    again, described = load_model(tmp_path)
-    assert described["categories"] == {"sex": ["f", "m"]}
-    assert again.shape == model.shape and again.encoder.shape == model.encoder.shape
+    model = MODELS[name]()
+    if name == "pairs":
+        model.pairs.unit.fill_(2.5)
+    if name == "predictor":
+        model.sample_encoder.standardise_by(torch.randn(9, 32), torch.ones(9))
+    arrays = {
+        "known.bases": np.frombuffer(b"ACGT", dtype=np.uint8),
+        "tree.length": np.arange(5.0)[::2],
+        "empty": np.empty((0, 3), dtype=np.float32),
+        "stops": np.array([1, 1 << 40]),
+    }
+    description = {"categories": {"sex": ["f", "m"]}}
+    save_model(tmp_path / "model.safetensors", model, description, arrays)
+    saved = read_model(tmp_path)
+    assert saved.description["categories"] == {"sex": ["f", "m"]}
+    assert saved.arrays.keys() == arrays.keys()
+    for key, values in arrays.items():
+        assert saved.arrays[key].dtype == values.dtype
+        np.testing.assert_array_equal(saved.arrays[key], values)
+    again = saved.build()
+    assert type(again) is type(model) and again.encoder.shape == model.encoder.shape
     assert not again.training
-    for name, value in model.state_dict().items():
-        assert torch.equal(again.state_dict()[name], value)
+    own = again.state_dict()
+    assert own.keys() == model.state_dict().keys()
+    assert all(torch.equal(own[key], value) for key, value in model.state_dict().items())
+    if name == "predictor":
+        assert again.shape == model.shape
+        assert {"sample_encoder.mean", "sample_encoder.spread"} <= own.keys()
+    elif name == "pairs":
+        assert again.pairs.abundance and own["pairs.unit"] == 2.5
 
 
-def test_an_encoder_is_loaded_and_what_happened_is_told(tmp_path):
+def test_files_of_another_version_are_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FORMAT", 1)
+    save_model(tmp_path / "model.safetensors", MODELS["clades"](), {})
+    save_state(tmp_path / "last.pt", {**STATE, "format": 1})
+    monkeypatch.undo()
+    for read, path in ((read_model, "model.safetensors"), (load_state, "last.pt")):
+        with pytest.raises(InputError, match="of this version of aam") as caught:
+            read(tmp_path / path)
+        assert str(caught.value).startswith(str(tmp_path)) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_encoder_of_any_model_is_loaded_and_what_happened_is_told(name, tmp_path):
     torch.manual_seed(0)
-    source = CommunityEncoder(SHAPE)
-    save_model(tmp_path / "model.safetensors", source, {})
-    target = CommunityEncoder(EncoderShape(32, 2, 1, sample_position="slot"))
-    rows = load_encoder(target, tmp_path)
-    assert {(part, what) for part, what, _ in rows} == {
-        ("asv_encoder", "loaded"), ("sample_encoder", "loaded"), ("unifrac_encoder", "loaded"),
-        ("sample_encoder", "new"),
-    }  # fmt: skip
-    new = next(size for part, what, size in rows if what == "new")
-    assert new == (1024 + 5) * 32
-    for name, value in source.state_dict().items():
-        assert torch.equal(target.state_dict()[name], value)
-    with pytest.raises(InputError, match=r"has shape .* this model needs"):
-        load_encoder(CommunityEncoder(EncoderShape(64, 2, 1)), tmp_path)
-
-
-def test_the_encoder_of_a_fine_tuned_model_is_loaded_too(tmp_path):
-    model = Predictor(CommunityEncoder(SHAPE), PredictorShape())
+    model = MODELS[name]()
     save_model(tmp_path / "model.safetensors", model, {})
-    target = CommunityEncoder(SHAPE)
-    assert {what for _, what, _ in load_encoder(target, tmp_path)} == {"loaded"}
-    for name, value in model.encoder.state_dict().items():
-        assert torch.equal(target.state_dict()[name], value)
+    target = AsvEncoder(SHAPE)
+    rows = load_encoder(target, tmp_path)
+    done = {(part, what) for part, what, _ in rows}
+    kind = "new" if name == "pairs" else "loaded"
+    assert {("wide", "loaded"), ("stack", kind), ("gate", kind)} <= done
+    skipped = {"clades": {"clades"}, "pairs": {"pairs"}, "nucleotides": set()}
+    if name in skipped:
+        assert {part for part, what in done if what == "skipped"} == skipped[name]
+    stack = sum(one.numel() for one in target.stack.parameters())
+    assert next(size for part, _, size in rows if part == "stack") == stack
+    for key, value in model.encoder.state_dict().items():
+        assert torch.equal(target.state_dict()[key], value)
+
+
+def test_an_encoder_of_another_width_is_refused(tmp_path):
+    save_model(tmp_path / "model.safetensors", MODELS["clades"](), {})
+    with pytest.raises(InputError, match=r"has shape .* this model needs"):
+        load_encoder(AsvEncoder(replace(SHAPE, embedding_dim=64)), tmp_path)
+
+
+def test_weights_that_do_not_fit_the_description_are_refused(tmp_path):
+    save_model(tmp_path / "model.safetensors", MODELS["clades"](), {"pretrained": {"clades": 8}})
+    saved = read_model(tmp_path)
+    saved.weights.pop("clades.bias")
+    with pytest.raises(InputError, match="do not fit the model's description"):
+        saved.build()
 
 
 @pytest.mark.parametrize("kept", [0, 4, 100, 2000, -1])
 def test_a_truncated_model_gives_one_line(tmp_path, kept):
     path = tmp_path / "model.safetensors"
-    save_model(path, CommunityEncoder(SHAPE), {})
+    save_model(path, MODELS["clades"](), {})
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(InputError, match="truncated or not a model") as caught:
         read_model(tmp_path)

@@ -5,17 +5,19 @@ import pytest
 from aam import train
 
 
-def test_the_demo_runs_twice_in_its_folder_and_in_no_other(tmp_path, capsys):
-    words = ["demo", "--samples", "24", "--pretrain-steps", "1", "--finetune-steps", "2"]
+def test_the_demo_replaces_an_earlier_one_and_nothing_else(tmp_path, capsys):
+    words = ["demo", "--samples", "24", "--pretrain-epochs", "1", "--finetune-steps", "2"]
     folder = tmp_path / "demo"
-    for _ in range(2):
-        assert train.main([*words, "--output-dir", str(folder)]) == 0
+    (folder / "simulated").mkdir(parents=True)
+    (folder / "predicted-age.tsv").write_text("of an earlier demo")
+    assert train.main([*words, "--output-dir", str(folder), "--seed", "1"]) == 0
     printed = capsys.readouterr().out
     assert "Mantel r" in printed and "masked-nucleotide accuracy" in printed
     assert "age R2" in printed and "random forest" in printed
     assert (folder / "pretrained" / "report.html").is_file()
     lines = (folder / "predicted-age.tsv").read_text().splitlines()
     assert lines[0] == "sample-id\tpredicted" and len(lines) == 25
+    assert "clade memberships" in printed and "placement" in printed
     assert all(-50 < float(line.split("\t")[1]) < 150 for line in lines[1:])
 
     other = tmp_path / "other"

@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from aam.model import CommunityEncoder, Predictor
-from aam.model.encoder import EncoderShape
+from aam.model import AsvEncoder, EncoderShape, Predictor, PretrainedModel
 from aam.model.predictor import PredictorShape
 from aam.training.loop import step_seed
 from aam.training.schedule import (
@@ -20,6 +19,7 @@ from aam.training.schedule import (
     set_learning_rate,
     warmup_cosine,
 )
+from aam.training.step import Step
 
 
 def test_warmup_then_cosine():
@@ -62,8 +62,11 @@ def test_state_made_before_the_first_step_changes_nothing():
 
 
 def test_only_weight_matrices_decay_and_the_scale_is_faster():
-    encoder = CommunityEncoder(EncoderShape(32, 2, 1, sample_position="slot"))
-    model = Predictor(encoder, PredictorShape(category_sizes=(3,)))
+    encoder = AsvEncoder(EncoderShape(embedding_dim=32, num_heads=2, num_layers=1))
+    model = nn.ModuleDict({
+        "pretrained": PretrainedModel(encoder, clades=4, free_clades=5, abundance=True),
+        "predictor": Predictor(encoder, PredictorShape(category_sizes=(3,))),
+    })  # fmt: skip
     optimizer = make_optimizer(model, 1e-3, 0.05)
     set_learning_rate(optimizer, 1e-4)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -74,16 +77,18 @@ def test_only_weight_matrices_decay_and_the_scale_is_faster():
         for group in optimizer.param_groups
     }
     assert groups.keys() == {(0.05, 1), (0.0, 1), (0.0, SCALE_LR_FACTOR)}
-    assert groups[(0.0, 10)] == {"encoder.unifrac_encoder.log_scale"}
+    assert groups[(0.0, 10)] == {"pretrained.pairs.log_scale"}
     assert sum(len(one) for one in groups.values()) == len(list(model.parameters()))
     modules = dict(model.named_modules())
     for name in groups[(0.05, 1)]:
         owner = modules[name.rpartition(".")[0]]
-        assert name.endswith("weight") and not isinstance(owner, (nn.LayerNorm, nn.Embedding)), name
-    plain = groups[(0.0, 1)]
-    assert "encoder.asv_encoder.position_embedding.weight" in plain
-    assert "encoder.sample_encoder.position_embedding.weight" in plain
-    assert "categories.columns.0.weight" in plain
+        assert name.endswith(("weight", "wide.sites", "site_head")), name
+        assert not isinstance(owner, (nn.LayerNorm, nn.Embedding)), name
+    assert groups[(0.0, 1)] >= {
+        "pretrained.encoder.position_embedding.weight", "pretrained.encoder.site_bias",
+        "pretrained.encoder.gate", "pretrained.clades.bias", "pretrained.pairs.log_length",
+        "predictor.categories.columns.0.weight",
+    }  # fmt: skip
 
 
 def test_step_seeds_differ():
@@ -100,10 +105,33 @@ def read(run, part, name):
         }
 
 
+PAIRS = ("--distance", "bray-curtis")
+
+
+def test_the_stack_joins_after_two_thirds_of_a_run_that_a_tree_teaches(aam, tmp_path, monkeypatch):
+    compute, seen = Step.__call__, []
+
+    def noted(self, batch, pieces=1):
+        gate = self.objective.encoder.gate.abs().max().item()
+        seen.append((self.objective.progress, len(batch), gate))
+        return compute(self, batch, pieces)
+
+    monkeypatch.setattr(Step, "__call__", noted)
+    run = tmp_path / "run"
+    assert aam("pretrain", "--epochs", 2, "--batch-size", 8, "--output-dir", run) == 0
+    sizes = [size for _, size, _ in seen]
+    done = np.cumsum([0, *sizes[:-1]]) / sum(sizes)
+    assert [progress for progress, *_ in seen] == pytest.approx(done)
+    for progress, _, gate in seen:
+        assert gate == 0 or progress > 2 / 3
+    assert seen[-1][2] > 0
+    assert read(run, "train", "asvs_per_second").keys() == set(range(1, len(seen) + 1))
+
+
 def test_the_logged_rate_is_the_schedule_and_lasts_the_run(aam, tmp_path):
     run = tmp_path / "run"
     words = ("--epochs", 2, "--lr", 1e-3, "--warmup-fraction", 0.3, "--max-steps", 6)
-    assert aam("pretrain", *words, "--output-dir", run) == 0
+    assert aam("pretrain", *PAIRS, *words, "--output-dir", run) == 0
     rates = read(run, "train", "learning_rate")
     sizes = [4, 4, 4, 4, 3, 4]
     seen = np.cumsum([0, *sizes])
@@ -116,7 +144,7 @@ def test_the_logged_rate_is_the_schedule_and_lasts_the_run(aam, tmp_path):
 def test_the_model_holds_the_best_checkpoint(aam, tmp_path):
     run = tmp_path / "run"
     words = ("--epochs", 4, "--lr", 0.03, "--best-metric", "distance_mae")
-    assert aam("pretrain", *words, "--output-dir", run) == 0
+    assert aam("pretrain", *PAIRS, *words, "--output-dir", run) == 0
     measured = read(run, "validation", "distance_mae")
     best_step = min(measured, key=measured.get)
     best = torch.load(run / "checkpoints" / "best.pt", weights_only=True)
@@ -124,7 +152,8 @@ def test_the_model_holds_the_best_checkpoint(aam, tmp_path):
     assert best["progress"]["best"] == measured[best_step]
     weights = load_file(run / "model.safetensors")
     for name, value in weights.items():
-        assert torch.equal(best["objective"][f"encoder.{name}"], value)
+        if not name.startswith("data."):
+            assert torch.equal(best["objective"][name], value)
     last = torch.load(run / "checkpoints" / "last.pt", weights_only=True)
     assert last["progress"]["step"] == 20
 
@@ -132,7 +161,7 @@ def test_the_model_holds_the_best_checkpoint(aam, tmp_path):
 def test_early_stopping_ends_after_validations_without_a_better_one(aam, tmp_path):
     run = tmp_path / "run"
     words = ("--epochs", 30, "--lr", 0.05, "--early-stopping", 2)
-    assert aam("pretrain", *words, "--output-dir", run) == 0
+    assert aam("pretrain", *PAIRS, *words, "--output-dir", run) == 0
     measured = list(read(run, "validation", "mantel_r").values())
     assert len(measured) < 30
     assert measured.index(max(measured)) == len(measured) - 3

@@ -13,16 +13,21 @@ from safetensors.torch import load_file
 
 from aam.batching import Calibration, CostModel, StepSize
 from aam.config import OptimizerOptions, PenaltyOptions
+from aam.data.asvs import AsvDataset
 from aam.data.dataset import SampleDataset
 from aam.data.table import read_table
+from aam.data.texts import Texts
 from aam.errors import InputError
-from aam.model import CommunityEncoder
-from aam.model.encoder import EncoderShape
+from aam.model import AsvEncoder, EncoderShape, FreeClades
+from aam.training.losses import DistanceLoss
 from aam.training.memory import Batching
-from aam.training.objectives import PretrainObjective
+from aam.training.objectives import PairObjective
 from aam.training.step import Step, StepTooLarge
 
-MODEL = CostModel(1e8, (2000.0, 3000.0, 1000.0, 4000.0, 1e5, 0.0, 0.0), margin=0.1)
+MODEL = CostModel(1e8, (2000.0, 3000.0, 1000.0, 8000.0, 2e5, 0.0, 0.0), margin=0.1)
+
+
+PAIRS = ("--distance", "bray-curtis")
 
 
 def measured(run, part="train"):
@@ -44,7 +49,9 @@ def assert_same_training(run, other, tolerance=1e-4):
         assert two[key] == pytest.approx(one[key], rel=tolerance), key
     weights = load_file(run / "model.safetensors")
     for name, value in load_file(other / "model.safetensors").items():
-        if not name.endswith("bias"):  # some have no gradient but rounding, which Adam scales up
+        if not name.endswith("bias") and not name.startswith(
+            "data."
+        ):  # some have no gradient but rounding, which Adam scales up
             torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-4, msg=name)
 
 
@@ -64,13 +71,15 @@ def fixed_costs(monkeypatch):
 @pytest.fixture
 def batching(community):
     """Make the batching of the community's samples, and a pretrained objective for it."""
-    dataset = SampleDataset(read_table(community.table))
-    encoder = CommunityEncoder(EncoderShape(embedding_dim=32, num_heads=2, num_layers=1))
-    objective = PretrainObjective(encoder, PenaltyOptions(unifrac_penalty=0.0), None)
+    samples = SampleDataset(read_table(community.table))
+    encoder = AsvEncoder(EncoderShape(embedding_dim=32, num_heads=2, num_layers=1))
+    pairs = FreeClades(32, 8, abundance=False)
+    objective = PairObjective(encoder, pairs, PenaltyOptions(), DistanceLoss(None))
 
-    def make(**options):
+    def make(dataset=samples, **options):
+        rows = np.arange(len(dataset))
         return Batching(
-            np.arange(24), dataset, objective, OptimizerOptions(**options), torch.device("cpu"), 0
+            rows, dataset, objective, OptimizerOptions(**options), torch.device("cpu"), 0
         )
 
     return make
@@ -88,6 +97,20 @@ def test_the_options_say_what_a_step_holds(batching):
     assert batching(max_memory_gb=1.0, batch_size=4).fixed is not None
     with pytest.raises(InputError, match="--effective-batch-size 25 is larger than the 24"):
         batching(effective_batch_size=25)
+
+
+def test_a_step_of_asvs_has_one_size_whatever_the_memory(batching):
+    sequences = Texts.of(["ACGT" * length for length in (5, 10, 15)] * 500)
+    asvs = AsvDataset.of(sequences, 150)
+    one = batching(asvs, max_memory_gb=1.0)
+    sizes = [len(rows) for rows in one.batches(0)]
+    assert sizes == [400, 400, 400, 300] and sizes[0] * 41 == pytest.approx(16_384, rel=0.01)
+    one.calibration.model = MODEL
+    size = one.size(np.arange(400))
+    assert (size.asvs, size.samples, size.slots) == (400, 400, 400)
+    one.budget = MODEL.bound(size.split(3)) + 1
+    assert one.pieces(size) == 3
+    assert [len(rows) for rows in batching(asvs, batch_size=700).batches(0)] == [700, 700, 100]
 
 
 def test_a_step_is_cut_into_the_fewest_pieces_that_fit(batching):
@@ -135,9 +158,9 @@ def test_a_step_after_one_that_failed_is_cut_no_finer_than_its_samples(batching)
 
 
 def test_a_run_that_ran_out_of_memory_ends_as_one_that_did_not(aam, tmp_path, monkeypatch):
-    words = ("pretrain", "--epochs", 2, "--lr", 1e-3)
+    words = ("pretrain", *PAIRS, "--epochs", 2, "--lr", 1e-3)
     assert aam(*words, "--output-dir", tmp_path / "whole") == 0
-    compute, calls = Step._nucleotides, []
+    compute, calls = Step._asvs, []
 
     def fail_thrice(self, work, seed, pieces, sums):
         compute(self, work, seed, pieces, sums)  # its gradients must not be counted twice
@@ -145,7 +168,7 @@ def test_a_run_that_ran_out_of_memory_ends_as_one_that_did_not(aam, tmp_path, mo
         if len(calls) in (2, 6, 7):
             raise MemoryError
 
-    monkeypatch.setattr(Step, "_nucleotides", fail_thrice)
+    monkeypatch.setattr(Step, "_asvs", fail_thrice)
     assert aam(*words, "--output-dir", tmp_path / "cut") == 0
     assert len(calls) == 10 + 3 and max(calls) > 1
     found = measured(tmp_path / "cut")
@@ -156,10 +179,12 @@ def test_a_run_that_ran_out_of_memory_ends_as_one_that_did_not(aam, tmp_path, mo
 def test_an_effective_batch_in_pieces_trains_as_the_whole_one(aam, tmp_path):
     words = ("--epochs", 3, "--lr", 1e-3)
     for command, more in (
-        ("pretrain", ()),
+        ("pretrain", PAIRS),
+        ("pretrain", ("--best-metric", "loss")),
         ("finetune", ("--metadata-column", "diagnosis", "--categorical-columns", "site")),
     ):
-        whole, cut = tmp_path / f"{command}-whole", tmp_path / f"{command}-cut"
+        folder = tmp_path / f"{command}{len(more)}{more[0]}"
+        whole, cut = folder / "whole", folder / "cut"
         size = ("--batch-size", 12)
         assert aam(command, *more, *words, *size, "--output-dir", whole) == 0
         size = ("--batch-size", 4, "--effective-batch-size", 12)
@@ -180,13 +205,14 @@ def test_memory_that_no_piece_saves_ends_the_run_with_a_line(aam, tmp_path, monk
 
     monkeypatch.setattr(SampleDataset, "batch", batch)
     words = ("--batch-size", 12, "--epochs", 5, "--output-dir", tmp_path / "run")
-    assert aam("pretrain", *words) == 2
+    assert aam("pretrain", *PAIRS, *words) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert re.match(r"(aam: )?error: out of memory before a step of \d+ samples could be cut", said)
 
 
 def fill(aam, output, *more):
-    words = ("pretrain", "--epochs", 4, "--max-memory-gb", 0.112, *more, "--output-dir", output)
+    words = ("pretrain", *PAIRS, "--epochs", 4, "--max-memory-gb", 0.112, *more)
+    words = (*words, "--output-dir", output)
     return aam(*words, filling=True)
 
 
@@ -265,7 +291,7 @@ def test_a_sample_over_the_budget_is_what_the_option_says(
 ):
     run = tmp_path / "run"
     words = ("--max-memory-gb", 0.1117, "--oversize", choice, "--epochs", 3)
-    code = aam("pretrain", *words, "--output-dir", run, filling=True)
+    code = aam("pretrain", *PAIRS, *words, "--output-dir", run, filling=True)
     said = capsys.readouterr().err
     assert "do not fit into 0.11 GB in one piece (largest: " in said
     assert code == (2 if choice == "error" else 0)
@@ -282,23 +308,24 @@ LIMITED = """
 import resource, sys
 import numpy as np, torch
 from aam.config import OptimizerOptions, PenaltyOptions
+from aam.data.asvs import AsvDataset
 from aam.data.dataset import SampleDataset
 from aam.data.phylogeny import UniFrac
 from aam.data.table import read_table
-from aam.model import CommunityEncoder
-from aam.model.encoder import EncoderShape
+from aam.model import AsvEncoder, EncoderShape, FreeClades
 from aam.training.exchange import Exchange
 from aam.training.losses import DistanceLoss
 from aam.training.memory import Batching
-from aam.training.objectives import PretrainObjective
+from aam.training.objectives import PairObjective
 from aam.training.step import Step
 
 table, tree = sys.argv[1:]
 torch.manual_seed(0)
 dataset = SampleDataset(read_table(table))
-encoder = CommunityEncoder(EncoderShape(num_layers=2), recompute=False, impl=IMPL)
-loss = DistanceLoss(UniFrac(read_table(table), tree), mixtures=1.0, columns=dataset.columns)
-objective = PretrainObjective(encoder, PenaltyOptions(), loss).train()
+encoder = AsvEncoder(EncoderShape(num_layers=2), recompute=False, impl=IMPL)
+pairs = FreeClades(128, 64, abundance=False)
+loss = DistanceLoss(UniFrac(read_table(table), tree))
+objective = PairObjective(encoder, pairs, PenaltyOptions(), loss).train()
 step, rows = Step(objective, Exchange()), np.arange(40)
 options = OptimizerOptions(batch_size=40)
 batching = Batching(rows, dataset, objective, options, torch.device("cpu"), 0)

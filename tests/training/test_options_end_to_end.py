@@ -1,57 +1,72 @@
-"""Every option of pretrain and finetune, from the command line to the written model."""
+"""Every option of every command, from the command line to what it writes."""
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
+import biom
+import h5py
 import numpy as np
 import pytest
 
-from aam import config
-from aam.data.distances import compute_unifrac
+from aam import config, train
+from aam.data.distances import compute_unifrac, read_distances
+from aam.data.tree import read_tree
 
 STEPS = ("--epochs", 1, "--max-steps", 2)
 
+# Words in capitals are files (see `files`); --encoder wide where a test is not about transformers.
 PRETRAIN = {
-    "defaults": "",
-    "count add": "--count-embedding add",
-    "count concat": "--count-embedding concat --sample-position slot --token-limit 8",
-    "count film": "--count-embedding film --asv-sampling first --token-limit 8",
-    "attention embedding": "--sample-embedding attention --asv-sampling random --token-limit 8",
-    "fixed scale": "--distance-scale 10 --ffn-dim 48 --dropout 0.3 --max-bp 20",
-    "faith": "--unifrac-metric faith-pd --best-metric faith_pd_mae",
-    "weighted": "--unifrac-metric weighted --best-metric distance_mae",
-    "weighted normalized": "--unifrac-metric weighted-normalized --drop-missing-tips",
-    "spans": "--mask-strategy span --mask-probability 0.3 --masked-share 1.0",
-    "nucleotides alone": "--unifrac-penalty 0 --nucleotide-penalty 2",
-    "distances alone": "--nucleotide-penalty 0 --mixed-samples 0.5",
-    "slots apart": "--no-share-asvs --no-gradient-checkpointing",
-    "math": "--attn-implementation math --device cpu --nucleotide-embedding sum",
-    "sdpa": "--attn-implementation sdpa",
-    "optimizer": (
-        "--weight-decay 0 --warmup-fraction 0.5 --clip 0.1 --lr 1e-3 "
-        "--early-stopping 1 --validate-every 2"
+    "tree": "--table T --tree TREE --metadata META --group-column subject",
+    "shape": (
+        "--table T --tree TREE --ffn-dim 48 --dropout 0.3 --max-bp 20 --wide-dim 64 "
+        "--attn-implementation math --device cpu --no-gradient-checkpointing"
     ),
-    "groups": "--metadata META --group-column subject --validation-fraction 0.4 --seed 3",
-    "ids": "--train-ids TRAIN --validation-ids VALIDATION",
-    "rarefied": "--rarefy-depth 1000 --allow-missing",
-    "h5": "NOTREE --unifrac-matrix H5",
-    "tsv": "NOTREE --unifrac-matrix TSV",
-    "npy": "NOTREE --unifrac-matrix NPY --unifrac-matrix-ids IDS",
-    "toml": "--config CONFIG",
-    "tensorboard": "--tensorboard",
-    "effective batch": "--effective-batch-size 8 --max-memory-fraction 0.5 --checkpoint-minutes 1",
-    "limited memory": "--max-memory-gb 4 --oversize subsample",
-    "on disk": "--on-disk always --index-dir INDEX",
+    "wide": "--table T --tree TREE --encoder wide --validation-fraction 0.4 --seed 3 --tensorboard",
+    "spans": (
+        "--table T --tree TREE --encoder wide --mask-strategy span --mask-probability 0.3 "
+        "--masked-share 1.0 --config CONFIG"
+    ),
+    "clades alone": (
+        "--table T --tree TREE --encoder wide --nucleotide-penalty 0 --best-metric clade_loss "
+        "--rarefy-depth 1000"
+    ),
+    "nucleotides alone": (
+        "--table T --tree TREE --unifrac-penalty 0 --nucleotide-penalty 2 "
+        "--attn-implementation sdpa"
+    ),
+    "missing tips": (
+        "--table T --tree FEWERTIPS --drop-missing-tips --encoder wide --weight-decay 0 "
+        "--warmup-fraction 0.5 --clip 0.1 --lr 1e-3 --early-stopping 1 --validate-every 2"
+    ),
+    "hashed ids": "--table HASHED --sequences FASTA --tree HASHEDTREE --encoder wide",
+    "reference": "--sequences FASTA --tree HASHEDTREE --encoder wide",
+    "ids": "--table T --tree TREE --encoder wide --train-ids TRAIN --validation-ids VALIDATION",
+    "on disk": "--table T --tree TREE --encoder wide --on-disk always --index-dir INDEX",
+    "tree in pieces": (
+        "--table T --tree TREE --encoder wide --effective-batch-size 8 --max-memory-fraction 0.5 "
+        "--checkpoint-minutes 1"
+    ),
+    "tree in memory": "--table T --tree TREE --encoder wide --max-memory-gb 4",
+    "jaccard": "--table T --distance jaccard --no-share-asvs",
+    "bray-curtis": "--table T --distance bray-curtis --asv-sampling first --token-limit 8",
+    "aitchison": "--table T --distance aitchison --encoder wide --best-metric distance_mae",
+    "pairs in memory": (
+        "--table T --distance jaccard --encoder wide --max-memory-gb 4 --oversize subsample"
+    ),
+    "h5": "--table T --unifrac-matrix H5 --encoder wide --asv-sampling random --token-limit 8",
+    "tsv": "--table T --unifrac-matrix FEWERROWS --allow-missing --encoder wide",
+    "npy": "--table T --unifrac-matrix NPY --unifrac-matrix-ids IDS --encoder wide",
 }
 FINETUNE = {
     "defaults": "age",
-    "task": "age --task regression",
-    "classes": "diagnosis --class-weights",
+    "wide": "age --encoder wide --task regression",
+    "classes": "diagnosis --class-weights --group-column subject",
     "numbers as classes": "visits --task classification",
-    "minmax mse": "age --nucleotide-embedding sum --target-transform minmax --target-loss mse",
-    "none mae": "age --target-transform none --target-loss mae",
+    "minmax mse": "age --target-transform minmax --target-loss mse",
+    "none mae": "age --target-transform none --target-loss mae --encoder wide",
     "category quantile": (
         "age --target-transform zscore-category --categorical-columns site "
         "--target-loss quantile --quantile 0.8"
@@ -60,22 +75,89 @@ FINETUNE = {
         "age --target-transform log-minmax --target-loss asymmetric --quantile 0.7"
     ),
     "log zscore": "age --target-transform log-zscore --target-head mlp --no-target-norm",
-    "linear and mlp": "age --target-head linear+mlp --target-penalty 2",
+    "linear and mlp": "age --target-head linear+mlp --target-penalty 2 --count-embedding add",
     "concat": "age --categorical-columns site diagnosis --categorical-embed-dim 4",
-    "add": "age --categorical-columns site --categorical-fusion add",
-    "penalties": "age --count-penalty 1 --unifrac-penalty 1 --nucleotide-penalty 1 TREE",
-    "classes with matrix": "diagnosis --unifrac-penalty 1 --unifrac-matrix H5 --mask-strategy span",
-    "pretrained": "age --pretrained-encoder PRE --best-metric mae",
-    "frozen": "diagnosis --pretrained-encoder PRE --freeze-base --no-share-asvs",
-    "frozen with counts": "age --pretrained-encoder PRE --freeze-base --count-penalty 0.5",
-    "count film": "age --count-embedding film --sample-position slot --sample-embedding attention",
-    "group": "diagnosis --group-column subject",
+    "add": "age --categorical-columns site --categorical-fusion add --count-embedding concat",
+    "penalties": "age --count-penalty 1 --nucleotide-penalty 1 --mask-strategy span",
+    "pretrained": "age --pretrained-encoder TREERUN --best-metric mae",
+    "pretrained by pairs": "age --pretrained-encoder PAIRRUN",
+    "frozen": "diagnosis --pretrained-encoder WIDERUN --freeze-base --no-share-asvs",
+    "frozen with counts": (
+        "age --pretrained-encoder TREERUN --freeze-base --count-penalty 0.5 --count-embedding film"
+    ),
 }
-LOSSES = {
-    "unifrac_penalty": "unifrac_loss",
-    "nucleotide_penalty": "nucleotide_loss",
-    "count_penalty": "count_loss",
-    "target_penalty": "target_loss",
+OTHERS = {
+    "predict": (
+        "predict --model FINERUN --table T --output out.tsv --rarefy-depth 0 --device cpu",
+        "predict --model FINERUN --table HASHED --sequences FASTA --output out.tsv --overwrite "
+        "--rarefy-depth 1000 --batch-size 3 --attn-implementation math",
+        "predict --model SITERUN --table T --output out.tsv --metadata FEWERMETA --allow-missing "
+        "--overwrite",
+    ),
+    "evaluate": (
+        "evaluate --model TREERUN --table T --tree TREE --output out.json --device cpu",
+        "evaluate --model TREERUN --table HASHED --sequences FASTA --tree HASHEDTREE "
+        "--ids VALIDATION --output out.json --overwrite --attn-implementation sdpa",
+        "evaluate --model WIDERUN --table T --tree FEWERTIPS --drop-missing-tips --all-samples "
+        "--metadata META --group-column subject --rarefy-depth 1000",
+        "evaluate --model REFERENCERUN --table T --tree TREE --all-samples",
+        "evaluate --model PAIRRUN --table T",
+        "evaluate --model PAIRRUN --table T --unifrac-matrix NPY --unifrac-matrix-ids IDS",
+        "evaluate --model PAIRRUN --table T --tree TREE",
+        "evaluate --model FINERUN --table T --metadata FEWERMETA --allow-missing --all-samples",
+    ),
+    "inspect": (
+        "inspect --table T --tree TREE --model WIDERUN --rarefy-depth 0 --metadata META "
+        "--group-column subject --metadata-column age --batch-size 4 --seed 1",
+        "inspect --table HASHED --sequences FASTA --model PAIRRUN --distance jaccard "
+        "--rarefy-depth 1000 --max-bp 20 --token-limit 8 --asv-sampling first --no-share-asvs "
+        "--validation-fraction 0.4",
+        "inspect --table T --unifrac-matrix NPY --unifrac-matrix-ids IDS --rarefy-depth 0 "
+        "--train-ids TRAIN --validation-ids VALIDATION --model FINERUN",
+        "inspect --table T --tree FEWERTIPS --drop-missing-tips --rarefy-depth 0 "
+        "--metadata FEWERMETA --allow-missing --on-disk always --index-dir INDEX",
+        # --max-memory-gb and --max-memory-fraction: test_inspect
+    ),
+    "unifrac": (
+        "unifrac --table T --tree TREE --output out.h5 --metric weighted",
+        "unifrac --table HASHED --sequences FASTA --tree HASHEDTREE --output out.h5 --overwrite "
+        "--rarefy-depth 1000 --seed 1",
+        "unifrac --table T --tree FEWERTIPS --drop-missing-tips --output out.tsv",
+        "unifrac --table T --model TREERUN --output weighted.tsv --metric weighted-normalized",
+        "unifrac --table T --model WIDERUN --output faith.tsv --metric faith-pd --device cpu",
+        "unifrac --table HASHED --sequences FASTA --model REFERENCERUN --output other.h5 "
+        "--rarefy-depth 1000",
+    ),
+    "embed": (
+        "embed --table T --model TREERUN --output out.tsv --dimensions 6",
+        "embed --table T --model TREERUN --output out.tsv --overwrite",
+        "embed --table T --model WIDERUN --output out.npz --rarefy-depth 1000 --seed 1",
+        "embed --table T --model TREERUN --output asvs.tsv --asvs --attn-implementation math",
+        "embed --table HASHED --sequences FASTA --model REFERENCERUN --output asvs.npz --asvs "
+        "--device cpu",
+    ),
+    "demo": ("--seed", "--output-dir"),  # test_demo
+}
+ELSEWHERE = {
+    "--metadata-column", "--output-dir", "--overwrite", "--resume-from",  # below, test_resume
+    "--compile-model",  # below
+    "--memory-profile",  # test_memory_profile
+    "--devices", "--num-nodes", "--data-parallel", "--strategy",  # test_ranks, test_layout
+    "--sharded-checkpoints",  # test_ranks_training
+    "--max-memory-gb", "--max-memory-fraction",  # of inspect: test_inspect
+    "--samples", "--pretrain-epochs", "--finetune-steps",  # test_demo
+}  # fmt: skip
+LOSSES = ("clade_loss", "unifrac_loss", "nucleotide_loss", "count_loss", "target_loss")
+RUNS = {
+    "TREERUN": "pretrain --table T --tree TREE",
+    "WIDERUN": "pretrain --table T --tree TREE --encoder wide",
+    "REFERENCERUN": "pretrain --sequences FASTA --tree HASHEDTREE --encoder wide",
+    "PAIRRUN": "pretrain --table T --distance bray-curtis",
+    "FINERUN": "finetune --table T --metadata META --metadata-column age",
+    "SITERUN": (
+        "finetune --table T --metadata META --metadata-column age --categorical-columns site "
+        "--encoder wide"
+    ),
 }
 
 
@@ -83,37 +165,50 @@ LOSSES = {
 def files(community, aam, tmp_path_factory) -> dict[str, Path]:
     """What the options above name in capitals."""
     folder = tmp_path_factory.mktemp("files")
-    found = {
-        name: folder / file
-        for name, file in {
-            "H5": "d.h5", "TSV": "d.tsv", "NPY": "d.npy", "IDS": "ids.txt", "TRAIN": "train.txt",
-            "VALIDATION": "validation.txt", "CONFIG": "run.toml", "META": "metadata.tsv",
-            "INDEX": "index",
-            "PRE": "pre",
-        }.items()
+    names = {
+        "H5": "d.h5", "TSV": "d.tsv", "NPY": "d.npy", "FEWERROWS": "fewer.tsv", "IDS": "ids.txt",
+        "TRAIN": "train.txt", "VALIDATION": "validation.txt", "CONFIG": "run.toml",
+        "META": "metadata.tsv", "FEWERMETA": "fewer-metadata.tsv", "INDEX": "index",
+        "HASHED": "hashed.biom", "FASTA": "sequences.fasta", "HASHEDTREE": "hashed.nwk",
+        "FEWERTIPS": "fewer.nwk",
     }  # fmt: skip
+    found = {name: folder / file for name, file in names.items()}
+    found |= {"T": community.table, "TREE": community.tree}
     for name in ("H5", "TSV"):
         compute_unifrac(community.table, community.tree, "unweighted", found[name])
-    with open(found["TSV"]) as file:
-        rows = list(csv.reader(file, delimiter="\t"))
+    rows = [line.split("\t") for line in found["TSV"].read_text().splitlines()]
     ids = rows[0][1:]
     np.save(found["NPY"], np.array([row[1:] for row in rows[1:]], dtype=float))
+    found["FEWERROWS"].write_text("\n".join("\t".join(row[:-2]) for row in rows[:-2]) + "\n")
     found["IDS"].write_text("\n".join(ids))
     found["TRAIN"].write_text("\n".join(ids[:10]))
     found["VALIDATION"].write_text("\n".join(ids[10:16]) + "\n")
-    found["CONFIG"].write_text('mask-strategy = "span"\n[optimizer]\nlr = 1e-3\n')
+    found["CONFIG"].write_text('best-metric = "nucleotide_loss"\n[optimizer]\nlr = 1e-3\n')
     lines = community.metadata.read_text().splitlines()
     extra = ["visits", "numeric", *(str(n % 3) for n in range(len(lines) - 2))]
-    found["META"].write_text(
-        "\n".join(f"{line}\t{one}" for line, one in zip(lines, extra, strict=True)) + "\n"
-    )
-    assert aam("pretrain", *STEPS, "--output-dir", found["PRE"]) == 0
+    lines = [f"{line}\t{one}" for line, one in zip(lines, extra, strict=True)]
+    found["META"].write_text("\n".join(lines) + "\n")
+    found["FEWERMETA"].write_text("\n".join(lines[:-2]) + "\n")
+
+    table, tree = biom.load_table(str(community.table)), community.tree.read_text()
+    tips = [str(one) for one in read_tree(community.tree).tip_names]
+    hashes = {one: f"{n:032x}" for n, one in enumerate(tips)}
+    found["FASTA"].write_text("".join(f">{hashes[one]}\n{one}\n" for one in tips))
+    found["HASHEDTREE"].write_text(re.sub("[ACGT]{9,}", lambda one: hashes[one[0]], tree))
+    found["FEWERTIPS"].write_text(tree.replace(str(table.ids("observation")[0]), "other"))
+    table.update_ids(hashes, "observation", strict=False)
+    with h5py.File(found["HASHED"], "w") as file:
+        table.to_hdf5(file, "test")
+    for name, text in RUNS.items():
+        command, *words = text.split()
+        words = [str(found.get(word, word)) for word in words]
+        found[name] = folder / name
+        assert aam(command, *STEPS, *words, "--output-dir", found[name], files=False) == 0
     return found
 
 
-def words_of(text: str, files: dict[str, Path], community) -> list[str]:
-    words = text.replace("TREE", f"--tree {community.tree}").split()
-    return [str(files.get(word, word)) for word in words]
+def words_of(text: str, files: dict[str, Path]) -> list[str]:
+    return [str(files.get(word, word)) for word in text.split()]
 
 
 def check_run(run: Path) -> dict:
@@ -124,51 +219,58 @@ def check_run(run: Path) -> dict:
     assert {row["part"] for row in rows} == {"train", "validation"}
     values = {row["metric"]: float(row["value"]) for row in rows if row["part"] == "train"}
     assert all(np.isfinite(float(row["value"])) for row in rows)
-    penalties = summary["config"]["losses"]
-    parts = {name: penalties.get(name, 0) for name in LOSSES if penalties.get(name, 0)}
-    assert {LOSSES[name] for name in parts} == {name for name in values if name.endswith("_loss")}
-    assert sum(weight * values[LOSSES[name]] for name, weight in parts.items()) == pytest.approx(
+    penalties = dict(summary["config"]["losses"])
+    if summary["config"].get("distances", {}).get("tree"):
+        penalties["clade_penalty"] = penalties.pop("unifrac_penalty")
+    weights = {name: penalties.get(name.replace("loss", "penalty"), 0) for name in LOSSES}
+    assert {name for name in weights if weights[name]} == {one for one in values if "_loss" in one}
+    assert sum(weights[name] * values.get(name, 0) for name in LOSSES) == pytest.approx(
         values["loss"], rel=1e-5
     )
     # No loss swamps the others, whatever the transform.
-    assert max(values[LOSSES[name]] for name in parts) < 60
+    assert max(values.get(name, 0) for name in LOSSES) < 60
     assert (run / "model.safetensors").is_file() and (run / "checkpoints" / "last.pt").is_file()
+    assert summary["results"]
     return summary
 
 
 @pytest.mark.parametrize("case", PRETRAIN)
-def test_pretrain(case, aam, community, files, tmp_path):
-    text = PRETRAIN[case]
-    without_tree = text.startswith("NOTREE")
-    words = words_of(text.removeprefix("NOTREE"), files, community)
-    given = ("--table", community.table, "--tree", community.tree)[: 2 if without_tree else 4]
+def test_pretrain(case, aam, files, tmp_path):
     run = tmp_path / "run"
-    assert aam("pretrain", *given, *STEPS, "--output-dir", run, *words, files=False) == 0
+    words = ("--output-dir", run, *STEPS, *words_of(PRETRAIN[case], files))
+    assert aam("pretrain", *words, files=False, filling="memory" in case) == 0
     summary = check_run(run)
-    if case == "optimizer":
-        assert summary["steps"] == 2
-    if case == "tensorboard":
-        assert list((run / "tensorboard").glob("events*"))
+    facts = {fact["what"]: fact["count"] for fact in summary["data"]}
+    units = "sequences" if case == "reference" else "samples"
+    parts = summary[f"{units}_train"], summary[f"{units}_validation"]
+    if case == "wide":
+        assert list((run / "tensorboard").glob("events*")) and parts == (14, 10)
     if case == "ids":
-        assert (summary["samples_train"], summary["samples_validation"]) == (10, 6)
-    if case == "toml":
-        assert summary["config"]["losses"]["mask_strategy"] == "span"
-    if case == "fixed scale":
-        assert any("cut at 20 bases" in fact["what"] for fact in summary["data"])
+        assert parts == (10, 6)
+    if case == "reference":
+        assert parts == (48, 12)
+    if case == "tsv":
+        assert sum(parts) == 22
+    if case == "spans":
+        assert summary["config"]["optimizer"]["best_metric"] == "nucleotide_loss"
+        assert summary["config"]["optimizer"]["lr"] == 1e-3
+    if case == "shape":
+        assert facts["sequences cut at 20 bases"] > 0
+    if case == "missing tips":
+        assert facts["features left out of UniFrac: not in the tree"] == 1
 
 
 @pytest.mark.parametrize("case", FINETUNE)
-def test_finetune_and_predict(case, aam, community, files, tmp_path):
-    column, *words = words_of(FINETUNE[case], files, community)
+def test_finetune_and_predict(case, aam, files, tmp_path):
+    column, *words = words_of(FINETUNE[case], files)
     run, output = tmp_path / "run", tmp_path / "out.tsv"
-    metadata = ("--metadata", files["META"], "--table", community.table)
+    metadata = ("--metadata", files["META"], "--table", files["T"])
     options = ("--metadata-column", column, "--output-dir", run, *STEPS, *words)
     assert aam("finetune", *metadata, *options, files=False) == 0
-    summary = check_run(run)
-    assert summary["target"]["column"] == column
+    assert check_run(run)["target"]["column"] == column
     for given in (metadata[:2], ()):
         output.unlink(missing_ok=True)
-        words = ("--table", community.table, "--model", run, "--output", output, *given)
+        words = ("--table", files["T"], "--model", run, "--output", output, *given)
         assert aam("predict", *words, files=False) == 0
         with open(output) as file:
             rows = [line.rstrip("\n").split("\t") for line in file]
@@ -176,33 +278,58 @@ def test_finetune_and_predict(case, aam, community, files, tmp_path):
     assert aam("evaluate", "--model", run, *metadata, files=False) == 0
 
 
-@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+@pytest.mark.parametrize("command", [one for one in OTHERS if one != "demo"])
+def test_other_commands(command, aam, files, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for text in OTHERS[command]:
+        assert aam(*words_of(text, files), files=False) == 0, text
+        said = capsys.readouterr()
+        if command != "unifrac" or "--model" in text:
+            assert ("ASVs that the model knows" in said.err) == ("--model" in text), text
+    if command == "evaluate":
+        found = json.loads(Path("out.json").read_text())
+        assert found["results"][0]["name"] == "Mantel r" and found["results"][0]["value"] > 0.9
+    if command == "unifrac":
+        by_model = read_distances(Path("weighted.tsv"))
+        compute_unifrac(files["T"], files["TREE"], "weighted-normalized", "true.tsv")
+        true = read_distances(Path("true.tsv"), sample_ids=by_model.sample_ids)
+        assert np.abs(by_model.all_pairs() - true.all_pairs()).max() < 0.1
+        assert len(Path("faith.tsv").read_text().splitlines()) == 25
+    if command == "embed":
+        rows = [line.split("\t") for line in Path("out.tsv").read_text().splitlines()]
+        assert rows[0][:3] == ["sample-id", "faith_pd", "e0"] and len(rows) == 25
+        with np.load("out.npz") as arrays:
+            assert arrays["vectors"].shape == (len(arrays["ids"]), len(rows[0]) - 2)
+        rows = [line.split("\t") for line in Path("asvs.tsv").read_text().splitlines()]
+        assert rows[0][:5] == ["sequence", "nearest", "edits", "support", "e0"]
+        assert len(rows) == 45 and len(rows[0]) == 4 + 32
+        with np.load("asvs.npz") as arrays:
+            assert arrays["vectors"].shape == (44, 32)
+            assert set(map(len, arrays["sequences"])) == {30}
+
+
+@pytest.mark.parametrize("command", train.COMMANDS)
 def test_no_option_is_left_out(command):
-    """Every option of the two commands stands in a case above, in TINY, or in a named test."""
+    """Every option stands in a case above, in TINY, or in a named test."""
     from tests.conftest import TINY
 
-    cases = " ".join([*PRETRAIN.values(), *FINETUNE.values(), *TINY, *map(str, STEPS)])
-    elsewhere = {
-        "--table", "--tree", "--metadata", "--metadata-column", "--output-dir",
-        "--overwrite", "--resume-from",  # test_resume, test_command_line
-        "--sequences",  # test_command_line
-        "--compile-model",  # below
-        "--memory-profile",  # test_memory_profile
-        "--devices", "--num-nodes", "--data-parallel", "--strategy",  # test_ranks, test_layout
-        "--sharded-checkpoints",  # test_ranks_training
-    }  # fmt: skip
-    kind = {"pretrain": config.PretrainConfig, "finetune": config.FinetuneConfig}[command]
+    texts = OTHERS.get(command)
+    if texts is None:  # what pretrain and finetune share is one class
+        texts = [*TINY, *map(str, STEPS), *PRETRAIN.values()]
+        texts += FINETUNE.values() if command == "finetune" else []
+    kind = train.COMMANDS[command]
     options = {f"--{leaf[-1].replace('_', '-')}" for leaf in config.leaves(kind)}
-    written = set(cases.replace("--no-", "--").split())
-    assert options - written - elsewhere == set()
+    written = set(" ".join(texts).replace("--no-", "--").split())
+    assert options - written - ELSEWHERE == set()
 
 
-def test_compiled_and_plain_models_learn_the_same(aam, tmp_path):
+def test_compiled_and_plain_models_learn_the_same(aam, community, tmp_path):
     if not any(map(shutil.which, ("g++", "clang++", "c++"))):
         pytest.skip("torch.compile needs a C++ compiler, and there is none")
-    words = ("pretrain", "--dropout", 0, "--max-steps", 1, "--epochs", 1)
+    words = ("--table", community.table, "--distance", "jaccard", "--dropout", 0, *STEPS)
     for name, more in (("plain", ()), ("compiled", ("--compile-model",))):
-        assert aam(*words, *more, "--output-dir", tmp_path / name) == 0
+        more = (*words, *more, "--output-dir", tmp_path / name)
+        assert aam("pretrain", *more, files=False) == 0
     plain, compiled = (losses(tmp_path / name) for name in ("plain", "compiled"))
     assert compiled == pytest.approx(plain, rel=1e-4)
 
@@ -213,32 +340,46 @@ def losses(run: Path) -> list[float]:
         return [float(r["value"]) for r in rows if r["part"] == "train" and r["metric"] == "loss"]
 
 
-def test_interchangeable_settings_give_the_same_losses(aam, tmp_path):
+def test_interchangeable_settings_give_the_same_losses(aam, community, tmp_path):
     """Kernels, sharing and recomputation change speed and memory, not what is learned."""
-    words = ("pretrain", "--epochs", 1, "--lr", 1e-3)
+    files = ("--table", community.table)
+    words = ("pretrain", *files, "--distance", "jaccard", "--epochs", 1, "--dropout", 0)
+    fine = (
+        "finetune", *files, "--metadata", community.metadata, "--metadata-column", "age",
+        "--count-penalty", 0.1, "--epochs", 1,
+    )  # fmt: skip
+    tree = (
+        "pretrain", *files, "--tree", community.tree, "--epochs", 3, "--max-steps", 26,
+        "--validate-every", 9,
+    )  # fmt: skip
     variants = {
-        "plain": ("--dropout", 0),
-        "math": ("--dropout", 0, "--attn-implementation", "math"),
-        "sdpa": ("--dropout", 0, "--attn-implementation", "sdpa"),
-        "apart": ("--dropout", 0, "--no-share-asvs", "--nucleotide-penalty", 0),
-        "shared": ("--dropout", 0, "--nucleotide-penalty", 0),
-        "recomputed": ("--dropout", 0.2),
-        "kept": ("--dropout", 0.2, "--no-gradient-checkpointing"),
+        "plain": words,
+        "math": (*words, "--attn-implementation", "math"),
+        "sdpa": (*words, "--attn-implementation", "sdpa"),
+        "apart": (*words, "--no-share-asvs", "--nucleotide-penalty", 0),
+        "shared": (*words, "--nucleotide-penalty", 0),
+        "recomputed": (*fine, "--dropout", 0.2),
+        "kept": (*fine, "--dropout", 0.2, "--no-gradient-checkpointing"),
+        "tree recomputed": tree,
+        "tree kept": (*tree, "--no-gradient-checkpointing"),
+        "tree math": (*tree, "--attn-implementation", "math"),
     }
     found = {}
-    for name, more in variants.items():
-        assert aam(*words, *more, "--output-dir", tmp_path / name) == 0
+    for name, own in variants.items():
+        assert aam(*own, "--output-dir", tmp_path / name, files=False) == 0
         found[name] = losses(tmp_path / name)
-        assert len(found[name]) == 5
+        assert len(found[name]) == (26 if "tree" in name else 5)
     assert found["math"] == pytest.approx(found["plain"], rel=1e-5)
     assert found["sdpa"] == pytest.approx(found["math"], rel=1e-5)
     assert found["apart"] == pytest.approx(found["shared"], rel=1e-5)
     assert found["kept"] == found["recomputed"]  # bit for bit, dropout included
+    assert found["tree kept"] == found["tree recomputed"]
+    assert found["tree math"] == pytest.approx(found["tree kept"], rel=1e-4)
 
 
 def test_overwrite_replaces_the_run_and_nothing_else(aam, tmp_path, capsys):
     run = tmp_path / "run"
-    words = ("pretrain", *STEPS, "--output-dir", run)
+    words = ("pretrain", "--encoder", "wide", *STEPS, "--output-dir", run)
     assert aam(*words) == 0
     (run / "notes.txt").write_text("mine")
     (run / "embeddings.tsv").write_text("old")

@@ -1,11 +1,14 @@
 """Predictions: in the user's units, of every sample, with or without metadata."""
 
 import csv
+import re
 
 import biom
 import h5py
 import numpy as np
 import pytest
+
+COMPLEMENT = str.maketrans("ACGT", "TGCA")
 
 
 def table_of(path) -> dict[str, list[str]]:
@@ -139,6 +142,24 @@ def test_the_order_of_the_tables_rows_and_columns_changes_no_prediction(
     assert list(found) != list(expected)
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, atol=1e-5)
+
+
+def test_how_much_of_the_table_the_model_knows_is_said(
+    diagnosis, community, predict, capsys, tmp_path
+):
+    predict(diagnosis)
+    said = capsys.readouterr().err
+    assert "43 ASVs that the model knows" in said and "1 new ASVs (edits to the nearest" in said
+    assert "warning" not in said
+    table = biom.load_table(str(community.table))
+    turned = {one: one.translate(COMPLEMENT)[::-1] for one in table.ids("observation")}
+    table.update_ids(turned, "observation")
+    with h5py.File(tmp_path / "turned.biom", "w") as file:
+        table.to_hdf5(file, "test")
+    predict(diagnosis, "--table", tmp_path / "turned.biom", files=False)
+    said = capsys.readouterr().err
+    assert "\n0 ASVs that the model knows" in said
+    assert re.search("warning: .*% of the reads are reverse complements of what the model", said)
 
 
 def test_labels_and_ids_stand_as_they_are_written(aam, community, tmp_path, predict):

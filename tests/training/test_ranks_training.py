@@ -10,23 +10,26 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import TINY
+from tests.conftest import TINY, TINY_MODEL
 from tests.processes import start_command
 
 STEPS = 5
 COMMANDS = {
-    "pretrain": ["pretrain", *TINY],
+    # The transformer joins the wide path at the fourth of its steps.
+    "pretrain": [
+        "pretrain", *TINY_MODEL, "--batch-size", 8, "--epochs", 1, "--best-metric", "loss",
+        "--lr", 6e-4,
+    ],
+    "pairs": ["pretrain", *TINY, "--distance", "bray-curtis"],
     "finetune": [
-        "finetune", *TINY, "--metadata-column", "age", "--unifrac-penalty", 1,
-        "--count-penalty", 1, "--nucleotide-penalty", 1,
+        "finetune", *TINY, "--metadata-column", "age", "--count-penalty", 1,
+        "--nucleotide-penalty", 1,
     ],
 }  # fmt: skip
 # Their gradients are 0 but for rounding, which Adam makes as large as any other: softmax does not
-# see a term that all keys (or all counts of a sample) share, nor a distance one of all samples.
-WITHOUT_GRADIENT = (
-    "in_proj_bias", "unifrac_encoder.norm.bias", "count_stack.norm.bias", "count_head.bias",
-)  # fmt: skip
-NOT_EXACT = ("samples_per_second", "memory_gb", "memory_predicted_gb")
+# see a term that all keys (or all counts of a sample) share.
+WITHOUT_GRADIENT = ("in_proj_bias", "count_stack.norm.bias", "count_head.bias")
+NOT_EXACT = ("samples_per_second", "asvs_per_second", "memory_gb", "memory_predicted_gb")
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +37,11 @@ def words(community):
     """The words of a command on the simulated community."""
 
     def make(command: str, *more: object) -> list[str]:
-        files = ["--table", community.table, "--tree", community.tree]
-        if command == "finetune":
-            files += ["--metadata", community.metadata]
+        files = ["--table", community.table]
+        files += {
+            "pretrain": ["--tree", community.tree],
+            "finetune": ["--metadata", community.metadata],
+        }.get(command, [])
         return [str(one) for one in (*COMMANDS[command], *files, *more)]
 
     return make
@@ -78,10 +83,12 @@ def assert_same_run(folder, reference) -> None:
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         if not name.endswith(WITHOUT_GRADIENT):
-            assert float((ours[name] - value).abs().max()) < 2e-6, name
+            off = (ours[name].double() - value.double()).abs()
+            # Adam scales up the rounding of single gradients that nearly cancel.
+            assert off.sum() <= 1e-6 * off.numel() and (off < 3e-5).all(), (name, off.max())
 
 
-@pytest.mark.parametrize(("command", "count"), [("pretrain", 4), ("finetune", 2)])
+@pytest.mark.parametrize(("command", "count"), [("pretrain", 4), ("pairs", 2), ("finetune", 2)])
 def test_five_steps_of_several_ranks_equal_those_of_one(words, tmp_path, command, count):
     alone(words(command, "--max-steps", STEPS, "--output-dir", tmp_path / "one"))
     several = ("--max-steps", STEPS, "--devices", count, "--output-dir", tmp_path / "several")

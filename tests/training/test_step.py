@@ -9,31 +9,54 @@ import torch
 import torch.multiprocessing
 
 from aam.config import FinetunePenaltyOptions, PenaltyOptions, TargetOptions
+from aam.data.asvs import AsvDataset
+from aam.data.clades import Clades
 from aam.data.dataset import SampleDataset
 from aam.data.phylogeny import UniFrac
 from aam.data.table import read_table
-from aam.model import CommunityEncoder, Predictor
-from aam.model.encoder import EncoderShape
+from aam.data.tree import read_tree
+from aam.model import AsvEncoder, CladeHead, EncoderShape, FreeClades, Predictor
 from aam.model.predictor import PredictorShape
 from aam.training import losses
 from aam.training.evaluation import encode_asvs
 from aam.training.exchange import Exchange, cut
-from aam.training.losses import DistanceLoss, FaithLoss, TargetLoss
-from aam.training.objectives import FinetuneObjective, PretrainObjective
+from aam.training.losses import CladeLoss, DistanceLoss, TargetLoss
+from aam.training.objectives import CladeObjective, FinetuneObjective, PairObjective
 from aam.training.step import Step, StepTooLarge, is_out_of_memory
 
-SHAPE = EncoderShape(
-    embedding_dim=32, num_heads=2, num_layers=2, dropout=0.3, count_embedding="film"
-)
-FINETUNE = FinetunePenaltyOptions(
-    unifrac_penalty=3.0, nucleotide_penalty=0.5, count_penalty=2.0, mask_strategy="span"
-)
-KINDS = ("pretrain", "faith", "nucleotides", "finetune", "classes", "frozen")
+SHAPE = EncoderShape(embedding_dim=32, wide_dim=24, num_heads=2, num_layers=2, dropout=0.3)
+FINETUNE = FinetunePenaltyOptions(nucleotide_penalty=0.5, count_penalty=2.0, mask_strategy="span")
+CLADES = ("clades", "sampled", "wide", "before")
+KINDS = (*CLADES, "pairs", "nucleotides", "finetune", "classes", "frozen")
+RANKED = {2: KINDS, 4: ("sampled", "pairs", "finetune", "frozen")}
 
 
 def make_step(kind, table, tree):
     """A step of a fresh objective with every loss that its kind has, and its dataset."""
     torch.manual_seed(0)
+    encoder = AsvEncoder(EncoderShape("wide", 32, 24, 2, 1) if kind == "wide" else SHAPE)
+    with torch.no_grad():
+        encoder.site_head.normal_()
+        if encoder.has_stack:
+            encoder.gate.normal_()
+    make = clade_objective if kind in CLADES else sample_objective
+    objective, dataset = make(kind, encoder, table, tree)
+    return Step(objective.train(), Exchange()), dataset
+
+
+def clade_objective(kind, encoder, table, tree):
+    clades = Clades(read_tree(tree))
+    loss = CladeLoss(clades)
+    if kind == "sampled":
+        loss.samples, loss.SAMPLED = True, 5
+    head = CladeHead(32, len(clades))
+    objective = CladeObjective(encoder, head, PenaltyOptions(nucleotide_penalty=0.7), loss,
+                               stack_joins=0.5)  # fmt: skip
+    objective.progress = 0.2 if kind == "before" else 0.8
+    return objective, AsvDataset.of(clades.sequences, 150)
+
+
+def sample_objective(kind, encoder, table, tree):
     unifrac = UniFrac(read_table(table), tree)
     count = len(unifrac)
     targets = np.arange(count) % 3 if kind == "classes" else np.linspace(-1, 1, count)
@@ -44,34 +67,31 @@ def make_step(kind, table, tree):
         token_limit=8,
         asv_sampling="random",
     )
-    pretrain = kind in ("pretrain", "faith", "nucleotides")
-    encoder = CommunityEncoder(SHAPE, sample_dropout=0.0 if pretrain else 0.3)
-    if pretrain:
-        loss = {
-            "pretrain": DistanceLoss(unifrac, mixtures=1.0, columns=dataset.columns),
-            "faith": FaithLoss(unifrac.faith_pd(np.arange(count)), 1.0, 2.0),
-        }.get(kind)
-        penalties = PenaltyOptions(unifrac_penalty=10.0 if loss else 0.0)
-        objective = PretrainObjective(encoder, penalties, loss)
-        return Step(objective.train(), Exchange()), dataset
+    if kind in ("pairs", "nucleotides"):
+        pairs = FreeClades(32, 20, abundance=True)
+        torch.nn.init.constant_(pairs.exponent, 0.3)
+        penalties = PenaltyOptions(unifrac_penalty=1.0 if kind == "pairs" else 0.0)
+        return PairObjective(encoder, pairs, penalties, DistanceLoss(unifrac)), dataset
     own = PredictorShape(
         outputs=3 if kind == "classes" else 1,
+        count_embedding="film",
         category_sizes=(3, 1),
         target_head="linear+mlp",
         predict_counts=kind == "finetune",
     )
     weights = torch.tensor([0.2, 1.0, 3.0]) if kind == "classes" else None
+    predictor = Predictor(encoder, own)
+    vectors = encode_asvs(encoder, dataset, np.arange(len(dataset.sequences)))
+    predictor.sample_encoder.standardise_by(vectors, torch.ones(len(vectors)))
     objective = FinetuneObjective(
-        Predictor(encoder, own),
+        predictor,
         FINETUNE if kind == "finetune" else FinetunePenaltyOptions(),
         TargetLoss(TargetOptions(metadata_column="x"), weights, kind == "classes"),
-        unifrac=DistanceLoss(unifrac) if kind == "finetune" else None,
     )
     if kind == "frozen":
         encoder.requires_grad_(False)
-        vectors = encode_asvs(encoder, dataset, np.arange(len(dataset.sequences)))
         objective.frozen_asvs = vectors
-    return Step(objective.train(), Exchange()), dataset
+    return objective, dataset
 
 
 def terms_and_gradients(step, dataset, pieces, rows=range(11)):
@@ -104,12 +124,14 @@ def test_pieces_give_the_loss_and_gradients_of_the_whole(kind, community):
     step, dataset = make_step(kind, community.table, community.tree)
     whole = terms_and_gradients(step, dataset, 1)
     assert all(np.isfinite(list(whole[0].values())))
-    for pieces in (2, 5, 1000):
+    for pieces in (2, 4, 7, 1000):
         assert_same(terms_and_gradients(step, dataset, pieces), whole)
+    step.equal_calls = True  # some pieces hold nothing
+    assert_same(terms_and_gradients(step, dataset, 13), whole)
 
 
 def test_the_loss_is_the_same_in_blocks_of_any_size(community, monkeypatch):
-    step, dataset = make_step("pretrain", community.table, community.tree)
+    step, dataset = make_step("pairs", community.table, community.tree)
     whole = terms_and_gradients(step, dataset, 1)
     for numbers in (1, 20_000):
         monkeypatch.setattr(losses, "BLOCK_NUMBERS", numbers)
@@ -125,7 +147,7 @@ def test_dropout_and_masks_are_drawn_anew_with_another_seed(community):
 
 
 def test_every_distinct_asv_is_encoded_once_a_step(community):
-    step, dataset = make_step("pretrain", community.table, community.tree)
+    step, dataset = make_step("pairs", community.table, community.tree)
     seen = []
     encode = step.objective.encode_asvs
     step.objective.encode_asvs = lambda tokens, row: seen.append(len(tokens)) or encode(tokens, row)
@@ -144,9 +166,9 @@ def test_every_distinct_asv_is_encoded_once_a_step(community):
                      " memory: you tried to allocate 4 bytes"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("stage", ["nucleotides", "encode_asvs", "encode_samples", "losses"])
+@pytest.mark.parametrize("stage", ["asv_losses", "encode_asvs", "encode_samples", "losses"])
 def test_a_step_that_ran_out_of_memory_leaves_nothing_and_repeats_exactly(stage, error, community):
-    step, dataset = make_step("pretrain", community.table, community.tree)
+    step, dataset = make_step("pairs", community.table, community.tree)
     whole = terms_and_gradients(step, dataset, 1)
     compute, calls = getattr(step.objective, stage), []
 
@@ -169,7 +191,7 @@ def test_a_step_that_ran_out_of_memory_leaves_nothing_and_repeats_exactly(stage,
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(community):
-    step, dataset = make_step("pretrain", community.table, community.tree)
+    step, dataset = make_step("pairs", community.table, community.tree)
     assert not is_out_of_memory(RuntimeError("shapes do not fit"))
 
     def fail(*_):
@@ -199,7 +221,7 @@ def run_rank(rank, size, folder, files):
     store = torch.distributed.FileStore(str(folder / f"store{size}"), size)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
     found = {}
-    for kind in KINDS:
+    for kind in RANKED[size]:
         step, dataset = make_step(kind, *files)
         for rows in (11, 3):  # 3 samples: a rank of four has none
             for pieces in (1, 3):
@@ -208,13 +230,13 @@ def run_rank(rank, size, folder, files):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", RANKED)
 def test_ranks_give_the_loss_and_gradients_of_one_process(size, community, tmp_path):
     files = community.table, community.tree
     start = partial(torch.multiprocessing.spawn, nprocs=size, join=True)
     start(run_rank, args=(size, tmp_path, files))
     found = [torch.load(tmp_path / f"{size}-{rank}.pt") for rank in range(size)]
-    for kind in KINDS:
+    for kind in RANKED[size]:
         step, dataset = make_step(kind, *files)
         for rows in (11, 3):
             whole = terms_and_gradients(step, dataset, 1, range(rows))
