@@ -39,7 +39,7 @@ from benchmarks.baselines.padded_transformer import (
     PaddedBatch,
     PaddedEncoder,
     pad_batch,
-    padded_presence,
+    padded_profiles,
     training_step,
 )
 
@@ -282,13 +282,13 @@ def padded_distances(folder: str, token_limit: int) -> Step:
 
     @torch.no_grad()
     def predict(batches: list[PaddedBatch]) -> dict[str, float]:
-        presence = torch.cat(
+        profiles = torch.cat(
             [
-                padded_presence(pairs, encoder.encode(one.tokens.flatten(0, 1))[0], one.present)
+                padded_profiles(pairs, encoder.encode(one.tokens.flatten(0, 1))[0], one.present)
                 for one in batches
             ]
         )
-        return {"samples": float(len(pairs.distances(presence, presence)))}
+        return {"samples": float(len(pairs.distances(profiles, profiles)))}
 
     first = data.padded(data.batches[0][: SHORT[0]]).cut(SHORT[1])
     return _in_turn(predict, [first], [[data.padded(rows) for rows in data.batches]])

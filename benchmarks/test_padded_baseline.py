@@ -15,7 +15,7 @@ from benchmarks.baselines.padded_transformer import (
     losses,
     mask_nucleotides,
     pad_batch,
-    padded_presence,
+    padded_profiles,
     training_step,
 )
 from benchmarks.steps import Problem, forward, pair_objective
@@ -40,9 +40,9 @@ def batch(limit: int):
     return pad_batch(TOKENS, SLOTS, limit)
 
 
-def presence(model: PretrainedModel, padded):
+def profiles(model: PretrainedModel, padded):
     vectors, _ = model.encoder.encode(padded.tokens.flatten(0, 1))
-    return padded_presence(model.pairs, vectors, padded.present)
+    return padded_profiles(model.pairs, vectors, padded.present)
 
 
 def test_padding_spreads_each_asv_over_its_slots():
@@ -57,7 +57,7 @@ def test_padding_spreads_each_asv_over_its_slots():
 
 def test_padding_changes_no_presence():
     model = small().eval()
-    torch.testing.assert_close(presence(model, batch(3)), presence(model, batch(6)))
+    torch.testing.assert_close(profiles(model, batch(3)), profiles(model, batch(6)))
 
 
 def test_checkpointing_changes_no_gradient():
@@ -65,7 +65,7 @@ def test_checkpointing_changes_no_gradient():
     for checkpointed in (False, True):
         model = small(checkpointed=checkpointed, dropout=0.3)
         torch.manual_seed(4)
-        presence(model, batch(3)).square().sum().backward()
+        profiles(model, batch(3)).square().sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     for kept, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(kept, recomputed)

@@ -1,13 +1,14 @@
 """The three formulas between an ASV's vector and the distance of two samples.
 
     membership      x_tk = W a_t + b            how much ASV t belongs to clade k, as a logit
-    presence        A_ik = 1 - exp(-sum_t softplus(beta x_tk))      over the ASVs t of sample i
-    shared length   S_ij = sum_k l_k A_ik A_jk
+    shared length   S_ij = z_i . z_j            of what two samples hold
     distance        u_ij = 1 - S_ij / (S_ii + S_jj - S_ij)          (Tanimoto)
 
 Where a tree teaches, the clades and their lengths l_k are those of the tree, every ASV's
-memberships are known, and UniFrac follows from them exactly (`aam.data.clades`). Where only
-distances are known, the clades are free and pairs of samples teach them.
+memberships are known, z_ik is sqrt(l_k) where the sample holds the clade, and UniFrac follows
+exactly (`aam.data.clades`, `aam.data.embedding`). Where only distances are known the clades are
+free, pairs of samples teach them, and z_i is the strongest and the mean membership of the sample's
+ASVs in each, normalised.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aam_kernels import Ragged
-
-SHARPNESS = 4.0  # beta: a smaller one lets many faint memberships add up to a presence
 
 
 class CladeHead(nn.Module):
@@ -60,17 +59,15 @@ class FreeClades(nn.Module):
                 it that is learned, from 0 on.
         """
         super().__init__()
-        self.head = nn.Linear(dim, clades)
-        nn.init.normal_(self.head.weight, std=0.5 / math.sqrt(dim))
-        nn.init.constant_(self.head.bias, -1.0)
-        self.log_length = nn.Parameter(torch.zeros(clades))
+        self.strongest, self.mean = nn.Linear(dim, clades), nn.Linear(dim, clades)
+        self.norm = nn.LayerNorm(2 * clades)
         self.log_scale = nn.Parameter(torch.zeros(()))
         self.exponent = nn.Parameter(torch.zeros(()), requires_grad=abundance)
         self.abundance = abundance
         self.register_buffer("unit", torch.ones(()))  # what a distance of 1 is
 
-    def presence(self, vectors: Tensor, slots: Ragged, counts: Tensor) -> Tensor:
-        """Presence A_ik of clades in samples.
+    def profiles(self, vectors: Tensor, slots: Ragged, counts: Tensor) -> Tensor:
+        """What samples hold of the clades.
 
         Args:
             vectors: (asvs, dim).
@@ -78,30 +75,25 @@ class FreeClades(nn.Module):
             counts: (slots,) reads.
 
         Returns:
-            (samples, clades).
+            z (samples, 2 clades).
         """
-        member = F.softplus(SHARPNESS * self.head(vectors))[slots.values]
+        lengths = slots.lengths
+        strongest = self.strongest(vectors)[slots.values]
+        strongest = torch.segment_reduce(strongest, "max", lengths=lengths, unsafe=True)
+        mean = self.mean(vectors)[slots.values]
         if self.abundance:
-            lengths = slots.lengths
             total = torch.segment_reduce(counts, "sum", lengths=lengths, unsafe=True)
             share = counts / total.repeat_interleave(lengths.long())
-            member = member * (share[:, None] * 100).pow(self.exponent)
-        return 1 - torch.exp(
-            -torch.segment_reduce(member, "sum", lengths=slots.lengths, unsafe=True)
-        )
+            weight = share.pow(self.exponent)
+            whole = torch.segment_reduce(weight, "mean", lengths=lengths, unsafe=True)
+            mean = mean * (weight / whole.repeat_interleave(lengths.long()))[:, None]
+        mean = torch.segment_reduce(mean, "mean", lengths=lengths, unsafe=True)
+        return self.norm(torch.cat([strongest, mean], dim=-1))
 
-    def distances(self, presence: Tensor, others: Tensor) -> Tensor:
-        """Distances (n, m) between samples of these presences (n, clades) and (m, clades)."""
-        length = self.log_length.exp()
-        shared = shared_length(presence, others, length)
-        own = (presence.square() * length).sum(-1)
-        theirs = (others.square() * length).sum(-1)
-        return self.unit * self.log_scale.exp() * tanimoto(shared, own, theirs)
-
-
-def shared_length(presence: Tensor, others: Tensor, length: Tensor) -> Tensor:
-    """S_ij (n, m) = sum_k l_k A_ik A_jk of presences (n, clades) and (m, clades)."""
-    return (presence * length) @ others.T
+    def distances(self, profiles: Tensor, others: Tensor) -> Tensor:
+        """Distances (n, m) between samples of these profiles (n, width) and (m, width)."""
+        own, theirs = profiles.square().sum(-1), others.square().sum(-1)
+        return self.unit * self.log_scale.exp() * tanimoto(profiles @ others.T, own, theirs)
 
 
 def tanimoto(shared: Tensor, own: Tensor, theirs: Tensor) -> Tensor:

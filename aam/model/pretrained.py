@@ -38,6 +38,6 @@ class PretrainedModel(nn.Module):
         """What builds the model again around an encoder."""
         return {
             "clades": 0 if self.clades is None else len(self.clades.bias),
-            "free_clades": 0 if self.pairs is None else len(self.pairs.log_length),
+            "free_clades": 0 if self.pairs is None else len(self.pairs.mean.bias),
             "abundance": self.pairs is not None and self.pairs.abundance,
         }

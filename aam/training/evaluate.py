@@ -122,7 +122,8 @@ def _evaluate_tree(
     metadata = MetadataOptions(group_column=config.group_column)
     results = sample_results(placer, JudgedSamples(samples, truth, rows, train, metadata))
     known = match_names(samples.table.feature_ids, placer.clades.sequences) >= 0
-    new = [one for one in np.unique(samples.table.counts[rows].indices) if not known[one]]
+    used = np.unique(samples.table.counts[rows].indices)
+    new = [one for one in used if not known[one] and truth.tip_of_column[one] >= 0]
     sequences = Texts.of(samples.table.feature_ids).take(np.array(new, dtype=np.int64))
     places = places_by_tree(tree, placer.clades, sequences)
     if places is None:

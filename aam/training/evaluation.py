@@ -111,14 +111,14 @@ def predicted_distances(
     """Distances between samples by free clades, (len(rows), len(rows)) float64."""
     pairs = model.pairs
     assert pairs is not None
-    presence = encode_batches(
+    profiles = encode_batches(
         model.encoder,
         dataset,
         rows,
-        lambda batch, vectors: pairs.presence(vectors, batch.slots, batch.counts),
+        lambda batch, vectors: pairs.profiles(vectors, batch.slots, batch.counts),
         exchange=exchange,
     )
-    blocks = [pairs.distances(presence[part], presence).cpu() for part in _blocks(len(rows))]
+    blocks = [pairs.distances(profiles[part], profiles).cpu() for part in _blocks(len(rows))]
     matrix = torch.cat(blocks).double().numpy()
     matrix = np.maximum((matrix + matrix.T) / 2, 0.0)  # rounding is neither symmetric nor positive
     np.fill_diagonal(matrix, 0.0)

@@ -54,22 +54,22 @@ class DistanceLoss:
         self.source = source
 
     def share(
-        self, pairs: FreeClades, presence: Tensor, rows: Tensor, first: int, last: int
+        self, pairs: FreeClades, profiles: Tensor, rows: Tensor, first: int, last: int
     ) -> Terms:
         """Share of the loss, and of the mean absolute error.
 
         Args:
             pairs: predicts distances.
-            presence: (n, clades) of all samples of the step.
+            profiles: (n, width) of all samples of the step.
             rows: (n,) int64, which samples of the dataset they are.
             first: first sample of the share.
             last: the one after its last.
         """
-        count = len(presence)
+        count = len(profiles)
         numbers = rows.cpu().numpy()
-        predicted = pairs.distances(presence[first:last], presence[first:])
+        predicted = pairs.distances(profiles[first:last], profiles[first:])
         true = self.source.cross(numbers[first:last], numbers[first:])
-        wanted = torch.as_tensor(true, dtype=presence.dtype, device=presence.device)
+        wanted = torch.as_tensor(true, dtype=profiles.dtype, device=profiles.device)
         error = (predicted - wanted).triu(1)
         all_pairs = max(1, count * (count - 1) // 2)
         return {

@@ -204,14 +204,14 @@ class PairObjective(Objective):
             self.encoder.train(was_training)
 
     def encode_samples(self, vectors: Tensor, part: SamplePart) -> Terms:
-        """Presence (samples, clades)."""
-        return {"presence": self.pairs.presence(vectors, part.slots, part.counts)}
+        """Profiles (samples, width)."""
+        return {"profiles": self.pairs.profiles(vectors, part.slots, part.counts)}
 
     def losses(self, outputs: Terms, work: Work, first: int, last: int) -> Terms:
         """Share of the distance loss."""
         assert work.batch is not None
-        presence, rows = outputs["presence"], work.batch.rows
-        terms = self.distances.share(self.pairs, presence, rows, first, last)
+        profiles, rows = outputs["profiles"], work.batch.rows
+        terms = self.distances.share(self.pairs, profiles, rows, first, last)
         return weighted(terms, self.penalties)
 
 

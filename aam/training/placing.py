@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from aam.data.clades import Clades, Grafts, levels_of
+from aam.data.facts import name_some
 from aam.data.neighbours import Found, Neighbours
 from aam.data.phylogeny import UniFrac
 from aam.data.placement import Law, Placement
@@ -358,6 +359,14 @@ def require_places(table: FeatureTable, placed: Placed) -> None:
     """
     if not placed.usable.any():
         raise InputError(far_from_model(table, placed))
+    found = np.asarray(table.counts[:, np.flatnonzero(placed.usable)].sum(axis=1)).ravel()
+    empty = np.flatnonzero(found == 0)
+    if len(empty):
+        names = name_some([table.sample_ids[row] for row in empty[:4]])
+        raise InputError(
+            f"{table.source}: {len(empty)} of {len(table.sample_ids)} samples ({names}) have no "
+            "ASV near one that the model knows: remove them from the table"
+        )
 
 
 def far_from_model(table: FeatureTable, placed: Placed) -> str:

@@ -82,7 +82,12 @@ def check_options(config: PretrainConfig) -> None:
     """
     if not (config.losses.unifrac_penalty or config.losses.nucleotide_penalty):
         raise InputError("--unifrac-penalty and --nucleotide-penalty are both 0: nothing to learn")
-    other = config.distances.unifrac_matrix or config.distances.distance
+    distances = config.distances
+    other = distances.unifrac_matrix or distances.distance
+    if distances.tree is not None and other:
+        raise InputError(
+            "give one of --tree, --unifrac-matrix and --distance: what samples are compared by"
+        )
     if config.data.table is None and (other or config.metadata.metadata):
         raise InputError("pretrain needs --table for --unifrac-matrix, --distance and --metadata")
 

@@ -2,12 +2,12 @@
 
 Losses of sequences (memberships in clades, masked nucleotides) are plain sums, so pieces add up.
 A loss that compares all pairs of the step's samples is none; its gradient can be had from their
-presences (the gradient cache of Gao et al. 2021, arXiv:2101.06983), and here in two stages,
+profiles (the gradient cache of Gao et al. 2021, arXiv:2101.06983), and here in two stages,
 because a sample is made of ASVs that it shares:
 
     asv_losses       noisy sequences -> losses                    forward and backward, by piece
     encode_asvs      distinct ASVs of all samples -> vectors      by piece, without graph
-    encode_samples   vectors -> presences, predictions            by piece, without graph
+    encode_samples   vectors -> profiles, predictions             by piece, without graph
     losses           all pairs -> gradients of these outputs      by block of samples
     encode_samples   again, backward -> gradients of the vectors  by piece
     encode_asvs      again, backward -> gradients of the weights  by piece

@@ -15,6 +15,7 @@ from aam.data.distances import (
 from aam.errors import InputError
 from aam.training.applicability import of_placed
 from aam.training.placing import load_placer, unifrac_by_model
+from aam.training.prepare import tell
 from aam.training.runs import say
 from aam.training.setup import pick_device
 
@@ -56,10 +57,9 @@ def unifrac_by_placing(config: UnifracConfig) -> UnifracSummary:
     clock.append(time.perf_counter())
     placed = placer.place(table.feature_ids)
     known, warnings = of_placed(table, placed)
+    tell(facts + known, warnings)
     unifrac = unifrac_by_model(table, placer.clades, placed)
     if config.metric != "faith-pd":
         unifrac = unifrac.by(config.metric)
     clock.append(time.perf_counter())
-    for warning in warnings:
-        say(f"warning: {warning}")
-    return write_unifrac(unifrac, config.metric, config.output, facts + known, clock)
+    return write_unifrac(unifrac, config.metric, config.output, [], clock)

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from aam.model import AsvEncoder, EncodedAsvs, EncoderShape, FreeClades, PretrainedModel
-from aam.model.clades import SHARPNESS
 from aam.model.encoder import MASK, VOCABULARY
 from aam.training.losses import DistanceLoss
 from aam_kernels import Ragged
@@ -154,10 +153,13 @@ class PaddedEncoder(AsvEncoder):
         return logits + self.site_bias[position] + self.nucleotide_head(states[chosen])
 
 
-def padded_presence(pairs: FreeClades, vectors: Tensor, present: Tensor) -> Tensor:
-    """Presence (samples, clades), from the vectors (samples * slots, dim) of all slots."""
-    member = F.softplus(SHARPNESS * pairs.head(vectors)).view(*present.shape, -1)
-    return 1 - torch.exp(-(member * present[..., None]).sum(1))
+def padded_profiles(pairs: FreeClades, vectors: Tensor, present: Tensor) -> Tensor:
+    """Profiles (samples, width), from the vectors (samples * slots, dim) of all slots."""
+    there = present[..., None]
+    strongest = pairs.strongest(vectors).view(*present.shape, -1)
+    strongest = strongest.masked_fill(~there, -math.inf).amax(1)
+    mean = (pairs.mean(vectors).view(*present.shape, -1) * there).sum(1) / there.sum(1)
+    return pairs.norm(torch.cat([strongest, mean], dim=-1))
 
 
 def mask_nucleotides(
@@ -189,9 +191,9 @@ def losses(
     encoder, pairs = model.encoder, model.pairs
     assert isinstance(encoder, PaddedEncoder) and pairs is not None
     vectors, states = encoder.encode(tokens.flatten(0, 1))
-    presence = padded_presence(pairs, vectors, batch.present)
-    row, column = torch.triu_indices(len(presence), len(presence), 1)
-    errors = (pairs.distances(presence, presence) - true)[row, column] / pairs.unit
+    profiles = padded_profiles(pairs, vectors, batch.present)
+    row, column = torch.triu_indices(len(profiles), len(profiles), 1)
+    errors = (pairs.distances(profiles, profiles) - true)[row, column] / pairs.unit
     logits = encoder.padded_logits(vectors, states, chosen.flatten(0, 1))
     found = {
         "unifrac_loss": DistanceLoss.WEIGHT * errors.square().mean(),

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 
-import numpy as np
 import pytest
 import torch
 
@@ -124,9 +123,7 @@ def test_a_clade_head_begins_at_the_shares_and_answers_for_some_clades():
     torch.testing.assert_close(head(vectors, torch.tensor([2, 0])), expected[:, [2, 0]])
 
 
-SLOTS = Ragged(
-    torch.tensor([0, 3, 1, 4, 2, 0]), torch.tensor([0, 2, 5, 5, 6], dtype=torch.int32), 3
-)
+SLOTS = Ragged(torch.tensor([0, 3, 1, 4, 2, 0]), torch.tensor([0, 2, 5, 6], dtype=torch.int32), 3)
 COUNTS = torch.tensor([1.0, 5.0, 2.0, 2.0, 4.0, 9.0])
 
 
@@ -135,8 +132,7 @@ def free_clades(abundance, exponent=0.0):
     pairs = FreeClades(8, 6, abundance=abundance)
     pairs.unit.fill_(3.0)
     with torch.no_grad():
-        pairs.head.bias.normal_()
-        pairs.log_length.normal_()
+        pairs.norm.weight.normal_()
         pairs.log_scale.fill_(-0.3)
         pairs.exponent.fill_(exponent)
     return pairs
@@ -145,49 +141,43 @@ def free_clades(abundance, exponent=0.0):
 @pytest.mark.parametrize("abundance", [False, True])
 def test_free_clades_compute_their_formulas(abundance):
     pairs, vectors = free_clades(abundance, 0.7), torch.randn(5, 8)
-    found = pairs.presence(vectors, SLOTS, COUNTS).detach()
-    member = np.log1p(np.exp(4.0 * pairs.head(vectors).detach().double().numpy()))
-    presence = np.zeros((4, 6))
-    for sample, (low, high) in enumerate([(0, 2), (2, 5), (5, 5), (5, 6)]):
-        counts = COUNTS[low:high].double().numpy()
-        power = (100 * counts / counts.sum()) ** 0.7 if abundance else np.ones(high - low)
-        own = member[SLOTS.values[low:high].numpy()]
-        presence[sample] = 1 - np.exp(-(own * power[:, None]).sum(0))
-    np.testing.assert_allclose(found, presence, atol=1e-6)
-    assert (presence[2] == 0).all(), "a sample of nothing has no clade"
-    length = pairs.log_length.exp().detach().double().numpy()
+    found = pairs.profiles(vectors, SLOTS, COUNTS).detach()
+    rows = []
+    for low, high in [(0, 2), (2, 5), (5, 6)]:
+        own, counts = vectors[SLOTS.values[low:high]], COUNTS[low:high]
+        power = (counts / counts.sum()) ** 0.7 if abundance else torch.ones(high - low)
+        mean = (power[:, None] * pairs.mean(own)).sum(0) / power.sum()
+        rows.append(torch.cat([pairs.strongest(own).max(0).values, mean]))
+    torch.testing.assert_close(found, pairs.norm(torch.stack(rows)).detach())
+    z = found.double().numpy()
     distances = pairs.distances(found[:2], found).detach()
     for i in range(2):
-        for j in range(4):
-            shared, own, other = (
-                (length * presence[a] * presence[b]).sum() for a, b in ((i, j), (i, i), (j, j))
-            )
+        for j in range(3):
+            shared, own, other = (float(z[a] @ z[b]) for a, b in ((i, j), (i, i), (j, j)))
             expected = 3.0 * math.exp(-0.3) * (1 - shared / (own + other - shared))
             assert distances[i, j].item() == pytest.approx(expected, abs=1e-5)
     assert pairs.exponent.requires_grad == abundance
 
 
-def test_distances_are_symmetric_zero_to_oneself_within_the_unit_and_blind_to_order():
+def test_distances_are_symmetric_zero_to_oneself_and_blind_to_order():
     pairs, vectors = free_clades(True, 0.5), torch.randn(5, 8)
-    presence = pairs.presence(vectors, SLOTS, COUNTS).detach()
-    far = torch.eye(6)[:2]  # share nothing
-    everything = torch.cat([presence[[0, 1, 3]], far])
+    profiles = pairs.profiles(vectors, SLOTS, COUNTS).detach()
+    far = torch.eye(12)[:2]  # share nothing
+    everything = torch.cat([profiles, far])
     found = pairs.distances(everything, everything).detach()
-    largest = 3.0 * math.exp(-0.3)
     torch.testing.assert_close(found, found.T)
-    assert found.diagonal().abs().max() < 1e-5
-    assert found.min() > -1e-5 and found.max() <= largest + 1e-5
-    assert found[3, 4].item() == pytest.approx(largest)
+    assert found.diagonal().abs().max() < 1e-5 and found.min() > -1e-5
+    assert found[3, 4].item() == pytest.approx(3.0 * math.exp(-0.3))
     order = torch.tensor([1, 0, 4, 2, 3, 5])  # within samples
     other = SLOTS.with_values(SLOTS.values[order])
-    torch.testing.assert_close(pairs.presence(vectors, other, COUNTS[order]), presence)
+    torch.testing.assert_close(pairs.profiles(vectors, other, COUNTS[order]), profiles)
 
 
 def test_free_clades_see_counts_only_where_they_may():
     vectors, other = torch.randn(5, 8), COUNTS.flip(0)
     for pairs, same in ((free_clades(False, 0.5), True), (free_clades(True, 0.5), False),
                         (free_clades(True), True)):  # fmt: skip
-        one, two = (pairs.presence(vectors, SLOTS, counts) for counts in (COUNTS, other))
+        one, two = (pairs.profiles(vectors, SLOTS, counts) for counts in (COUNTS, other))
         assert torch.allclose(one, two, atol=1e-6) == same
 
 
@@ -195,8 +185,8 @@ def test_gradients_of_free_clades_are_finite_even_between_equal_samples():
     pairs = free_clades(True, 0.5)
     vectors = torch.randn(5, 8, requires_grad=True)
     slots = Ragged(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 2, 3], dtype=torch.int32), 1)
-    presence = pairs.presence(vectors, slots, torch.ones(3))
-    pairs.distances(presence, presence).square().sum().backward()
+    profiles = pairs.profiles(vectors, slots, torch.ones(3))
+    pairs.distances(profiles, profiles).square().sum().backward()
     assert torch.isfinite(vectors.grad).all() and vectors.grad[:2].abs().max() > 0
     for name, one in pairs.named_parameters():
         assert torch.isfinite(one.grad).all(), name

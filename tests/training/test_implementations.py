@@ -49,8 +49,8 @@ def test_the_whole_model_is_as_near_to_float64_as_the_specification(table):
         encoder, pairs = twin(impl, dtype)
         with torch.no_grad():
             vectors = encoder.eval()(batch.tokens).vectors
-            presence = pairs.presence(vectors, batch.slots, batch.counts.to(dtype))
-            found[impl, dtype] = torch.cat([vectors.flatten(), presence.flatten()]).double()
+            profiles = pairs.profiles(vectors, batch.slots, batch.counts.to(dtype))
+            found[impl, dtype] = torch.cat([vectors.flatten(), profiles.flatten()]).double()
     truth = found.pop(("math", torch.float64))
     math, cpu = ((x - truth).abs().max() / truth.abs().max() for x in found.values())
     assert cpu <= 2 * math + 1e-7

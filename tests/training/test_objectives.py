@@ -242,11 +242,11 @@ def objective_model(objective):
 
 def test_distance_loss_is_that_of_its_blocks(dataset, encoder):
     objective = pair_objective(encoder, nucleotide_penalty=0.0)
-    presence, rows = torch.rand(5, 16), torch.tensor([3, 1, 7, 20, 5])
+    profiles, rows = torch.rand(5, 32), torch.tensor([3, 1, 7, 20, 5])
     share = objective.distances.share
-    whole = share(objective.pairs, presence, rows, 0, 5)
+    whole = share(objective.pairs, profiles, rows, 0, 5)
     for bounds in ([0, 2, 5], [0, 1, 2, 3, 4, 5], [0, 0, 5]):
-        parts = [share(objective.pairs, presence, rows, *own) for own in pairwise(bounds)]
+        parts = [share(objective.pairs, profiles, rows, *own) for own in pairwise(bounds)]
         for name, value in whole.items():
             torch.testing.assert_close(sum(one[name] for one in parts), value)
     assert losses.blocks(5, 16, 2) == [(0, 3), (3, 5)]
