@@ -194,12 +194,12 @@ class OptimizerOptions:
     """A sample too large for the memory is computed in pieces (exact), is an error, or keeps
     only the ASVs that fit."""
     epochs: int | None = None
-    """Passes over the training samples, 20 if not given; with a tree over the training ASVs, as
-    many as see some tens of millions of nucleotides."""
+    """Passes over the training samples, if not given 20 (finetune) or 40 (pretrain); with a tree
+    over the training ASVs, as many as see 30 million nucleotides, but 3 to 60."""
     max_steps: int | None = None
     """End after this many steps, whatever the epochs say."""
     lr: float | None = None
-    """Highest learning rate; 6e-4 if not given, with a tree 4e-3."""
+    """Highest learning rate; if not given 6e-4 (finetune), 1e-3 (distances) or 4e-3 (a tree)."""
     weight_decay: float = 0.01
     """Decay of weight matrices (never of norms, biases and embeddings)."""
     warmup_fraction: float = 0.05

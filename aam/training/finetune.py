@@ -49,6 +49,7 @@ from aam.training.targets import (
 from aam.training.train_and_report import Job, train_and_report, usual_options
 
 BASELINE_SEED = 0
+EPOCHS, LEARNING_RATE = 20, 6e-4  # where none are given
 
 
 @dataclass
@@ -157,7 +158,7 @@ def finetune(config: FinetuneConfig) -> Path:
         dataset=dataset,
         rows=train_rows,
         parts=parts,
-        options=usual_options(config.optimizer),
+        options=usual_options(config.optimizer, EPOCHS, LEARNING_RATE),
         validate=task.validate,
         best_metric="balanced_accuracy" if classes else "r2",
         description=description,

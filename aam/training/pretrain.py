@@ -49,6 +49,7 @@ from aam.training.train_and_report import Job, train_and_report, usual_options
 from aam.training.tree_results import JudgedSamples, write_tree_results
 
 FREE_CLADES = 512
+PAIR_EPOCHS, PAIR_LEARNING_RATE = 40, 1e-3  # of distances, where none are given
 UNIT_SAMPLES = 64  # whose distances say what a distance of 1 is
 USUAL_DISTANCE = 0.7  # of two samples, in units of the largest
 
@@ -239,7 +240,7 @@ def pair_job(config: PretrainConfig, device: torch.device) -> Job:
         dataset=dataset,
         rows=train_rows,
         parts=parts,
-        options=usual_options(config.optimizer),
+        options=usual_options(config.optimizer, PAIR_EPOCHS, PAIR_LEARNING_RATE),
         validate=task.validate,
         best_metric=task.metric,
         description=description,

@@ -24,9 +24,6 @@ from aam.training.resume import check_same_data
 from aam.training.runs import Run, say
 from aam.training.setup import compile_stacks, run_facts
 
-USUAL_EPOCHS = 20
-USUAL_LEARNING_RATE = 6e-4
-
 
 @dataclass
 class Job:
@@ -65,12 +62,12 @@ class Job:
     names: str = "samples"
 
 
-def usual_options(options: OptimizerOptions) -> OptimizerOptions:
-    """Epochs and learning rate of a run that samples teach, where none are given."""
+def usual_options(options: OptimizerOptions, epochs: int, lr: float) -> OptimizerOptions:
+    """Options of a run that samples teach: epochs and learning rate where none are given."""
     return replace(
         options,
-        epochs=USUAL_EPOCHS if options.epochs is None else options.epochs,
-        lr=USUAL_LEARNING_RATE if options.lr is None else options.lr,
+        epochs=options.epochs or epochs,
+        lr=lr if options.lr is None else options.lr,
         validate_every=options.validate_every or 1,
     )
 
