@@ -31,9 +31,9 @@ from aam.training.loop import Trainer
 from aam.training.losses import CladeLoss, DistanceLoss, Terms
 from aam.training.memory import Batching
 from aam.training.objectives import CladeObjective, Objective, PairObjective, SamplePart, Work
-from aam.training.pretrain import FREE_CLADES
+from aam.training.pretrain import FREE_CLADES, PAIR_EPOCHS, PAIR_LEARNING_RATE
 from aam.training.runs import Run
-from aam.training.train_and_report import USUAL_LEARNING_RATE, usual_options
+from aam.training.train_and_report import usual_options
 from benchmarks.baselines.padded_transformer import (
     Labelled,
     PaddedBatch,
@@ -129,7 +129,7 @@ def make_trainer(
     from lightning_fabric import Fabric
 
     rows = np.arange(len(dataset)) if rows is None else rows
-    usual = usual_options(OptimizerOptions(**options))
+    usual = usual_options(OptimizerOptions(**options), PAIR_EPOCHS, PAIR_LEARNING_RATE)
     fabric = Fabric(accelerator="cpu", devices=1)
     batching = Batching(rows, dataset, objective, usual, fabric.device, seed)
     return Trainer(
@@ -203,7 +203,7 @@ def padded_step(
         dropout: everywhere.
     """
     data, model = problem(folder, token_limit, batch_size), padded_model(checkpointed, dropout)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=USUAL_LEARNING_RATE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PAIR_LEARNING_RATE)
 
     def known(rows: np.ndarray) -> Labelled:
         true = torch.from_numpy(data.distances.pairwise(rows)).float()

@@ -196,72 +196,47 @@ def _calibration_panel(true: np.ndarray, predicted: np.ndarray, span: Any) -> st
 
 
 def ordination_figure(run: RunFiles) -> Any:
-    """Embeddings beside the principal coordinates of the true distances."""
-    embeddings = run.embeddings
-    if embeddings is None or embeddings.values.shape[1] == 0:
+    """Maps of the validation samples by true and by predicted distances."""
+    if run.distances is None:
         return None
-    usable = np.isfinite(embeddings.values).all(axis=1)
-    where = {name: row for row, name in enumerate(embeddings.ids) if usable[row]}
-    matrix = run.distances.matrix(run.distances.true) if run.distances else None
-    if matrix is not None and run.distances is not None:
-        held = [row for row, name in enumerate(run.distances.samples) if name in where]
-        ids = [run.distances.samples[row] for row in held]
-        matrix = matrix[np.ix_(held, held)]
-    else:
-        held_out = [n for n, row in where.items() if embeddings.part[row] == "validation"]
-        ids = held_out if len(held_out) >= 3 else list(where)
-    if len(ids) < 3:
+    true = run.distances.matrix(run.distances.true)
+    predicted = run.distances.matrix(run.distances.predicted)
+    if true is None or predicted is None or len(true) < 3:
         return None
-    drawn = statistics.draw_rows(len(ids), ORDINATION_SAMPLES)
-    ids = [ids[row] for row in drawn]
-    values = embeddings.values[[where[name] for name in ids]]
-    if matrix is None:
-        return _embedding_only(run, values, ids)
-    return _ordination_pair(run, values, matrix[np.ix_(drawn, drawn)], ids)
-
-
-def _ordination_pair(
-    run: RunFiles, values: np.ndarray, matrix: np.ndarray, ids: Sequence[str]
-) -> Figure:
-    true, true_share = statistics.principal_coordinates(matrix)
-    found, share = statistics.principal_components(values)
-    found, correlation = statistics.procrustes(true, found)
-    by, colours, legend = _sample_colours(run, ids, true[:, 0])
-    frame = np.concatenate([true, found])
+    drawn = statistics.draw_rows(len(true), ORDINATION_SAMPLES)
+    ids = [run.distances.samples[row] for row in drawn]
+    true, predicted = true[np.ix_(drawn, drawn)], predicted[np.ix_(drawn, drawn)]
+    left, true_share = statistics.principal_coordinates(true)
+    right, share = statistics.principal_coordinates(predicted)
+    right, correlation = statistics.procrustes(left, right)
+    by, colours, legend = _sample_colours(run.summary.get("colours"), ids, left[:, 0])
+    frame = np.concatenate([left, right])
     caption = (
         f"{len(ids)} validation samples. Left: principal coordinates of the true distances "
-        f"({100 * true_share.sum():.0f} % of their variance). Right: principal components of the "
-        f"model's embeddings ({100 * share.sum():.0f} %), turned and scaled onto the left "
+        f"({100 * true_share.sum():.0f} % of their variance). Right: those of the predicted ones "
+        f"({100 * share.sum():.0f} %), turned and scaled onto the left "
         f"(Procrustes correlation {number(correlation)}; 1 is the same picture). {by}"
     )
     panels = (
-        _map_panel("true", "True distances (PCoA)", true, colours, legend, frame),
-        _map_panel("embeddings", "Embeddings", found, colours, legend, frame),
+        _map_panel("true", "True distances (PCoA)", left, colours, legend, frame),
+        _map_panel("predicted", "Predicted distances (PCoA)", right, colours, legend, frame),
     )
     return Figure("ordination", "Ordination of validation samples", panels, caption)
 
 
-def _embedding_only(run: RunFiles, values: np.ndarray, ids: Sequence[str]) -> Figure:
-    found, share = statistics.principal_components(values)
-    by, colours, legend = _sample_colours(run, ids, found[:, 0])
-    caption = (
-        f"Principal components of the embeddings of {len(ids)} samples "
-        f"({100 * share.sum():.0f} % of their variance). {by}"
-    )
-    panel = _map_panel("embeddings", "Embeddings", found, colours, legend, found)
-    return Figure("ordination", "Ordination of embeddings", (panel,), caption)
-
-
 def _sample_colours(
-    run: RunFiles, ids: Sequence[str], fallback: np.ndarray
+    chosen: Any, ids: Sequence[str], fallback: np.ndarray
 ) -> tuple[str, list[Any], list[tuple[str, str]]]:
     """What colours stand for, one a sample, and a legend (empty for a scale)."""
     from matplotlib import colormaps
 
-    column, kind, known = _column(run)
+    chosen = chosen if isinstance(chosen, Mapping) else {}
+    known = chosen.get("values")
+    known = known if isinstance(known, Mapping) else {}
+    column = short(str(chosen.get("column")), 40)
     labels = [str(known.get(name) or "") for name in ids]
     scale = colormaps["viridis"]
-    if kind == "classification" and any(labels):
+    if chosen.get("kind") == "classification" and any(labels):
         ranked = sorted(set(filter(None, labels)), key=lambda name: (-labels.count(name), name))
         colour = {name: SERIES[i] for i, name in enumerate(ranked[:7])}
         other = COLOUR["muted"]
@@ -274,7 +249,6 @@ def _sample_colours(
     if not np.isfinite(numbers).any():
         numbers = fallback
         by = "A sample has the same colour in both: its place on the first axis of the left map."
-        by = by if run.distances else "Colours are the place on the first axis."
     numbers[~np.isfinite(numbers)] = np.nan
     low, high = np.nanmin(numbers), np.nanmax(numbers)
     by = by or (
@@ -284,18 +258,6 @@ def _sample_colours(
     placed = (numbers - low) / (high - low if high > low else 1.0)
     muted = COLOUR["muted"]
     return by, [scale(0.15 + 0.77 * x) if np.isfinite(x) else muted for x in placed], []
-
-
-def _column(run: RunFiles) -> tuple[str, str, Mapping[str, Any]]:
-    """Name, kind and values, by sample, of the column that colours samples; maybe no values."""
-    chosen = run.summary.get("colours")
-    if isinstance(chosen, Mapping) and isinstance(chosen.get("values"), Mapping):
-        values = chosen["values"]
-    else:
-        chosen, found = run.summary.get("target"), run.predictions
-        values = dict(zip(found.ids, found.true, strict=True)) if found else {}
-    chosen = chosen if isinstance(chosen, Mapping) else {}
-    return short(str(chosen.get("column") or "the target"), 40), str(chosen.get("kind")), values
 
 
 def _map_panel(

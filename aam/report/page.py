@@ -47,7 +47,7 @@ def write_report(run_dir: Path) -> Path:
 
     Args:
         run_dir: directory of a run: summary.json, metrics.csv, distances.tsv, placements.tsv,
-            predictions.tsv, embeddings.tsv, memory.tsv, config.toml, each optional.
+            predictions.tsv, memory.tsv, config.toml, each optional.
 
     Returns:
         Path of the page.

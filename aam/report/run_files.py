@@ -79,15 +79,6 @@ class Predictions:
     probabilities: np.ndarray | None
 
 
-@dataclass(frozen=True)
-class Embeddings:
-    """One row a sample: ``values`` ``(samples, dimensions)`` float64."""
-
-    ids: tuple[str, ...]
-    part: np.ndarray
-    values: np.ndarray
-
-
 @dataclass
 class RunFiles:
     """Everything the report shows."""
@@ -98,7 +89,6 @@ class RunFiles:
     distances: Distances | None = None
     placements: Placements | None = None
     predictions: Predictions | None = None
-    embeddings: Embeddings | None = None
     memory: list[dict[str, str]] = field(default_factory=list)
     config_text: str | None = None
     problems: list[str] = field(default_factory=list)
@@ -206,19 +196,6 @@ def _predictions(path: Path, run: RunFiles) -> None:
     )
 
 
-def _embeddings(path: Path, run: RunFiles) -> None:
-    rows = list(table_rows(path))
-    if not rows:
-        return
-    columns = [name for name in rows[0] if name[:1] == "e" and name[1:].isdigit()]
-    values = np.array([[to_float(row[name]) for name in columns] for row in rows])
-    run.embeddings = Embeddings(
-        ids=tuple(row["sample-id"] for row in rows),
-        part=np.array([row.get("part") or "" for row in rows], dtype=object),
-        values=values.reshape(len(rows), len(columns)),
-    )
-
-
 def _memory(path: Path, run: RunFiles) -> None:
     rows = list(table_rows(path))
     for row in rows:
@@ -236,7 +213,6 @@ _READERS = {
     "distances.tsv": _distances,
     "placements.tsv": _placements,
     "predictions.tsv": _predictions,
-    "embeddings.tsv": _embeddings,
     "memory.tsv": _memory,
     "config.toml": _config,
 }

@@ -31,20 +31,6 @@ def principal_coordinates(distances: Array, axes: int = 2) -> tuple[Array, Array
     return coordinates, share
 
 
-def principal_components(values: Array, axes: int = 2) -> tuple[Array, Array]:
-    """Principal components of ``(n, dimensions)``: coordinates and share of the variance."""
-    centred = values - values.mean(axis=0)
-    left, scale, _ = np.linalg.svd(centred, full_matrices=False)
-    coordinates = np.zeros((len(values), axes))
-    share = np.zeros(axes)
-    found = min(axes, len(scale))
-    coordinates[:, :found] = left[:, :found] * scale[:found]
-    total = float((scale**2).sum())
-    if total > 0:
-        share[:found] = scale[:found] ** 2 / total
-    return coordinates, share
-
-
 def procrustes(target: Array, source: Array) -> tuple[Array, float]:
     """Turn, mirror and scale ``source`` onto ``target``, both ``(n, 2)``.
 

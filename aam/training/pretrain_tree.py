@@ -38,7 +38,7 @@ LEARNING_RATE = 4e-3
 STACK_JOINS = 2 / 3  # share of the run that the wide path learns alone
 LEFT_OUT = 2000  # most tips of a reference that are left out, and most unseen ASVs of a validation
 CHECK_SEED = 20_231
-CALIBRATION_SHARE, MOST_CALIBRATION = 0.05, 300
+CALIBRATION_SHARE, MOST_CALIBRATION = 0.025, 300
 NETWORK_WEIGHTS = (1.0, 0.5, 0.25, 0.0)  # of the network's logits beside those of the vote
 
 

@@ -63,7 +63,7 @@ def write_curves(path, metrics, steps=400):
 
 
 def pretraining(folder, samples=60, **entries):
-    """A pretraining run with distances, embeddings and curves."""
+    """A pretraining run with distances, placements and curves."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(1)
     place = np.repeat(rng.normal(size=(samples // 4 + 1, 3)), 4, axis=0)[:samples]
@@ -79,12 +79,6 @@ def pretraining(folder, samples=60, **entries):
     )
     write_rows(
         folder / "distances.tsv", ["sample_a", "sample_b", "true", "predicted", "same_group"], rows
-    )
-    turned = place @ rng.normal(size=(3, 16)) + 0.3 * rng.normal(size=(samples, 16))
-    write_rows(
-        folder / "embeddings.tsv",
-        ["sample-id", "part", *(f"e{i}" for i in range(16))],
-        [(name, "validation", *row) for name, row in zip(ids, turned, strict=True)],
     )
     write_curves(
         folder / "metrics.csv",
@@ -134,12 +128,6 @@ def regression(folder, **entries):
     part = ["validation" if i < 60 else "train" for i in range(250)]
     rows = zip([f"s{i}" for i in range(250)], part, age, predicted, strict=True)
     write_rows(folder / "predictions.tsv", ["sample-id", "part", "true", "predicted"], rows)
-    values = np.outer(age - 50, rng.normal(size=8)) / 20 + rng.normal(size=(250, 8))
-    write_rows(
-        folder / "embeddings.tsv",
-        ["sample-id", "part", *(f"e{i}" for i in range(8))],
-        [(f"s{i}", part[i], *values[i]) for i in range(250)],
-    )
     write_curves(
         folder / "metrics.csv",
         [("loss", 0.5, 0.2), ("target_loss", 0.5, 0.2), ("r2", -0.2, 0.43), ("mae", 14, 5.9)],
@@ -176,12 +164,6 @@ def classification(folder, classes=("Control", "Crohns"), column="ibd", **entrie
     ]
     header = ["sample-id", "part", "true", "predicted", *(f"probability_{c}" for c in classes)]
     write_rows(folder / "predictions.tsv", header, rows)
-    values = rng.normal(size=(120, 6)) + np.eye(len(classes), 6)[true] * 4
-    write_rows(
-        folder / "embeddings.tsv",
-        ["sample-id", "part", *(f"e{i}" for i in range(6))],
-        [(f"s{i}", "validation" if i < 80 else "train", *values[i]) for i in range(120)],
-    )
     write_curves(folder / "metrics.csv", [("loss", 0.7, 0.4), ("accuracy", 0.5, 0.8)])
     values = {
         "results": [

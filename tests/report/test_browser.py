@@ -64,8 +64,8 @@ def _share(pixels, colour):
     ("kind", "figures"),
     [
         ("pretraining", ["distances", "placements", "ordination", "curves", "mechanics"]),
-        ("regression", ["target", "ordination", "curves"]),
-        ("classification", ["confusion", "roc", "ordination", "curves"]),
+        ("regression", ["target", "curves"]),
+        ("classification", ["confusion", "roc", "curves"]),
     ],
 )
 def test_figures_render_and_nothing_is_loaded(tmp_path, fabricate, browse, kind, figures):

@@ -86,7 +86,7 @@ def test_only_weight_matrices_decay_and_the_scale_is_faster():
         assert not isinstance(owner, (nn.LayerNorm, nn.Embedding)), name
     assert groups[(0.0, 1)] >= {
         "pretrained.encoder.position_embedding.weight", "pretrained.encoder.site_bias",
-        "pretrained.encoder.gate", "pretrained.clades.bias", "pretrained.pairs.log_length",
+        "pretrained.encoder.gate", "pretrained.clades.bias", "pretrained.pairs.norm.weight",
         "predictor.categories.columns.0.weight",
     }  # fmt: skip
 

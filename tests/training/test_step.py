@@ -28,7 +28,7 @@ SHAPE = EncoderShape(embedding_dim=32, wide_dim=24, num_heads=2, num_layers=2, d
 FINETUNE = FinetunePenaltyOptions(nucleotide_penalty=0.5, count_penalty=2.0, mask_strategy="span")
 CLADES = ("clades", "sampled", "wide", "before")
 KINDS = (*CLADES, "pairs", "nucleotides", "finetune", "classes", "frozen")
-RANKED = {2: KINDS, 4: ("sampled", "pairs", "finetune", "frozen")}
+RANKED = {2: KINDS, 3: ("sampled",)}
 
 
 def make_step(kind, table, tree):
