@@ -99,7 +99,7 @@ class ModelOptions:
     """Width of the wide path."""
     num_heads: int = 4
     """Attention heads."""
-    num_layers: int = 4
+    num_layers: int = 2
     """Layers of each stack (nucleotides, samples, target, counts)."""
     ffn_dim: int | None = None
     """Width of the feed-forward part; 4 x embedding-dim if not given."""

@@ -34,7 +34,7 @@ class EncoderShape:
     embedding_dim: int = 128
     wide_dim: int = 512
     num_heads: int = 4
-    num_layers: int = 4
+    num_layers: int = 2
     ffn_dim: int | None = None
     dropout: float = 0.1
     max_bp: int = 150
