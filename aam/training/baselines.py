@@ -225,21 +225,6 @@ def consensus_accuracy(consensus: Array, positions: Array, bases: Array) -> floa
     return metrics.accuracy(consensus[positions], bases)
 
 
-def random_mask_consensus(
-    train_sequences: Sequence[str],
-    validation_sequences: Sequence[str],
-    *,
-    fraction: float = 0.15,
-    seed: int = 0,
-) -> float | None:
-    """Consensus accuracy where each base is masked with a probability, as training masks them."""
-    tokens = _padded_tokens(validation_sequences)
-    masked = (np.random.default_rng(seed).random(tokens.shape) < fraction) & (tokens > 0)
-    return consensus_accuracy(
-        consensus_bases(train_sequences), np.nonzero(masked)[1], tokens[masked]
-    )
-
-
 def target_baselines(
     counts: sparse.csr_array,
     target: Array,

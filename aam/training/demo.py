@@ -29,7 +29,6 @@ from aam.training.results import print_results
 from aam.training.runs import is_run, say
 
 MARK = "simulated"  # folder of the simulated files; tells a demo's folder from any other
-LAYERS = 2  # a smaller model than the default, so that minutes are enough
 FINETUNE_BATCH = 16
 GROUPS = MetadataOptions(group_column="subject")
 
@@ -92,7 +91,6 @@ def pretrain_options(config: DemoConfig, files: DemoFiles, output: Path) -> Pret
         data=OptionalTableOptions(table=files.table, rarefy_depth=0),
         distances=DistanceOptions(tree=files.tree),
         metadata=MetadataOptions(metadata=files.metadata, group_column=GROUPS.group_column),
-        model=ModelOptions(num_layers=LAYERS),
         optimizer=OptimizerOptions(epochs=config.pretrain_epochs),
         run=RunOptions(output_dir=output, seed=config.seed),
     )

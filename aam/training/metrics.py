@@ -142,15 +142,6 @@ def auc(probabilities: Array, true: Array) -> float | None:
     return float(np.mean(defined)) if defined and len(defined) == len(areas) else None
 
 
-def mean_and_sd(distances: Array) -> dict[str, float | None]:
-    """Mean and standard deviation of distances, either ``(pairs,)`` or a square ``(n, n)``."""
-    distances = np.asarray(distances, dtype=np.float64)
-    values = condensed(distances) if distances.ndim == 2 else distances
-    if values.size == 0 or not _finite(values):
-        return {"mean": None, "sd": None}
-    return {"mean": float(values.mean()), "sd": float(values.std())}
-
-
 def _pair(predicted: Array, true: Array) -> tuple[Array, Array]:
     predicted = np.asarray(predicted, dtype=np.float64).ravel()
     true = np.asarray(true, dtype=np.float64).ravel()

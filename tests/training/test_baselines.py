@@ -124,11 +124,6 @@ def test_consensus_by_hand():
     assert baselines.consensus_bases(tokens).tolist() == [1, 2, 1, 1]
 
 
-def test_random_mask_consensus_counts_bases_only():
-    assert baselines.random_mask_consensus(["ACGT"] * 3, ["ACGT", "AC", "ACG"] * 50) == 1.0
-    assert baselines.random_mask_consensus(["ACGT"], []) is None
-
-
 def test_forest_finds_a_gradient_and_the_mean_does_not(community):
     counts, _, gradient = community
     order = np.random.default_rng(0).permutation(30)

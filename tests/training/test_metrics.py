@@ -78,11 +78,6 @@ def test_classification_metrics_equal_scikit_learn(seed, classes):
     assert metrics.auc(probabilities, true) == pytest.approx(expected)
 
 
-def test_mean_and_sd_of_a_matrix_counts_pairs_only():
-    matrix = np.array([[0, 1, 2], [1, 0, 3], [2, 3, 0]], dtype=float)
-    assert metrics.mean_and_sd(matrix) == pytest.approx({"mean": 2.0, "sd": np.sqrt(2 / 3)})
-
-
 def test_undefined_numbers_are_none():
     flat, nan = np.ones(4), np.array([1.0, np.nan])
     assert metrics.pearson_r(flat, np.arange(4.0)) is None
@@ -95,7 +90,6 @@ def test_undefined_numbers_are_none():
     assert metrics.balanced_accuracy(np.empty(0), np.empty(0)) is None
     assert metrics.auc(np.full((3, 2), 0.5), np.zeros(3)) is None
     assert metrics.auc(np.full((3, 3), 1 / 3), np.zeros(3)) is None
-    assert metrics.mean_and_sd(nan) == {"mean": None, "sd": None}
 
 
 def test_unequal_lengths_are_an_error():
