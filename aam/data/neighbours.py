@@ -94,20 +94,31 @@ class Neighbours:
         """Index the known sequences."""
         self.bases = bases_of(known)
         self.lengths = self.bases.shape[1] - (self.bases[:, ::-1] > 0).argmax(axis=1)
-        codes, rows = [], []
+        self._words = np.ones(len(self.bases), dtype=np.float32)
+        counts = np.zeros(_CODES, dtype=np.int64)
         for low in range(0, len(self.bases), _BLOCK_SEQUENCES):
-            words = np.sort(_words(self.bases[low : low + _BLOCK_SEQUENCES]), axis=1)
-            first = words < _CODES
-            first[:, 1:] &= words[:, 1:] != words[:, :-1]
-            codes.append(words[first].astype(np.uint16))
-            rows.append((low + np.nonzero(first)[0]).astype(np.int32))
-        code = np.concatenate(codes)
-        self._holders = np.concatenate(rows)[np.argsort(code, kind="stable")]
-        counts = np.bincount(code, minlength=_CODES)
+            words, rows = self._distinct_words(low)
+            counts += np.bincount(words, minlength=_CODES)
+            held = np.bincount(rows)
+            self._words[: len(held)] = np.maximum(self._words[: len(held)], held)
         self._stops = np.cumsum(counts)
         self._starts = self._stops - counts
-        words_of = np.bincount(np.concatenate(rows), minlength=len(self.bases))
-        self._words = np.maximum(words_of, 1).astype(np.float32)
+        self._holders = np.empty(int(self._stops[-1]), dtype=np.int32)
+        place = self._starts.copy()  # of the next holder of each word
+        for low in range(0, len(self.bases), _BLOCK_SEQUENCES):
+            words, rows = self._distinct_words(low)
+            order = np.argsort(words, kind="stable")
+            words, counts = words[order], np.bincount(words, minlength=_CODES)
+            first = np.cumsum(counts) - counts
+            self._holders[place[words] + np.arange(len(words)) - first[words]] = rows[order]
+            place += counts
+
+    def _distinct_words(self, low: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Distinct words of a block of known sequences, and which sequence holds each."""
+        words = np.sort(_words(self.bases[low : low + _BLOCK_SEQUENCES]), axis=1)
+        first = words < _CODES
+        first[:, 1:] &= words[:, 1:] != words[:, :-1]
+        return words[first], low + np.nonzero(first)[0]
 
     def __len__(self) -> int:
         """Number of known sequences."""

@@ -38,6 +38,7 @@ from aam.training.pretrain_tree import (
     STACK_JOINS,
     TreeTask,
     calibration_tips,
+    placed_rows,
     read_reference,
     split_by_samples,
     tree_options,
@@ -117,7 +118,7 @@ def tree_job(config: PretrainConfig, device: torch.device) -> Job:
     truth = attach_tree(samples, tree, config.distances.drop_missing_tips)
     parts = split(samples, config.metadata, config.run.seed)
     known = split_by_samples(samples, truth, samples.rows(parts.train))
-    rows = judged_rows(samples, parts)
+    rows = placed_rows(samples, judged_rows(samples, parts), samples.rows(parts.train))
     samples.facts += cut_facts(known, config)
     tell(samples.facts, samples.warnings)
     judged = JudgedSamples(samples, truth, rows, samples.rows(parts.train), config.metadata)

@@ -37,6 +37,7 @@ VALIDATIONS = 10  # of a run
 LEARNING_RATE = 4e-3
 STACK_JOINS = 5 / 6  # share of the run that the wide path learns alone
 LEFT_OUT = 2000  # most tips of a reference that are left out, and most unseen ASVs of a validation
+PLACED = 5000  # most new ASVs of validation samples that are placed in the end
 CHECK_SEED = 20_231
 CALIBRATION_SHARE, MOST_CALIBRATION = 0.025, 300
 NETWORK_WEIGHTS = (1.0, 0.5, 0.25, 0.0)  # of the network's logits beside those of the vote
@@ -78,6 +79,33 @@ def split_by_samples(samples: Samples, truth: UniFrac, train_rows: np.ndarray) -
     known = seen[column_of]
     require_tips(truth.tree.source, int(known.sum()), "training ASVs")
     return split_tree(replace(truth.tree, tip_names=names), known)
+
+
+def placed_rows(samples: Samples, rows: np.ndarray, train_rows: np.ndarray) -> np.ndarray:
+    """Validation samples whose new ASVs are placed in the end; what is left out is a fact.
+
+    Args:
+        samples: of the table.
+        rows: (n,) rows of the validation samples.
+        train_rows: rows of the training samples.
+    """
+    counts = samples.table.counts
+    seen = np.zeros(counts.shape[1], dtype=bool)
+    seen[counts[train_rows].indices] = True
+    left = PLACED
+    kept: list[int] = []
+    for row in np.random.default_rng(CHECK_SEED).permutation(rows):
+        own = counts.indices[counts.indptr[row] : counts.indptr[row + 1]]
+        own = own[~seen[own]]
+        if len(own) > left and len(kept) > 1:
+            break
+        kept.append(int(row))
+        seen[own] = True
+        left -= len(own)
+    if len(kept) < len(rows):
+        what = f"validation samples not looked at: {PLACED:,} new ASVs are placed"
+        samples.facts.append(DataFact(what, len(rows) - len(kept), "drawn at random", "cut"))
+    return np.sort(np.array(kept))
 
 
 def read_reference(config: PretrainConfig) -> tuple[TreeSplit, Split, list[DataFact]]:
