@@ -26,6 +26,10 @@ from aam.data.tree import Phylogeny
 LEAST_LENGTH = 1e-5
 """Branches that are not longer are no clade: their members are those of the branch above."""
 
+MOST_CLADES = 131_072
+"""Of more branches those with most members are clades: a head of all would fill the memory, and
+within small ones the nearest known ASV says as much."""
+
 LONGEST_WEIGHT = 5.0
 """Most that one clade counts in the loss, in mean lengths."""
 
@@ -55,7 +59,10 @@ class Clades:
         """``(clades,)`` node of each clade in the tree, ascending: members before their holders."""
         size = self.tree.tip_stop - self.tree.tip_start
         is_clade = (size > 1) & (size < len(self.tree.tip_names))
-        return np.flatnonzero(is_clade & (self.tree.length > LEAST_LENGTH))
+        found = np.flatnonzero(is_clade & (self.tree.length > LEAST_LENGTH))
+        if len(found) > MOST_CLADES:
+            found = np.sort(found[np.argsort(-size[found], kind="stable")[:MOST_CLADES]])
+        return found
 
     @cached_property
     def start(self) -> NDArray[np.int64]:

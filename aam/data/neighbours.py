@@ -33,6 +33,9 @@ CANDIDATES = 40
 NEAREST = 10
 """Known sequences that vote, a query."""
 
+MOST_INDEXED_WHOLE = 200_000
+"""Known sequences of which all words are indexed."""
+
 BAND = 12
 """Diagonals on either side of the one that shared words vote for: insertions minus deletions."""
 
@@ -94,6 +97,9 @@ class Neighbours:
         """Index the known sequences."""
         self.bases = bases_of(known)
         self.lengths = self.bases.shape[1] - (self.bases[:, ::-1] > 0).argmax(axis=1)
+        # Of very many sequences a quarter of the words, drawn by a hash, finds candidates too.
+        code = np.arange(_CODES + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        self._indexed = (code >> np.uint64(62) == 0) | (len(self.bases) <= MOST_INDEXED_WHOLE)
         self._words = np.ones(len(self.bases), dtype=np.float32)
         counts = np.zeros(_CODES, dtype=np.int64)
         for low in range(0, len(self.bases), _BLOCK_SEQUENCES):
@@ -116,7 +122,7 @@ class Neighbours:
     def _distinct_words(self, low: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Distinct words of a block of known sequences, and which sequence holds each."""
         words = np.sort(_words(self.bases[low : low + _BLOCK_SEQUENCES]), axis=1)
-        first = words < _CODES
+        first = (words < _CODES) & self._indexed[words]
         first[:, 1:] &= words[:, 1:] != words[:, :-1]
         return words[first], low + np.nonzero(first)[0]
 
@@ -188,7 +194,7 @@ class Neighbours:
         found = np.full((len(bases), wanted), -1)
         missing = np.zeros(found.shape, dtype=np.float32)
         for row, words in enumerate(_words(bases)):
-            words = np.unique(words[words < _CODES])
+            words = np.unique(words[(words < _CODES) & self._indexed[words]])
             lists = [self._holders[self._starts[word] : self._stops[word]] for word in words]
             if not lists:
                 continue

@@ -332,3 +332,15 @@ def test_twenty_thousand_tips():
     whole = Clades(tree).root_distance[tree.tip_nodes]
     found = Clades(grown).root_distance[grown.tip_nodes]
     np.testing.assert_allclose(found, whole[[place[name] for name in grown.tip_names]])
+
+
+def test_of_very_many_branches_the_largest_are_clades(monkeypatch):
+    tree = parse(random_newick(np.random.default_rng(3), 60))
+    whole = Clades(tree)
+    monkeypatch.setattr("aam.data.clades.MOST_CLADES", 20)
+    part = Clades(tree)
+    size = whole.stop - whole.start
+    assert len(part) == 20 and (part.stop - part.start).min() >= np.sort(size)[-20]
+    assert set(part.nodes) <= set(whole.nodes)
+    above = part.parent[part.parent >= 0]
+    assert (part.start[above] <= part.start[part.parent >= 0]).all()

@@ -269,3 +269,14 @@ def test_neither_the_order_of_queries_nor_their_blocks_change_anything(monkeypat
         assert np.array_equal(getattr(parts, name), getattr(whole, name)[order]), name
     taken = whole.take(order[:4])
     assert np.array_equal(taken.index, whole.index[order[:4]])
+
+
+def test_a_quarter_of_the_words_finds_the_same_nearest(monkeypatch):
+    generator = np.random.default_rng(5)
+    known = ["".join(generator.choice(list("ACGT"), 120)) for _ in range(200)]
+    queries = [one[:50] + "A" + one[51:] for one in known[:40]]
+    whole = Neighbours(known)
+    monkeypatch.setattr("aam.data.neighbours.MOST_INDEXED_WHOLE", 100)
+    part = Neighbours(known)
+    assert 0.15 < len(part._holders) / len(whole._holders) < 0.35
+    np.testing.assert_array_equal(part.find(queries).index[:, 0], np.arange(40))
