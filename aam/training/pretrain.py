@@ -14,6 +14,7 @@ from scipy.sparse import csr_array
 from aam.config import PretrainConfig, TableOptions
 from aam.data.asvs import AsvDataset
 from aam.data.clades import Clades, TreeSplit, known_arrays
+from aam.data.embedding import COMMUNITIES
 from aam.data.facts import DataFact
 from aam.data.splits import Split
 from aam.data.texts import Texts, match_names
@@ -164,7 +165,7 @@ def clade_job(
         model.clades.begin_at(torch.from_numpy(share))
     model.to(device)
     calibration = calibration_tips(len(asvs), config.run.seed)
-    task = TreeTask(model, known, unseen, calibration, config, communities(clades, judged))
+    task = TreeTask(model, known, unseen, calibration, config, lambda: communities(clades, judged))
     objective = CladeObjective(
         model.encoder, model.clades, config.losses, CladeLoss(clades), stack_joins=STACK_JOINS
     )
@@ -196,16 +197,20 @@ def clade_job(
 
 
 def communities(clades: Clades, judged: JudgedSamples | None) -> csr_array:
-    """Reads (training samples, known ASVs); of no samples where there is no table."""
+    """Reads (samples, known ASVs) of some training samples; of none where there is no table."""
+    count = len(clades.tree.tip_names)
     if judged is None:
-        return csr_array((0, len(clades.tree.tip_names)))
+        return csr_array((0, count))
+    rows = np.random.default_rng(0).permutation(judged.train_rows)[:COMMUNITIES]
     table = judged.samples.table
-    tips = match_names(table.feature_ids, clades.sequences)
-    on_tree = np.flatnonzero(tips >= 0)
-    counts = table.counts[judged.train_rows][:, on_tree]
-    place = np.empty(len(on_tree), dtype=np.int64)
-    place[tips[on_tree]] = np.arange(len(on_tree))
-    return csr_array(counts[:, place])
+    counts, tips = table.counts[np.sort(rows)], match_names(table.feature_ids, clades.sequences)
+    known = tips[counts.indices] >= 0
+    starts = np.concatenate(([0], np.cumsum(known)))[counts.indptr]
+    found = csr_array(
+        (counts.data[known], tips[counts.indices[known]], starts), (counts.shape[0], count)
+    )
+    found.sort_indices()
+    return found
 
 
 def pair_job(config: PretrainConfig, device: torch.device) -> Job:

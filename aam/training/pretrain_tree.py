@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -196,7 +197,7 @@ class TreeTask:
         calibration: known ASVs that the network does not train on: they say how much it counts
             beside the vote of the neighbours.
         config: all options.
-        communities: ``(n, known ASVs)`` reads of the training samples; n may be 0.
+        communities: gives ``(n, known ASVs)`` reads of training samples; n may be 0.
     """
 
     model: PretrainedModel
@@ -204,7 +205,7 @@ class TreeTask:
     unseen: AsvDataset
     calibration: np.ndarray
     config: PretrainConfig
-    communities: csr_array
+    communities: Callable[[], csr_array]
 
     def __post_init__(self) -> None:
         order = np.random.default_rng(CHECK_SEED).permutation(len(self.unseen))
@@ -232,7 +233,7 @@ class TreeTask:
     @cached_property
     def embedding(self) -> Embedding:
         """Directions of sample vectors."""
-        return Embedding.fit(self.split.clades, self.communities, self.config.run.seed)
+        return Embedding.fit(self.split.clades, self.communities(), self.config.run.seed)
 
     @property
     def metric(self) -> str:

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from scipy.sparse import csr_array
 
 from aam.config import OptimizerOptions, OptionalTableOptions, PretrainConfig, RunOptions
 from aam.data.asvs import AsvDataset
@@ -37,8 +36,7 @@ def task(study):
         data=OptionalTableOptions(table=study.table), run=RunOptions(output_dir=study.table.parent)
     )
     tips = calibration_tips(len(split.clades.sequences), 0)
-    none = csr_array((0, len(split.clades.sequences)))
-    return TreeTask(model, split, AsvDataset.of(split.unseen, 150), tips, config, none)
+    return TreeTask(model, split, AsvDataset.of(split.unseen, 150), tips, config, None)
 
 
 def test_sequences_are_left_out_where_they_are_no_dna_or_repeat_another():
