@@ -30,7 +30,9 @@ def print_results(results: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     def show(value: float | None) -> str:
-        return "-" if value is None else f"{value:.3f}"
+        if value is None:
+            return "-"
+        return f"{value:.3f}" if abs(value) >= 0.1 else f"{value:.4f}"  # errors are small
 
     table = Table("validation", "model", "baselines", title=None)
     for one in results:
