@@ -38,7 +38,7 @@ CLIP = 5.0  # largest network logit: where it is surer than that it has not been
 LEAST_VOTE = 0.03  # probability of a clade for which no neighbour votes
 ASVS_AT_ONCE = 512  # sequences encoded at once
 LOGITS_AT_ONCE = 1 << 21  # numbers: bounds memory, not the result
-MOST_CLADES = 32_768  # of more, only those of an ASV's candidates are looked at
+MOST_DENSE = 32_768  # of more, only those of an ASV's candidates are looked at
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,7 +207,7 @@ class Placer:
 
     def parts(self, count: int) -> Iterator[slice]:
         """ASVs whose logits are held at once."""
-        clades = min(len(self.clades), MOST_CLADES)
+        clades = min(len(self.clades), MOST_DENSE)
         size = max(1, LOGITS_AT_ONCE // max(1, clades))
         for low in range(0, count, size):
             yield slice(low, low + size)
@@ -215,7 +215,7 @@ class Placer:
     def lookup(self, near: Found) -> Lookup:
         """The clades that are looked at for new ASVs: all, or of very many those of candidates."""
         clades = self.clades
-        if len(clades) <= MOST_CLADES:
+        if len(clades) <= MOST_DENSE:
             return Lookup(None, clades.parent, clades.levels, None)
         chosen = clades.on_paths(np.unique(near.index[near.index >= 0]))
         column = np.full(len(clades), -1)

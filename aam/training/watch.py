@@ -24,6 +24,7 @@ SILENCE_SECONDS = 45.0  # without a beat: that rank or its machine is gone
 TICK_SECONDS = 0.5
 GRACE_SECONDS = 2.0  # an error on every rank is told by rank 0, without naming a rank
 FAREWELL_SECONDS = 20.0  # rank 0 ends after the others, whose connections it holds
+HEARD_SECONDS = 2.0  # that rank 0 waits for the others to hear its last word
 CONNECT_SECONDS = 60.0
 GONE = 1  # the exit code when another rank is gone
 LONGEST = 2000  # characters of an error that is sent
@@ -210,9 +211,20 @@ class Watch:
         self._closed.set()
 
     def _end_others(self, code: int) -> None:
-        if not self.rank:
-            for link in self.links:
-                self._send(link, f"end {code}")
+        """Rank 0: tell the others to end, and wait a moment until they have heard it.
+
+        A connection that is closed before all was read is reset, and takes its last word with it.
+        """
+        if self.rank:
+            return
+        for link in self.links:
+            self._send(link, f"end {code}")
+        deadline = time.monotonic() + HEARD_SECONDS
+        for link in self.links:
+            with contextlib.suppress(OSError):
+                link.connection.settimeout(max(0.01, deadline - time.monotonic()))
+                while link.connection.recv(4096):
+                    pass
 
     def _send(self, link: Link, line: str) -> None:
         with contextlib.suppress(OSError):

@@ -12,6 +12,7 @@ from torch import nn
 from aam.model import AsvEncoder, EncoderShape, Predictor, PretrainedModel
 from aam.model.predictor import PredictorShape
 from aam.training.loop import step_seed
+from aam.training.pretrain_tree import STACK_JOINS
 from aam.training.schedule import (
     SCALE_LR_FACTOR,
     make_optimizer,
@@ -108,7 +109,7 @@ def read(run, part, name):
 PAIRS = ("--distance", "bray-curtis")
 
 
-def test_the_stack_joins_after_two_thirds_of_a_run_that_a_tree_teaches(aam, tmp_path, monkeypatch):
+def test_the_stack_joins_for_the_last_part_of_a_run(aam, tmp_path, monkeypatch):
     compute, seen = Step.__call__, []
 
     def noted(self, batch, pieces=1):
@@ -118,12 +119,12 @@ def test_the_stack_joins_after_two_thirds_of_a_run_that_a_tree_teaches(aam, tmp_
 
     monkeypatch.setattr(Step, "__call__", noted)
     run = tmp_path / "run"
-    assert aam("pretrain", "--epochs", 2, "--batch-size", 8, "--output-dir", run) == 0
+    assert aam("pretrain", "--epochs", 3, "--batch-size", 8, "--output-dir", run) == 0
     sizes = [size for _, size, _ in seen]
     done = np.cumsum([0, *sizes[:-1]]) / sum(sizes)
     assert [progress for progress, *_ in seen] == pytest.approx(done)
     for progress, _, gate in seen:
-        assert gate == 0 or progress > 2 / 3
+        assert gate == 0 or progress > STACK_JOINS
     assert seen[-1][2] > 0
     assert read(run, "train", "asvs_per_second").keys() == set(range(1, len(seen) + 1))
 

@@ -180,7 +180,7 @@ def test_the_order_and_the_company_of_sequences_change_nothing(placer, new, monk
 def test_of_very_many_clades_those_of_candidates_are_enough(placer, new, monkeypatch):
     names, truth = new
     whole = placer.place(names)
-    monkeypatch.setattr(placing, "MOST_CLADES", 20)
+    monkeypatch.setattr(placing, "MOST_DENSE", 20)
     monkeypatch.setattr(placing, "LOGITS_AT_ONCE", 40)  # two ASVs at once
     some = placer.place(names)
     assert (some.clade == whole.clade).mean() > 0.95
