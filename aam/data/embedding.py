@@ -84,11 +84,14 @@ class Embedding:
         walk = TreeWalk(clades.tree)
         reached = walk.reach(keys, rows.data, rows.shape[0], False).branches
         held = reached[:, inner].astype(np.float32) @ scipy.sparse.diags_array(scale)
-        number = min(DIRECTIONS, MOST_NUMBERS // max(1, len(inner)) + 1, *held.shape)
+        used = np.flatnonzero(np.bincount(held.indices, minlength=held.shape[1]))
+        most = MOST_NUMBERS // max(1, len(inner)) + 1
+        number = min(DIRECTIONS, most, held.shape[0], len(used))
         if not number:  # a star has no inner branches
             return cls(np.zeros((0, len(inner)), dtype=np.float32))
-        directions = randomized_svd(held, number, random_state=seed)[2]
-        return cls(np.ascontiguousarray(directions, dtype=np.float32))
+        directions = np.zeros((number, held.shape[1]), dtype=np.float32)
+        directions[:, used] = randomized_svd(held[:, used], number, random_state=seed)[2]
+        return cls(directions)
 
     def rows(
         self,
