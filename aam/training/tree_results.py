@@ -13,6 +13,7 @@ from aam.data.clades import Clades, Grafts
 from aam.data.embedding import Embedding
 from aam.data.phylogeny import UniFrac
 from aam.data.table import FeatureTable
+from aam.data.texts import Texts
 from aam.training import metrics
 from aam.training.measurements import distance_results, nucleotide_results, write_pairs
 from aam.training.placing import Placed, Placer, grafted_tree, unifrac_by_model
@@ -108,7 +109,7 @@ def sample_results(
     """
     samples, truth, rows = judged.samples, judged.truth, judged.rows
     ids = [samples.ids[row] for row in rows]
-    table = samples.table.select(ids)
+    table = on_tree(samples.table, truth).select(ids)
     placed = placer.place(table.feature_ids)
     simple = nearest_neighbour_placement(placer)
     baseline = simple.place(table.feature_ids)
@@ -144,6 +145,17 @@ def sample_results(
     explained = [metrics.r2(one.faith_pd(own), faith) for one in (predicted, nearest)]
     results.append(result("Faith PD R2", explained[0], {"placement": explained[1]}))
     return results
+
+
+def on_tree(table: FeatureTable, truth: UniFrac) -> FeatureTable:
+    """The table without features that the tree does not have: truth knows nothing of them."""
+    kept = np.flatnonzero(truth.tip_of_column >= 0)
+    if len(kept) == len(truth.tip_of_column):
+        return table
+    counts = table.counts[:, kept]
+    counts.sort_indices()
+    names = Texts.of(table.feature_ids).take(kept)
+    return FeatureTable(table.sample_ids, names, counts, table.source)
 
 
 def write_embeddings(

@@ -16,7 +16,7 @@ from aam.training import pretrain_tree
 from aam.training.prepare import Samples
 from aam.training.pretrain import communities
 from aam.training.pretrain_tree import TreeTask, calibration_tips, distinct_sequences, tree_options
-from aam.training.tree_results import JudgedSamples, colours
+from aam.training.tree_results import JudgedSamples, colours, on_tree
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +121,16 @@ def test_colours_are_the_first_column_with_few_classes_else_numbers(study):
     assert found["kind"] == "classification" and found["column"] == "site"
     assert found["values"][samples.ids[3]] == metadata.select(samples.ids).text("site")[3]
     assert colours(Samples(samples.table), np.arange(30)) is None
+
+
+def test_features_that_the_tree_lacks_are_not_compared(study):
+    table, tree = read_table(study.table), read_tree(study.tree)
+    lost = {table.feature_ids[3], table.feature_ids[8]}
+    kept = np.array([name not in lost for name in tree.tip_names])
+    truth = UniFrac(table, tree.shear(kept), drop_missing=True)
+    found = on_tree(table, truth)
+    assert set(found.feature_ids) == set(table.feature_ids) - lost
+    assert found.counts.sum() == table.counts.sum() - table.counts[:, [3, 8]].sum()
+    whole = UniFrac(table, tree)
+    assert on_tree(table, whole) is table
+    np.testing.assert_allclose(UniFrac(found, tree).all_pairs(), truth.all_pairs(), atol=1e-12)
