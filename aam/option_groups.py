@@ -49,7 +49,7 @@ class TableOptions:
 class OptionalTableOptions(TableOptions):
     """The feature table and what becomes of it before training."""
 
-    table: Path | None = None  # type: ignore[assignment]
+    table: Path | None = None  # type: ignore[assignment]  # wider than the base's on purpose
     """Feature table: BIOM 2.1 or 1.0, .qza or .tsv. Feature ids are the DNA sequences. Without
     one, --sequences and --tree teach alone: a FASTA (or .qza) whose ids are tips of the tree."""
 

@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -228,9 +228,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def mean_of(each: Sequence[dict[str, dict[str, float | None]]]) -> dict[str, dict]:
     """Means over splits of numbers that are there in all of them."""
-    average: Callable[[list], float | None] = lambda values: (  # noqa: E731
-        None if None in values else float(np.mean(values))
-    )
+
+    def average(values: list) -> float | None:
+        return None if None in values else float(np.mean(values))
+
     return {
         name: {key: average([one[name][key] for one in each]) for key in found}
         for name, found in each[0].items()

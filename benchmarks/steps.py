@@ -255,7 +255,7 @@ def clade_step(
     objective = CladeObjective(
         encoder, head, PenaltyOptions(), CladeLoss(clades), stack_joins=0.0 if stack else 2.0
     )
-    dataset = AsvDataset.of(clades.sequences, shape.max_bp)
+    dataset = AsvDataset(clades.sequences, shape.max_bp)
     batches = first_batches(len(dataset), asvs or dataset.default_batch)
     trainer = make_trainer(objective, dataset, batch_size=asvs)
     return _in_turn(trainer.step, batches[0][: SHORT[1]], batches)

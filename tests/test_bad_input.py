@@ -51,7 +51,10 @@ def broken(community, tmp_path_factory) -> dict[str, str]:
         values = square.copy()
         change(values)
         body = ["\t".join(["", *ids])]
-        body += ["\t".join([one, *map(repr, map(float, row))]) for one, row in zip(ids, values)]  # noqa: B905
+        body += [
+            "\t".join([one, *map(repr, map(float, row))])
+            for one, row in zip(ids, values, strict=True)
+        ]
         return text(name, "\n".join(body) + "\n")
 
     def missing_tip() -> str:

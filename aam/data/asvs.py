@@ -45,7 +45,6 @@ class AsvDataset:
 
     Attributes:
         sequence_lengths: ``(asvs,)`` int64, tokens of each, START included.
-        asv_count: ``(asvs,)`` ones: a row is one ASV.
         default_batch: ASVs of a step of about ``BATCH_TOKENS`` tokens.
     """
 
@@ -53,39 +52,24 @@ class AsvDataset:
     fills_memory = False  # steps of one size learn best: memory only decides their pieces
     share_asvs = True
 
-    def __init__(self, tokens: ResidentTokens | MappedTokens, asv_ids: NDArray[np.int64]) -> None:
-        """Look at some sequences.
+    def __init__(self, sequences: Texts, max_bp: int, *, mapped: bool = False) -> None:
+        """Tokenise sequences, cut at ``max_bp`` bases.
 
         Args:
-            tokens: of many sequences.
-            asv_ids: ``(asvs,)`` which of them are this dataset's ASVs 0, 1, ...
-        """
-        self.tokens, self.asv_ids = tokens, asv_ids
-        self.sequence_lengths = np.asarray(tokens.lengths)[asv_ids]
-        self.asv_count = np.ones(len(asv_ids), dtype=np.int64)
-        mean = float(self.sequence_lengths.mean()) if len(asv_ids) else 1.0
-        self.default_batch = max(2, round(BATCH_TOKENS / mean))
-
-    @classmethod
-    def of(cls, sequences: Texts, max_bp: int, *, mapped: bool = False) -> AsvDataset:
-        """All of some sequences, cut at ``max_bp`` bases.
-
-        Args:
-            sequences: the ASVs.
+            sequences: the ASVs 0, 1, ... of the dataset.
             max_bp: bases kept of each.
             mapped: they lie in an index on disk, each after a line break, and stay there.
         """
-        tokens = MappedTokens(sequences, max_bp) if mapped else ResidentTokens(sequences, max_bp)
-        return cls(tokens, np.arange(len(sequences)))
+        self.tokens: ResidentTokens | MappedTokens = (
+            MappedTokens(sequences, max_bp) if mapped else ResidentTokens(sequences, max_bp)
+        )
+        self.sequence_lengths = self.tokens.lengths
+        mean = float(self.sequence_lengths.mean()) if len(sequences) else 1.0
+        self.default_batch = max(2, round(BATCH_TOKENS / mean))
 
     def __len__(self) -> int:
         """Return the number of ASVs."""
-        return len(self.asv_ids)
-
-    @property
-    def sample_ids(self) -> Texts | list[str]:
-        """Names of the rows, for messages."""
-        return [f"ASV {row}" for row in range(len(self))]
+        return len(self.sequence_lengths)
 
     def to(self, device: torch.device | str) -> AsvDataset:
         """Return the dataset with its tokens on ``device``."""
@@ -101,7 +85,7 @@ class AsvDataset:
 
     def gather_tokens(self, rows: NDArray[np.int64]) -> Ragged:
         """Return the tokens of some ASVs, one row each, uint8, on their device."""
-        return self.tokens.gather(self.asv_ids[rows])
+        return self.tokens.gather(rows)
 
     def entries(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the one ASV of each row, as `SampleDataset.entries` does."""

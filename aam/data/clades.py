@@ -261,7 +261,6 @@ class Clades:
         total = len(tree) + 2 * count
         parent, length = np.full(total, -1, dtype=np.int64), np.zeros(total)
         up = tree.parent
-        top_of = place + 2 * on_branch  # the highest joint of each branch, or the node itself
         above = np.where(up >= 0, place[up], -1)
         parent[place], length[place] = above, tree.length
         parent[tip], length[tip] = joint, grafts.own[order]
@@ -272,7 +271,6 @@ class Clades:
         length[place[grafted]] -= shared[is_lowest]
         length[joint] = shared
         length[joint[~is_top]] -= shared[np.flatnonzero(~is_top) + 1]
-        assert count == 0 or top_of[node[-1]] == joint[-1]
         # Tips below: a node's own, and the grafts on branches within its subtree.
         first = self.tip_nodes[tree.tip_start]  # the first node of each subtree
         start = tree.tip_start + before[first]
@@ -380,11 +378,10 @@ def true_grafts(tree: Phylogeny, kept: NDArray[np.bool_], tips: NDArray[np.int64
         tips: ``(n,)`` others.
     """
     runs = tree.runs(kept)
-    with_length = np.where(runs.of_node < 0, tree.length, 0.0)
     # The lowest node above each tip that has kept tips below.
     at, own = tree.tip_nodes[tips], np.zeros(len(tips))
     while (lost := runs.of_node[at] < 0).any():
-        own += np.where(lost, with_length[at], 0.0)
+        own += np.where(lost, tree.length[at], 0.0)
         at = np.where(lost, tree.parent[at], at)
     node = runs.of_node[at]
     before = np.concatenate(([0.0], np.cumsum(tree.length[runs.nodes])))

@@ -27,14 +27,14 @@ from aam.data.tree_walk import TreeWalk
 DIRECTIONS = 256
 """Of the projection; a vector has as many numbers for the pendants."""
 
+MOST_NUMBERS = 2**25
+"""Of all directions together: of very large trees there are fewer."""
+
 COMMUNITIES = 1024
 """Most samples that the directions are fitted to."""
 
 LEAST_COMMUNITIES = 512
 """Where there are fewer samples, random sets of known ASVs stand for the rest."""
-
-MOST_NUMBERS = 2**25
-"""Of all directions together: of very large trees there are fewer."""
 
 RANDOM_ASVS = 100
 """ASVs of such a set."""

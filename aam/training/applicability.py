@@ -67,11 +67,13 @@ def describe(
     placeable = ~(reverse | foreign)
     if placeable.any():
         middle, ninth, most = np.quantile(edits[placeable], (0.5, 0.9, 1.0))
+        some = "" if len(new) + is_known.sum() == len(is_known) else f"of {len(new):,} looked at, "
         detail = (
-            f"edits to the nearest known one: median {middle:.1f}, 90 % up to {ninth:.1f}, "
+            f"{some}edits to the nearest known one: median {middle:.1f}, 90 % up to {ninth:.1f}, "
             f"most {most:.1f}"
         )
-        facts.append(DataFact("new ASVs", int(placeable.sum()), detail))
+        unseen = int((~is_known).sum()) - int((~placeable).sum())
+        facts.append(DataFact("new ASVs", unseen, detail))
     warnings = []
     for lost, what in (
         (reverse, "reverse complements of what the model knows"),

@@ -173,7 +173,7 @@ def read_model(run: Path) -> SavedModel:
     try:
         with safe_open(path, framework="pt") as file:
             described = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))
-            for name in file.keys():  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118  (an open file, no dict)
                 if name.startswith(ARRAYS):
                     arrays[name.removeprefix(ARRAYS)] = file.get_tensor(name).numpy()
                 else:

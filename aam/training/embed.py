@@ -108,7 +108,7 @@ def write_rows(path: Path, header: list[str], rows: Iterable[tuple[str, np.ndarr
 def write_npz(path: Path, **arrays: np.ndarray) -> None:
     """Write arrays, whole or not at all."""
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # its other keywords are not arrays
 
 
 def _each(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

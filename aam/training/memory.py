@@ -182,6 +182,7 @@ class Batching:
         found = MemoryPlan(self.rows, self.contents, model, self.budget, self.seed).oversize()
         if not found:
             return
+        assert isinstance(self.dataset, SampleDataset)  # a step of ASVs is never filled
         worst = max(found, key=lambda one: one.needed)
         what = (
             f"{len(found)} samples do not fit into {self.budget / GB:.2f} GB in one piece "

@@ -106,17 +106,21 @@ class Objective(nn.Module, ABC):
         total = len(work.noisy.masked)
         return weighted(nucleotide_terms(self.encoder, encoded, noisy, total), self.penalties)
 
+
+class SampleObjective(Objective):
+    """Stages of a loss of samples, beside those of sequences."""
+
     def encode_asvs(self, tokens: Ragged, first_row: int) -> Tensor:
         """Vectors (asvs, dim) of some ASVs; `first_row` is their first token's row in the step."""
         return self.encoder(tokens, first_row=first_row).vectors
 
+    @abstractmethod
     def encode_samples(self, vectors: Tensor, part: SamplePart) -> Terms:
         """Outputs of some samples, each (samples of the part, ...)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def losses(self, outputs: Terms, work: Work, first: int, last: int) -> Terms:
         """The share of samples `first` to `last` in every loss of the step."""
-        raise NotImplementedError
 
 
 class CladeObjective(Objective):
@@ -171,7 +175,7 @@ class CladeObjective(Objective):
         return weighted(terms, self.penalties)
 
 
-class PairObjective(Objective):
+class PairObjective(SampleObjective):
     """Distances between all pairs of a batch's samples, and masked nucleotides."""
 
     penalties: PenaltyOptions
@@ -215,7 +219,7 @@ class PairObjective(Objective):
         return weighted(terms, self.penalties)
 
 
-class FinetuneObjective(Objective):
+class FinetuneObjective(SampleObjective):
     """The target's loss, and the nucleotide and count losses that have a penalty."""
 
     penalties: FinetunePenaltyOptions
@@ -243,7 +247,7 @@ class FinetuneObjective(Objective):
         self.frozen_asvs = frozen_asvs
 
     @property
-    def encoder(self) -> AsvEncoder:  # type: ignore[override]
+    def encoder(self) -> AsvEncoder:  # type: ignore[override]  # an attribute of the others
         """The base encoder."""
         return self.predictor.encoder
 

@@ -13,7 +13,7 @@ from scipy.sparse import csr_array
 
 from aam.config import PretrainConfig, TableOptions
 from aam.data.asvs import AsvDataset
-from aam.data.clades import Clades, TreeSplit, known_arrays
+from aam.data.clades import MOST_CLADES, Clades, TreeSplit, known_arrays
 from aam.data.embedding import COMMUNITIES
 from aam.data.facts import DataFact
 from aam.data.splits import Split
@@ -36,6 +36,7 @@ from aam.training.prepare import (
 )
 from aam.training.pretrain_pairs import PairTask, write_pair_results
 from aam.training.pretrain_tree import (
+    LEFT_OUT,
     STACK_JOINS,
     TreeTask,
     calibration_tips,
@@ -105,7 +106,7 @@ def make_model(config: PretrainConfig, **heads: Any) -> PretrainedModel:
 def reference_job(config: PretrainConfig, device: torch.device) -> Job:
     """Learn from a tree and the sequences of its tips alone."""
     known, parts, facts = read_reference(config)
-    facts += cut_facts(known, config)
+    facts += cut_facts(known, config) + limit_facts(known)
     tell(facts)
     return clade_job(config, device, known, parts, None, facts, [])
 
@@ -120,7 +121,7 @@ def tree_job(config: PretrainConfig, device: torch.device) -> Job:
     parts = split(samples, config.metadata, config.run.seed)
     known = split_by_samples(samples, truth, samples.rows(parts.train))
     rows = placed_rows(samples, judged_rows(samples, parts), samples.rows(parts.train))
-    samples.facts += cut_facts(known, config)
+    samples.facts += cut_facts(known, config) + limit_facts(known)
     tell(samples.facts, samples.warnings)
     judged = JudgedSamples(samples, truth, rows, samples.rows(parts.train), config.metadata)
     return clade_job(config, device, known, parts, judged, samples.facts, samples.warnings)
@@ -141,6 +142,20 @@ def cut_facts(known: TreeSplit, config: PretrainConfig) -> list[DataFact]:
     return [DataFact(f"sequences cut at {most} bases", cut, f"longest {int(lengths.max())}", "cut")]
 
 
+def limit_facts(known: TreeSplit) -> list[DataFact]:
+    """What is too much to be learned, or to be looked at in every validation."""
+    tree = known.clades.tree
+    facts: list[DataFact] = []
+    branches = int((tree.tip_stop - tree.tip_start > 1).sum())
+    if len(known.clades) == MOST_CLADES and branches > MOST_CLADES:
+        what = f"branches that are no clade: {MOST_CLADES:,} with most members are learned"
+        facts.append(DataFact(what, branches - MOST_CLADES, "nearest known ASVs decide", "cut"))
+    if len(known.unseen) > LEFT_OUT:
+        what = f"new ASVs whose clades are not measured: {LEFT_OUT:,} are"
+        facts.append(DataFact(what, len(known.unseen) - LEFT_OUT, "drawn at random", "cut"))
+    return facts
+
+
 def clade_job(
     config: PretrainConfig,
     device: torch.device,
@@ -157,8 +172,8 @@ def clade_job(
             f"{clades.tree.source}: has no inner branch with a length: there is no clade to learn"
         )
     mapped = judged is not None and isinstance(judged.samples.table.feature_ids, Texts)
-    asvs = AsvDataset.of(clades.sequences, config.data.max_bp, mapped=mapped).to(device)
-    unseen = AsvDataset.of(known.unseen, config.data.max_bp, mapped=mapped).to(device)
+    asvs = AsvDataset(clades.sequences, config.data.max_bp, mapped=mapped).to(device)
+    unseen = AsvDataset(known.unseen, config.data.max_bp, mapped=mapped).to(device)
     model = make_model(config, clades=len(clades))
     if model.clades is not None:
         share = (clades.stop - clades.start) / len(clades.tree.tip_names)

@@ -125,8 +125,8 @@ class PaddedEncoder(AsvEncoder):
             checkpointed: recompute the layers in backward.
         """
         super().__init__(shape)
-        self.stack = Stack(shape, checkpointed)  # type: ignore[assignment]
-        self.pool = MaskedPool(shape.embedding_dim)  # type: ignore[assignment]
+        self.stack = Stack(shape, checkpointed)  # type: ignore[assignment]  # padded on purpose
+        self.pool = MaskedPool(shape.embedding_dim)  # type: ignore[assignment]  # likewise
 
     def encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (rows, length) int64 to vectors (rows, dim) and states (rows, length, dim)."""

@@ -76,7 +76,7 @@ def loss_curve(kind, impl, table, unifrac):
         head = CladeHead(32, len(clades))
         head.begin_at(torch.from_numpy((clades.stop - clades.start) / len(names)))
         objective = CladeObjective(encoder, head, PenaltyOptions(), CladeLoss(clades))
-        dataset, rows = AsvDataset.of(names, 150), np.arange(0, len(names), len(names) // 64)
+        dataset, rows = AsvDataset(names, 150), np.arange(0, len(names), len(names) // 64)
     else:
         objective = PairObjective(encoder, pairs, PenaltyOptions(), DistanceLoss(unifrac))
         dataset, rows = SampleDataset(table, token_limit=24), np.arange(4)

@@ -101,7 +101,7 @@ def test_the_options_say_what_a_step_holds(batching):
 
 def test_a_step_of_asvs_has_one_size_whatever_the_memory(batching):
     sequences = Texts.of(["ACGT" * length for length in (5, 10, 15)] * 500)
-    asvs = AsvDataset.of(sequences, 150)
+    asvs = AsvDataset(sequences, 150)
     one = batching(asvs, max_memory_gb=1.0)
     sizes = [len(rows) for rows in one.batches(0)]
     assert sizes == [400, 400, 400, 300] and sizes[0] * 41 == pytest.approx(16_384, rel=0.01)

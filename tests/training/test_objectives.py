@@ -173,7 +173,7 @@ def clade_objective(community, penalties=None, *, shape=SHAPE, stack_joins=0.0):
         encoder, CladeHead(shape.embedding_dim, len(clades)), penalties or PenaltyOptions(),
         CladeLoss(clades), stack_joins=stack_joins,
     )  # fmt: skip
-    return objective.train(), AsvDataset.of(clades.sequences, 150)
+    return objective.train(), AsvDataset(clades.sequences, 150)
 
 
 @pytest.mark.parametrize("clade, nucleotide", [(1.0, 0.5), (2.0, 0.0), (0.0, 3.0)])

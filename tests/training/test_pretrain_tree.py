@@ -14,7 +14,7 @@ from aam.data.tree import read_tree
 from aam.model import AsvEncoder, EncoderShape, PretrainedModel
 from aam.training import pretrain_tree
 from aam.training.prepare import Samples
-from aam.training.pretrain import communities
+from aam.training.pretrain import communities, limit_facts
 from aam.training.pretrain_tree import TreeTask, calibration_tips, distinct_sequences, tree_options
 from aam.training.tree_results import JudgedSamples, colours, on_tree
 
@@ -36,7 +36,7 @@ def task(study):
         data=OptionalTableOptions(table=study.table), run=RunOptions(output_dir=study.table.parent)
     )
     tips = calibration_tips(len(split.clades.sequences), 0)
-    return TreeTask(model, split, AsvDataset.of(split.unseen, 150), tips, config, None)
+    return TreeTask(model, split, AsvDataset(split.unseen, 150), tips, config, None)
 
 
 def test_sequences_are_left_out_where_they_are_no_dna_or_repeat_another():
@@ -47,7 +47,7 @@ def test_sequences_are_left_out_where_they_are_no_dna_or_repeat_another():
 
 
 def test_epochs_follow_the_tokens_and_what_is_given_stays():
-    few, many = (AsvDataset.of(_texts(count), 150) for count in (10, 60_000))
+    few, many = (AsvDataset(_texts(count), 150) for count in (10, 60_000))
     assert tree_options(OptimizerOptions(), few).epochs == 60
     assert tree_options(OptimizerOptions(), many).epochs == 6  # 30 of 5 million tokens each
     given = tree_options(OptimizerOptions(epochs=7, lr=0.1, validate_every=3), few)
@@ -134,3 +134,12 @@ def test_features_that_the_tree_lacks_are_not_compared(study):
     whole = UniFrac(table, tree)
     assert on_tree(table, whole) is table
     np.testing.assert_allclose(UniFrac(found, tree).all_pairs(), truth.all_pairs(), atol=1e-12)
+
+
+def test_what_is_too_much_is_said(task, monkeypatch):
+    assert limit_facts(task.split) == []
+    monkeypatch.setattr("aam.training.pretrain.LEFT_OUT", 5)
+    monkeypatch.setattr("aam.training.pretrain.MOST_CLADES", len(task.split.clades))
+    few, unseen = limit_facts(task.split)
+    assert few.kind == unseen.kind == "cut" and few.count > 0
+    assert unseen.count == len(task.split.unseen) - 5

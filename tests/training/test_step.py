@@ -53,7 +53,7 @@ def clade_objective(kind, encoder, table, tree):
     objective = CladeObjective(encoder, head, PenaltyOptions(nucleotide_penalty=0.7), loss,
                                stack_joins=0.5)  # fmt: skip
     objective.progress = 0.2 if kind == "before" else 0.8
-    return objective, AsvDataset.of(clades.sequences, 150)
+    return objective, AsvDataset(clades.sequences, 150)
 
 
 def sample_objective(kind, encoder, table, tree):
