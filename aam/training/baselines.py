@@ -24,6 +24,9 @@ MAX_TRAINING_SAMPLES = 200
 CONSENSUS_BLOCK = 2**16
 """Sequences whose bases are counted at once."""
 
+NEAREST_BLOCK = 2**13
+"""Known sequences that all judged ones are compared with at once."""
+
 KMER_LENGTH = 12
 BASES = "ACGT"
 """Token of a base is its index here plus one."""
@@ -210,6 +213,39 @@ def consensus_bases(sequences: Sequence[str] | Array) -> Array:
 def consensus_of(tokens: Any) -> Array:
     """`consensus_bases` of tokens, a ``Ragged`` whose rows begin with START."""
     return consensus_bases(tokens.to("cpu").to_padded(0)[:, 1:].numpy())
+
+
+def nearest_accuracy(
+    known: Any, judged: Any, rows: Array, positions: Array, bases: Array
+) -> float | None:
+    """Share of masked bases that the nearest known sequence has at the same position.
+
+    The nearest is the one that agrees in most bases that are not masked, position by position.
+
+    Args:
+        known: tokens of training, a ``Ragged`` whose rows begin with START.
+        judged: tokens of the sequences that were masked, the same.
+        rows: ``(masked,)`` which of the judged sequences.
+        positions: ``(masked,)`` where, START not counted.
+        bases: ``(masked,)`` the true tokens.
+    """
+    theirs, own = (one.to("cpu").to_padded(0)[:, 1:].numpy() for one in (known, judged))
+    width = max(theirs.shape[1], own.shape[1])
+    theirs, own = (np.pad(one, ((0, 0), (0, width - one.shape[1]))) for one in (theirs, own))
+    seen = own.copy()
+    seen[rows, positions] = 0
+
+    def one_hot(tokens: Array) -> Array:
+        return np.concatenate([tokens == base for base in range(1, 5)], 1).astype(np.float32)
+
+    wanted, most, nearest = one_hot(seen), np.full(len(own), -1.0), np.zeros(len(own), np.int64)
+    for low in range(0, len(theirs), NEAREST_BLOCK):
+        agreed = wanted @ one_hot(theirs[low : low + NEAREST_BLOCK]).T
+        best = agreed.argmax(axis=1)
+        value = agreed[np.arange(len(own)), best]
+        nearest = np.where(value > most, best + low, nearest)
+        most = np.maximum(most, value)
+    return metrics.accuracy(theirs[nearest[rows], positions], bases)
 
 
 def consensus_accuracy(consensus: Array, positions: Array, bases: Array) -> float | None:

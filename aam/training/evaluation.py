@@ -34,6 +34,7 @@ SAMPLE_CHUNK = 64  # samples encoded at a time
 class NucleotideCheck:
     """Masked nucleotides of some sequences: where they were, and what the model said."""
 
+    rows: np.ndarray  # (masked,) which of the sequences
     positions: np.ndarray  # (masked,) position in the sequence, 0 = first base
     bases: np.ndarray  # (masked,) true token
     loss: float
@@ -145,21 +146,22 @@ def check_nucleotides(
     """
     encoder.eval()
     device = next(encoder.parameters()).device
-    chunks, positions, bases = [], [], []
+    chunks, rows, positions, bases = [], [], [], []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for chunk in _chunks(asv_ids, ASV_CHUNK):
+        for number, chunk in enumerate(_chunks(asv_ids, ASV_CHUNK)):
             tokens = dataset.gather_tokens(chunk).to("cpu")  # the same draw on every device
             masked, hit = mask_tokens(tokens, penalties.mask_probability, penalties.mask_strategy)
             if not len(hit):
                 continue
             row = torch.searchsorted(tokens.offsets[1:].long(), hit, right=True)
+            rows.append(row.numpy() + number * ASV_CHUNK)
             positions.append((hit - tokens.offsets[row] - 1).numpy())  # START stands at 0
             bases.append(tokens.values[hit].long())
             chunks.append((masked, hit))
     if not chunks:
         none = np.empty(0, dtype=np.int64)
-        return NucleotideCheck(none, none, float("nan"), float("nan"))
+        return NucleotideCheck(none, none, none, float("nan"), float("nan"))
     logits = _shared(
         chunks,
         lambda chunk: len(chunk[1]),
@@ -168,6 +170,7 @@ def check_nucleotides(
     ).cpu()
     true = torch.cat(bases)
     return NucleotideCheck(
+        np.concatenate(rows),
         np.concatenate(positions),
         true.numpy(),
         float(F.cross_entropy(logits, true - A)),

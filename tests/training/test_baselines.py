@@ -8,6 +8,7 @@ import pytest
 import scipy.sparse as sparse
 from scipy.spatial.distance import pdist, squareform
 
+from aam.data.sequences import tokenize
 from aam.training import baselines, metrics
 
 
@@ -207,3 +208,12 @@ def test_numbers_and_speed_on_real_data(real_data):
     assert found["12-mer Jaccard"].r > found["Jaccard"].r > found["Jaccard"].r_between
     assert found["12-mer Jaccard"].mae < found["Jaccard"].mae < 0.045
     assert found["Bray-Curtis"].mae < found["constant"].mae < 0.1
+
+
+def test_masked_bases_of_the_nearest_sequence(monkeypatch):
+    monkeypatch.setattr(baselines, "NEAREST_BLOCK", 2)
+    known = tokenize(["ACGTACGT", "TTTTCCCC", "GGGGGGGG"])[0]
+    judged = tokenize(["ACGTACGA", "TTTTCC", "GGGGGGGGGG"])[0]
+    rows, positions = np.array([0, 0, 1, 2]), np.array([0, 7, 5, 9])
+    found = baselines.nearest_accuracy(known, judged, rows, positions, np.array([1, 1, 2, 3]))
+    assert found == 0.5  # the second differs, the last is past the end
