@@ -1,4 +1,8 @@
-"""The one exception that a user's input can cause."""
+"""What a user is told: one line on standard error, or an error that ends the command."""
+
+from __future__ import annotations
+
+import sys
 
 
 class InputError(ValueError):
@@ -6,3 +10,9 @@ class InputError(ValueError):
 
     The command line prints the message as ``error: ...`` on standard error and exits with 2.
     """
+
+
+def log(text: str = "") -> None:
+    """One line for the person who waits, on standard error."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()

@@ -21,7 +21,7 @@ from typing import Any
 
 from aam import config
 from aam.errors import InputError
-from aam.training.layout import complain, own_ranks, refuse_several, silence_others, starter
+from aam.learning.launch import complain, own_ranks, refuse_several, silence_others, starter
 
 COMMANDS: dict[str, type] = {
     "pretrain": config.PretrainConfig,
@@ -104,8 +104,8 @@ def tell_error(error: Exception, text: str) -> None:
 
 def shared(run: Callable[[Any], Any], words: Sequence[str]) -> Callable[[Any], None]:
     """A command whose steps other processes may share, started with these words."""
-    from aam.training.ranks import together
-    from aam.training.stopping import Stopped, requeue
+    from aam.learning.distributed import together
+    from aam.learning.stopping import Stopped, requeue
 
     def run_together(options: Any) -> None:
         try:
@@ -196,8 +196,8 @@ def settle_resume(words: Sequence[str]) -> list[str]:
     """
     if value_of("--resume-from", words) != AUTO:
         return list(words)
-    from aam.training.resume import usable_checkpoint
-    from aam.training.runs import is_run
+    from aam.learning.resume import usable_checkpoint
+    from aam.learning.run import is_run
 
     folder = value_of("--output-dir", words)
     if folder is None:
@@ -222,7 +222,7 @@ def saved_options(config_class: type, words: Sequence[str]) -> dict[str, Any]:
     """
     values: dict[str, Any] = {}
     if resumed := value_of("--resume-from", words):
-        from aam.training.runs import CONFIG_FILE, resume_checkpoint, resume_folder
+        from aam.learning.run import CONFIG_FILE, resume_checkpoint, resume_folder
 
         if ("run", "resume_from") not in set(config.leaves(config_class)):
             return {}  # this command has no such option: the parser says so
@@ -256,21 +256,21 @@ def option_of(word: str) -> str:
 def runner(name: str) -> Callable[[Any], Any]:
     """The function that runs a command; only its own modules are imported."""
     if name == "pretrain":
-        from aam.training.pretrain import pretrain as run
+        from aam.commands.pretrain import pretrain as run
     elif name == "finetune":
-        from aam.training.finetune import finetune as run
+        from aam.commands.finetune import finetune as run
     elif name == "predict":
-        from aam.training.predict import predict as run
+        from aam.commands.predict import predict as run
     elif name == "evaluate":
-        from aam.training.evaluate import evaluate as run
+        from aam.commands.evaluate import evaluate as run
     elif name == "inspect":
-        from aam.training.inspect import inspect as run
+        from aam.commands.inspect import inspect as run
     elif name == "unifrac":
-        from aam.training.unifrac import unifrac as run
+        from aam.commands.unifrac import unifrac as run
     elif name == "embed":
-        from aam.training.embed import embed as run
+        from aam.commands.embed import embed as run
     else:
-        from aam.training.demo import demo as run
+        from aam.commands.demo import demo as run
     return run
 
 

@@ -20,10 +20,11 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from aam.batching import Calibration, CostModel, EpochPlan
-from aam.batching.calibration import LEARNING_STEPS
 from aam.data import FeatureTable, SampleDataset, read_table
 from aam.data.table_distances import TableDistances
+from aam.learning.calibration import LEARNING_STEPS, Calibration
+from aam.learning.cost_model import CostModel
+from aam.learning.planner import EpochPlan
 from aam.model import AsvEncoder, EncoderShape
 from benchmarks.large_tables import sequences
 from benchmarks.steps import TABLES, forward, make_trainer, pair_objective

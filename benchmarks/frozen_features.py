@@ -21,8 +21,8 @@ from aam.data import read_table
 from aam.data.embedding import Embedding
 from aam.data.metadata import read_metadata
 from aam.data.table import FeatureTable
-from aam.training.checkpoint import read_model
-from aam.training.placing import grafted_tree, load_placer
+from aam.evaluation.placer import grafted_tree, load_placer
+from aam.learning.checkpoint import read_model
 from benchmarks import machine
 
 DATA = Path(os.environ.get("AAM_DATA") or machine.ROOT.parent / "shared" / "data")

@@ -142,8 +142,8 @@ def write_tree(path: Path, names: list[bytes], generator: np.random.Generator) -
 def train(arguments: list[str]) -> None:
     """Run `aam` and print, as JSON, when training began and what memory it took."""
     started = time.time()
+    from aam.learning import loop
     from aam.train import main
-    from aam.training import loop
 
     seen: dict[str, float] = {}
     fit = loop.Trainer.fit

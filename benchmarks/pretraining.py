@@ -31,8 +31,8 @@ from aam.data.splits import split_samples
 from aam.data.table import FeatureTable
 from aam.data.texts import Texts
 from aam.data.tree import Phylogeny, read_tree
-from aam.training import metrics
-from aam.training.placing import Placer, load_placer, unifrac_by_model
+from aam.evaluation import metrics
+from aam.evaluation.placer import Placer, load_placer, unifrac_by_model
 from benchmarks import machine
 
 DATA = Path(os.environ.get("AAM_DATA") or machine.ROOT.parent / "shared" / "data") / "ibd"

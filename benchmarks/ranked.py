@@ -17,8 +17,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from aam.training.exchange import Exchange
-from aam.training.step import Step
+from aam.learning.collectives import RankGroup
+from aam.learning.step import Step
 from benchmarks.batching import GB, Case, Epoch, Result, in_turn
 
 RANKS = "AAM_BENCHMARK_RANKS"  # of a process that rank 0 started: rank, size, port
@@ -80,10 +80,10 @@ def own_step(case: Case, rows: np.ndarray) -> Result:
 
     Its loss has no pairs of samples of different ranks, and each rank masks its own ASVs.
     """
-    trainer, exchange = case.trainer, Exchange()
+    trainer, exchange = case.trainer, RankGroup()
     own = np.array_split(rows, exchange.size)[exchange.rank]
     batch = trainer.dataset.batch(own)
-    alone = Exchange()
+    alone = RankGroup()
     alone.size, alone.rank = 1, 0
     trainer.batching.meter.reset()
     trainer.objective.train()

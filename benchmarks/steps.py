@@ -18,22 +18,22 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from aam.batching import EpochPlan
+from aam.commands.pretrain import FREE_CLADES, PAIR_EPOCHS, PAIR_LEARNING_RATE
+from aam.commands.train_and_report import usual_options
 from aam.config import OptimizerOptions, PenaltyOptions
 from aam.data import FeatureTable, SampleDataset, read_table
 from aam.data.asvs import AsvDataset
 from aam.data.clades import Clades
 from aam.data.table_distances import TableDistances
 from aam.data.tree import read_tree
+from aam.evaluation.outputs import predicted_distances
+from aam.learning.batches import Batching
+from aam.learning.loop import Trainer
+from aam.learning.losses import CladeLoss, DistanceLoss, Terms
+from aam.learning.objective import CladeObjective, Objective, PairObjective, SamplePart, Work
+from aam.learning.planner import EpochPlan
+from aam.learning.run import Run
 from aam.model import AsvEncoder, CladeHead, EncoderShape, FreeClades, PretrainedModel
-from aam.training.evaluation import predicted_distances
-from aam.training.loop import Trainer
-from aam.training.losses import CladeLoss, DistanceLoss, Terms
-from aam.training.memory import Batching
-from aam.training.objectives import CladeObjective, Objective, PairObjective, SamplePart, Work
-from aam.training.pretrain import FREE_CLADES, PAIR_EPOCHS, PAIR_LEARNING_RATE
-from aam.training.runs import Run
-from aam.training.train_and_report import usual_options
 from benchmarks.baselines.padded_transformer import (
     Labelled,
     PaddedBatch,

@@ -5,8 +5,8 @@ import statistics
 import numpy as np
 import pytest
 
-from aam.batching import Meter
 from aam.data import read_table
+from aam.learning.meter import Meter
 from benchmarks.batching import GB, read, simulated
 from benchmarks.comparison import Figure, Goal
 from benchmarks.steps import TABLES

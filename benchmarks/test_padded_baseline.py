@@ -2,10 +2,10 @@
 
 import torch
 
+from aam.commands.pretrain import FREE_CLADES
+from aam.learning.masking import NoisyAsvs
+from aam.learning.objective import Work
 from aam.model import AsvEncoder, EncoderShape, PretrainedModel
-from aam.training.masking import NoisyAsvs
-from aam.training.objectives import Work
-from aam.training.pretrain import FREE_CLADES
 from aam_kernels import Ragged
 from benchmarks.baselines import padded_transformer
 from benchmarks.baselines.padded_transformer import (

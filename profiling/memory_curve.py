@@ -100,7 +100,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 
 def simulated(folder: Path, options: argparse.Namespace) -> Path:
     """Table of a simulated community that is large enough."""
-    from aam.data.demo import simulate_community
+    from aam.data.simulate import simulate_community
 
     return simulate_community(
         folder,
@@ -135,19 +135,19 @@ def step(samples: int, pieces: int, **setting: Any) -> Callable[[], dict[str, fl
     import numpy as np
     import torch
 
-    from aam.batching import Meter
-    from aam.training.exchange import Exchange
-    from aam.training.memory_profile import kept_a_token
-    from aam.training.memory_watch import StepWatch
-    from aam.training.schedule import make_optimizer, make_state
-    from aam.training.step import Step
+    from aam.learning.collectives import RankGroup
+    from aam.learning.memory_profile import kept_a_token
+    from aam.learning.memory_watch import StepWatch
+    from aam.learning.meter import Meter
+    from aam.learning.schedule import make_optimizer, make_state
+    from aam.learning.step import Step
 
     torch.manual_seed(0)
     device = setting["device"]
     dataset, objective = prepare(**setting)
     optimizer = make_optimizer(objective, 1e-4, 0.01)
     make_state(optimizer)
-    compute, meter = Step(objective, Exchange()), Meter.for_device(device)
+    compute, meter = Step(objective, RankGroup()), Meter.for_device(device)
 
     def change(rows: np.ndarray) -> None:
         optimizer.zero_grad(set_to_none=True)

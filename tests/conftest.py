@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from aam.data.demo import DemoFiles, simulate_community
+from aam.data.simulate import DemoFiles, simulate_community
 
 ROOT = Path(__file__).parent.parent
 
@@ -86,8 +86,8 @@ def aam(community) -> Callable[..., int]:
         with pytest.MonkeyPatch.context() as patch:
             if not complete:
                 patch.setattr("aam.report.write_report", lambda folder: folder / "report.html")
-                patch.setattr("aam.training.baselines.target_baselines", lambda *_, **__: {})
-                patch.setattr("aam.training.baselines.distance_baselines", lambda *_, **__: {})
+                patch.setattr("aam.evaluation.baselines.target_baselines", lambda *_, **__: {})
+                patch.setattr("aam.evaluation.baselines.distance_baselines", lambda *_, **__: {})
             return main(arguments)
 
     return run

@@ -9,7 +9,7 @@ import time
 MAIN = """
 import sys
 import aam.report
-import aam.training.baselines as baselines
+import aam.evaluation.baselines as baselines
 aam.report.write_report = lambda folder: folder / "report.html"
 baselines.distance_baselines = baselines.target_baselines = lambda *_, **__: {}
 from aam.train import main

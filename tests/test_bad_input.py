@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from aam import train
-from aam.data.demo import simulate_community
+from aam.data.simulate import simulate_community
 
 
 @pytest.fixture(scope="module")

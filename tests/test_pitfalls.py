@@ -18,22 +18,22 @@ from aam.config import PenaltyOptions
 from aam.data.dataset import SampleDataset
 from aam.data.sequences import MASK, A
 from aam.data.table import read_table
-from aam.training.evaluation import check_nucleotides
+from aam.evaluation.outputs import check_nucleotides
 
 ROOT = Path(__file__).parent
 ELSEWHERE = {
     "predict could not load what train wrote": (
-        "training/test_options_end_to_end.py", "test_finetune_and_predict"),
+        "commands/test_options_end_to_end.py", "test_finetune_and_predict"),
     "a count option crashed at first validation": (
-        "training/test_options_end_to_end.py", "test_no_option_is_left_out"),
+        "commands/test_options_end_to_end.py", "test_no_option_is_left_out"),
     "recomputation failed outside its backend": (
-        "training/test_options_end_to_end.py",
+        "commands/test_options_end_to_end.py",
         "test_interchangeable_settings_give_the_same_losses"),
     "permuting the table's rows changed predictions": (
-        "training/test_predict.py",
+        "commands/test_predict.py",
         "test_the_order_of_the_tables_rows_and_columns_changes_no_prediction"),
     "warm-up that small studies never leave": (
-        "training/test_loop.py", "test_the_logged_rate_is_the_schedule_and_lasts_the_run"),
+        "learning/test_loop.py", "test_the_logged_rate_is_the_schedule_and_lasts_the_run"),
     "a matrix by position": ("test_bad_input.py", '"matrix without ids"'),
     "NaN target": ("test_bad_input.py", '"target all missing"'),
     "duplicate metadata rows": ("test_bad_input.py", '"metadata row twice"'),
@@ -41,9 +41,9 @@ ELSEWHERE = {
     "batch larger than the set": ("test_bad_input.py", '"batch larger than the set"'),
     "plain text as BIOM": ("test_bad_input.py", '"table is plain text"'),
     "checkpoints written in place": (
-        "training/test_checkpoint.py", "test_a_failed_write_keeps_the_previous_file"),
+        "learning/test_checkpoint.py", "test_a_failed_write_keeps_the_previous_file"),
     "resume that is not exact": (
-        "training/test_resume.py", "test_a_run_ended_by_max_steps_continues_bit_for_bit"),
+        "learning/test_resume.py", "test_a_run_ended_by_max_steps_continues_bit_for_bit"),
 }  # fmt: skip
 
 

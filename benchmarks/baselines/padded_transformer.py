@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from aam.learning.losses import DistanceLoss
 from aam.model import AsvEncoder, EncodedAsvs, EncoderShape, FreeClades, PretrainedModel
 from aam.model.encoder import MASK, VOCABULARY
-from aam.training.losses import DistanceLoss
 from aam_kernels import Ragged
 
 PAD, FIRST_BASE, LAST_BASE = 0, 1, 4

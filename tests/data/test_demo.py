@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import pdist, squareform
 
-from aam.data.demo import DIAGNOSES, SITES, simulate_community
 from aam.data.metadata import read_metadata
 from aam.data.phylogeny import UniFrac, read_tree
+from aam.data.simulate import DIAGNOSES, SITES, simulate_community
 from aam.data.table import read_table
 from aam.errors import InputError
 

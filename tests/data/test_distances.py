@@ -9,9 +9,9 @@ import pytest
 from scipy.spatial.distance import pdist, squareform
 
 import aam.data.distances as distances
-from aam.data.demo import simulate_community
 from aam.data.distances import compute_unifrac, read_distances, write_distances
 from aam.data.phylogeny import UniFrac
+from aam.data.simulate import simulate_community
 from aam.data.table import read_table
 from aam.errors import InputError
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from aam.data.clades import LEAST_LENGTH, Clades, split_tree, true_grafts
-from aam.data.demo import simulate_community
 from aam.data.neighbours import NEAREST, Found, Neighbours
 from aam.data.placement import STEPS, Law, Placement
+from aam.data.simulate import simulate_community
 from aam.data.tree import read_tree
 from tests.data.trees import parse
 

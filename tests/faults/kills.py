@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aam.data.demo import simulate_community
+from aam.data.simulate import simulate_community
 from tests.processes import start_command
 
 KILLS = int(os.environ.get("AAM_KILLS", "50"))

@@ -1,0 +1,195 @@
+"""`aam inspect`: what is in the files, before anything is trained."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from aam.commands.inputs import Samples, attach_distances, make_dataset, read_samples, split, tell
+from aam.commands.pretrain import FREE_CLADES
+from aam.config import InspectConfig, OptimizerOptions, PenaltyOptions
+from aam.data.dataset import SampleDataset
+from aam.data.facts import DataFact, name_some
+from aam.data.metadata import require_values
+from aam.errors import InputError, log
+from aam.evaluation.applicability import add_applicability
+from aam.learning.batches import GB, Batching
+from aam.learning.checkpoint import read_model
+from aam.learning.collectives import RankGroup
+from aam.learning.device import pick_device
+from aam.learning.losses import DistanceLoss
+from aam.learning.objective import PairObjective
+from aam.learning.planner import EpochPlan
+from aam.learning.schedule import make_optimizer, make_state
+from aam.learning.step import Step
+from aam.model import AsvEncoder, EncoderShape, PretrainedModel
+
+BATCHES_LOOKED_AT = 200
+
+
+def inspect(config: InspectConfig) -> None:
+    """Run `aam inspect`; prints on standard output, writes nothing."""
+    from rich.console import Console
+    from rich.table import Table
+
+    samples = read_samples(config.data, config.seed, metadata=config.metadata.metadata)
+    labels = distances = None
+    table = Table("what", "value", title=None)
+    if config.metadata_column is not None:
+        labels = _describe_target(table, samples, config)
+    given = config.distances
+    if given.tree or given.unifrac_matrix or given.distance:
+        distances = attach_distances(samples, config.data, config.distances)
+        _describe_distances(table, distances, len(samples.ids))
+    dataset = make_dataset(samples, config.data)
+    if config.model is not None:
+        add_applicability(samples, read_model(config.model))
+    parts = split(samples, config.metadata, config.seed, labels=labels)
+    table.add_row("training / validation samples", f"{len(parts.train)} / {len(parts.validation)}")
+    tell(samples.facts, samples.warnings)
+    plan = _plan(table, dataset, samples.rows(parts.train), distances, config)
+    _describe_cost(table, dataset, plan, config)
+    Console(width=110, highlight=False).print(table)
+
+
+def _describe_target(table: Any, samples: Samples, config: InspectConfig) -> list[str] | None:
+    """Kind and values of the target; its classes as labels for the split."""
+    metadata, column = samples.metadata, config.metadata_column
+    if metadata is None or column is None:
+        raise InputError("--metadata-column needs --metadata")
+    values = metadata.text(column)
+    numeric = metadata.is_numeric(column)
+    require_values(metadata, column, numeric=numeric)
+    present = [value for value in values if value is not None]
+    lacking = [name for name, value in zip(samples.ids, values, strict=True) if value is None]
+    if lacking:
+        what = f"samples without a value of {column!r}"
+        samples.facts.append(DataFact(what, len(lacking), name_some(lacking), "dropped"))
+        samples.keep([n for n, v in zip(samples.ids, values, strict=True) if v is not None])
+    if numeric:
+        numbers = np.array([float(value) for value in present])
+        table.add_row(
+            f"target {column!r}",
+            f"number, mean {numbers.mean():.4g}, sd {numbers.std():.4g}, "
+            f"{numbers.min():.4g} to {numbers.max():.4g}",
+        )
+        return None
+    sizes = ", ".join(f"{name} {size}" for name, size in sorted(Counter(present).items()))
+    table.add_row(f"target {column!r}", f"classes: {sizes}")
+    return [str(value) for value in present]
+
+
+def _describe_distances(table: Any, distances: Any, count: int) -> None:
+    rows = np.sort(np.random.default_rng(0).permutation(count)[:BATCHES_LOOKED_AT])
+    values = distances.pairwise(rows)[np.triu_indices(len(rows), 1)]
+    table.add_row("true distances", f"mean {values.mean():.3f}, sd {values.std():.3f}")
+
+
+def _plan(
+    table: Any, dataset: SampleDataset, rows: np.ndarray, distances: Any, config: InspectConfig
+) -> Sequence[np.ndarray]:
+    """The rows of each step of the first epoch; says what they take where a memory is given."""
+    if config.max_memory_gb is None and config.max_memory_fraction is None:
+        size = config.batch_size or min(dataset.default_batch, len(rows))
+        return EpochPlan(rows, size, config.seed).batches(0)
+    options = OptimizerOptions(
+        batch_size=config.batch_size,
+        max_memory_gb=config.max_memory_gb,
+        max_memory_fraction=config.max_memory_fraction,
+    )
+    device = pick_device("auto")
+    dataset = dataset.to(device)
+    encoder = AsvEncoder(EncoderShape(max_bp=config.data.max_bp))
+    model = PretrainedModel(encoder, free_clades=FREE_CLADES, abundance=True)
+    assert model.pairs is not None
+    loss = DistanceLoss(distances or _NoDistances())
+    objective = PairObjective(encoder, model.pairs, PenaltyOptions(), loss)
+    objective.to(device).train()
+    batching = Batching(rows, dataset, objective, options, device, config.seed)
+    optimizer = make_optimizer(objective, lr=0.0, weight_decay=0.0)
+    make_state(optimizer)
+    step = Step(objective, RankGroup())
+
+    def compute(rows: np.ndarray, pieces: int) -> dict[str, float]:
+        optimizer.zero_grad(set_to_none=True)
+        torch.manual_seed(config.seed)
+        return step(dataset.batch(rows).to(device), pieces)
+
+    log("measuring what steps of samples take, at the default options")
+    batching.prepare(compute)
+    plan = batching.batches(0)
+    _describe_memory(table, batching, plan)
+    return plan
+
+
+def _describe_memory(table: Any, batching: Batching, plan: Sequence[np.ndarray]) -> None:
+    """Memory of a plan's steps."""
+    model = batching.calibration.model
+    assert model is not None
+    sizes = [batching.size(one) for one in plan]
+    pieces = np.array([batching.pieces(one) for one in sizes])
+    parts = [size.split(count) for size, count in zip(sizes, pieces.tolist(), strict=True)]
+    peaks = np.array([model.predict(one) for one in parts])
+    table.add_row(
+        "memory to fill",
+        f"{batching.budget / GB:.2f} GB, of which {model.constant / GB:.2f} GB before a step",
+    )
+    table.add_row(
+        "predicted peak of a step",
+        f"mean {peaks.mean() / GB:.2f} GB ({peaks.mean() / batching.budget:.0%}), most "
+        f"{peaks.max() / GB:.2f} GB ({peaks.max() / batching.budget:.0%})",
+    )
+    table.add_row(
+        "error of the prediction",
+        f"{model.error:.1%} (95th percentile of {len(batching.calibration.peaks)} measured steps, "
+        "each left out once)",
+    )
+    if pieces.max() > 1:
+        table.add_row(
+            "steps in pieces", f"{(pieces > 1).sum()} of {len(pieces)}, most {pieces.max()} pieces"
+        )
+
+
+class _NoDistances:
+    """Stands for true distances where none are given: a step takes what it takes with them."""
+
+    def pairwise(self, rows: np.ndarray) -> np.ndarray:
+        return self.cross(rows, rows)
+
+    def cross(self, rows_a: np.ndarray, rows_b: np.ndarray) -> np.ndarray:
+        return np.zeros((len(rows_a), len(rows_b)))
+
+
+def _describe_cost(
+    table: Any, dataset: SampleDataset, plan: Sequence[np.ndarray], config: InspectConfig
+) -> None:
+    """Lengths, shared ASVs and what a step computes."""
+    count = dataset.asv_count
+    table.add_row("ASVs a sample", f"mean {count.mean():.0f}, most {count.max()}")
+    lengths = dataset.sequence_lengths - 1
+    table.add_row(
+        "nucleotides an ASV", f"{lengths.min()} to {lengths.max()}, mean {lengths.mean():.0f}"
+    )
+    batches = [dataset.batch(one) for one in plan[:BATCHES_LOOKED_AT]]
+    slots = np.array([len(batch.slots.values) for batch in batches])
+    distinct = np.array([len(batch.asv_ids) for batch in batches])
+    tokens = np.array([len(batch.tokens.values) for batch in batches])
+    sizes = np.array([len(one) for one in plan])
+    table.add_row("steps an epoch", str(len(plan)))
+    table.add_row("samples a step", f"{sizes.min()} to {sizes.max()}, mean {sizes.mean():.1f}")
+    table.add_row(
+        "distinct ASVs a step",
+        f"mean {distinct.mean():.0f} of {slots.mean():.0f} slots "
+        f"(share {distinct.sum() / slots.sum():.2f})",
+    )
+    table.add_row("nucleotides a step", f"mean {tokens.mean():,.0f}, most {tokens.max():,}")
+    padded = np.mean([len(batch) for batch in batches]) * config.data.token_limit
+    table.add_row(
+        "padding avoided",
+        f"{1 - slots.mean() / padded:.0%} of {padded:,.0f} slots "
+        f"(--token-limit {config.data.token_limit})",
+    )

@@ -1,0 +1,381 @@
+"""Where ASVs join the tree that a pretrained model knows, and the distances that follow.
+
+A known ASV is its own tip. For a new one two opinions about its clades are added as logits: the
+network's, which sees it in the coordinates of its nearest known ASV, and the vote of its nearest
+ones. The best path from the root is decoded from the sum; where the ASV leaves it, and what length
+is its own, `aam.data.placement` says. Reverse complements and sequences of another region are
+recognised, and not placed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from aam.data.clades import Clades, Grafts, levels_of
+from aam.data.facts import name_some
+from aam.data.neighbours import Found, Neighbours
+from aam.data.phylogeny import UniFrac
+from aam.data.placement import Law, Placement
+from aam.data.rows import offsets_of
+from aam.data.sequences import MASK, START, tokenize
+from aam.data.table import FeatureTable
+from aam.data.texts import Texts, match_names
+from aam.data.tree import Phylogeny
+from aam.errors import InputError
+from aam.learning.checkpoint import SavedModel, read_model
+from aam.model import PretrainedModel
+from aam_kernels import Ragged
+
+WEIGHT = "placing.network_weight"  # among a model's arrays
+CLIP = 5.0  # largest network logit: where it is surer than that it has not been tested
+LEAST_VOTE = 0.03  # probability of a clade for which no neighbour votes
+ASVS_AT_ONCE = 512  # sequences encoded at once
+LOGITS_AT_ONCE = 1 << 21  # numbers: bounds memory, not the result
+MOST_DENSE = 32_768  # of more, only those of an ASV's candidates are looked at
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """Where some ASVs join the tree.
+
+    Attributes:
+        grafts: ``(n,)`` places; a known ASV is at the end of its own tip.
+        known: ``(n,)`` int64, the known ASV that each equals; -1: it is new.
+        clade: ``(n,)`` int64, the smallest clade of each; -1: none.
+        nearest: ``(n,)`` int64, the nearest known ASV.
+        distance: ``(n,)`` float64, its distance in edits.
+        support: ``(n,)`` float64, mean probability of the clades on the path; 1 for known ones.
+        reverse: ``(n,)`` bool, reverse complements.
+        foreign: ``(n,)`` bool, of another region.
+    """
+
+    grafts: Grafts
+    known: np.ndarray
+    clade: np.ndarray
+    nearest: np.ndarray
+    distance: np.ndarray
+    support: np.ndarray
+    reverse: np.ndarray
+    foreign: np.ndarray
+
+    @property
+    def usable(self) -> np.ndarray:
+        """``(n,)`` bool, whether an ASV has a place."""
+        return ~(self.reverse | self.foreign)
+
+
+class Placer:
+    """Places ASVs on the tree of a pretrained model."""
+
+    def __init__(
+        self,
+        model: PretrainedModel | None,
+        placement: Placement,
+        *,
+        neighbours: Neighbours | None = None,
+        use_votes: bool = True,
+    ) -> None:
+        """Set up.
+
+        Args:
+            model: with a clade head; None: nearest-neighbour placement, the baseline.
+            placement: on the tree of the known ASVs.
+            neighbours: index of the known ASVs, where there is one already.
+            use_votes: False: the network alone decides on the clades.
+        """
+        self.model, self.placement, self.clades = model, placement, placement.clades
+        self.use_votes, self.network_weight = use_votes, 1.0
+        if neighbours is not None:
+            self.neighbours = neighbours
+
+    @cached_property
+    def neighbours(self) -> Neighbours:
+        """Index of the known ASVs."""
+        return Neighbours(self.clades.sequences)
+
+    @classmethod
+    def of(cls, saved: SavedModel, model: PretrainedModel) -> Placer:
+        """The placer of a saved model.
+
+        Raises:
+            InputError: no tree has taught it.
+        """
+        if model.clades is None:
+            raise InputError(
+                f"{saved.path}: knows no clades: distances taught it; pretrain with --tree"
+            )
+        clades = Clades.from_arrays(saved.arrays, str(saved.path))
+        placer = cls(model, Placement(clades, Law.from_arrays(saved.arrays)))
+        placer.network_weight = float(saved.arrays[WEIGHT].item())
+        return placer
+
+    def find(self, sequences: Sequence[str]) -> tuple[np.ndarray, Found]:
+        """The known ASV that each sequence equals (-1: none), and the neighbours of the others."""
+        texts = Texts.of(sequences)
+        known = match_names(texts, self.clades.sequences)
+        return known, self.neighbours.find(texts.take(known < 0))
+
+    @torch.no_grad()
+    def vectors(self, sequences: Sequence[str], known: np.ndarray, near: Found) -> np.ndarray:
+        """Vectors (asvs, dim) float32 of sequences; new ones in the coordinates of their nearest.
+
+        Args:
+            sequences: n DNA sequences.
+            known: (n,) the known ASV that each equals; -1: none.
+            near: neighbours of the others.
+        """
+        assert self.model is not None
+        encoder = self.model.encoder
+        found = np.empty((len(known), encoder.shape.embedding_dim), dtype=np.float32)
+        own = np.flatnonzero(known >= 0)
+        for part in np.array_split(own, len(own) // ASVS_AT_ONCE + 1):
+            tokens = tokenize(Texts.of(sequences).take(part), encoder.shape.max_bp)[0]
+            found[part] = self._encode(tokens)
+        new = np.flatnonzero(known < 0)
+        for part in np.array_split(np.arange(len(new)), len(new) // ASVS_AT_ONCE + 1):
+            found[new[part]] = self._encode(self._aligned(near.take(part)))
+        return found
+
+    def _aligned(self, near: Found) -> Ragged:
+        """Tokens of new ASVs in the coordinates of their nearest known ones."""
+        assert self.model is not None
+        tokens = aligned_tokens(near.aligned, self.neighbours.lengths[near.index[:, 0]])
+        return clipped(tokens, self.model.encoder.shape.max_bp)
+
+    @torch.no_grad()
+    def _encode(self, tokens: Ragged) -> np.ndarray:
+        assert self.model is not None
+        self.model.eval()
+        device = next(self.model.parameters()).device
+        return self.model.encoder(tokens.to(device)).vectors.cpu().numpy()
+
+    def place(
+        self, sequences: Sequence[str], found: tuple[np.ndarray, Found] | None = None
+    ) -> Placed:
+        """Places of sequences.
+
+        Args:
+            sequences: n DNA sequences in upper case.
+            found: what `find` gave for them, where it is known already.
+        """
+        known, near = found or self.find(sequences)
+        new, lowest, support = self.place_new(near)
+        tips, is_new = self.clades.tip_nodes[known], known < 0
+        node, shared, own = tips, self.clades.tree.length[tips], np.zeros(len(known))
+        node[is_new], shared[is_new], own[is_new] = new.node, new.shared, new.own
+        clade = self.clades.lowest[known]
+        clade[is_new] = lowest
+
+        def filled(values: np.ndarray, others: Any) -> np.ndarray:
+            whole = np.full(len(known), others, dtype=values.dtype)
+            whole[is_new] = values
+            return whole
+
+        nearest = known.copy()
+        nearest[is_new] = near.index[:, 0]
+        return Placed(
+            Grafts(node, shared, own), known, clade, nearest, filled(near.distance[:, 0], 0.0),
+            filled(support, 1.0), filled(near.reverse, False), filled(near.foreign, False),
+        )  # fmt: skip
+
+    def place_new(self, near: Found) -> tuple[Grafts, np.ndarray, np.ndarray]:
+        """Places of new ASVs, the smallest clade of each (-1: none), and the path's support."""
+        count = len(near.index)
+        if self.model is None:
+            nearest = near.index[:, 0]
+            lowest = np.where(nearest >= 0, self.clades.lowest[nearest], -1)
+            return self.placement.copied(near), lowest, np.ones(count)
+        lowest, support = np.full(count, -1), np.ones(count)
+        node, shared, own = np.zeros(count, np.int64), np.zeros(count), np.zeros(count)
+        for part in self.parts(count):
+            some = near.take(part)
+            lookup = self.lookup(some)
+            logits = self.logits(some, lookup.clades)
+            best, support[part] = best_path(lookup.parent, lookup.levels, logits)
+            lowest[part] = best if lookup.clades is None else lookup.named(best)
+            sure = 1 / (1 + np.exp(-logits))
+            found = self.placement.grafts(some, lowest[part], sure, lookup.column)
+            node[part], shared[part], own[part] = found.node, found.shared, found.own
+        return Grafts(node, shared, own), lowest, support
+
+    def parts(self, count: int) -> Iterator[slice]:
+        """ASVs whose logits are held at once."""
+        clades = min(len(self.clades), MOST_DENSE)
+        size = max(1, LOGITS_AT_ONCE // max(1, clades))
+        for low in range(0, count, size):
+            yield slice(low, low + size)
+
+    def lookup(self, near: Found) -> Lookup:
+        """The clades that are looked at for new ASVs: all, or of very many those of candidates."""
+        clades = self.clades
+        if len(clades) <= MOST_DENSE:
+            return Lookup(None, clades.parent, clades.levels, None)
+        chosen = clades.on_paths(np.unique(near.index[near.index >= 0]))
+        column = np.full(len(clades), -1)
+        column[chosen] = np.arange(len(chosen))
+        above = clades.parent[chosen]
+        parent = np.where(above >= 0, column[above], -1)
+        return Lookup(chosen, parent, levels_of(parent), column)
+
+    def logits(self, near: Found, clades: np.ndarray | None = None) -> np.ndarray:
+        """Sum of both opinions of new ASVs on all clades, or some: (asvs, clades) float32."""
+        if not self.use_votes:
+            return self.network_logits(near, clades)
+        votes = self.placement.vote(near, clades)
+        np.clip(votes, LEAST_VOTE, 1 - LEAST_VOTE, out=votes)
+        logits = np.log(votes / (1 - votes))
+        if self.network_weight:
+            logits += self.network_weight * self.network_logits(near, clades).clip(-CLIP, CLIP)
+        return logits
+
+    @torch.no_grad()
+    def network_logits(self, near: Found, clades: np.ndarray | None = None) -> np.ndarray:
+        """The network's opinion of new ASVs on all clades, or some: (asvs, clades) float32."""
+        assert self.model is not None and self.model.clades is not None
+        head = self.model.clades
+        vectors = torch.from_numpy(self._encode(self._aligned(near)))
+        chosen = None if clades is None else torch.from_numpy(clades).to(head.weight.device)
+        return head(vectors.to(head.weight.device), chosen).cpu().numpy()
+
+
+def load_placer(run: Path, device: torch.device, *, impl: str = "auto") -> Placer:
+    """The placer of a run that a tree has taught.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    saved = read_model(run)
+    model = saved.build(impl=impl)
+    if not isinstance(model, PretrainedModel):
+        raise InputError(f"{run}: is a run of finetune; give the folder of one of pretrain")
+    return Placer.of(saved, model.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class Lookup:
+    """Clades that are looked at, closed upwards.
+
+    Attributes:
+        clades: ``(m,)`` which; None: all.
+        parent: ``(m,)`` the one that holds each, as its place among them; -1: none.
+        levels: see `aam.data.clades.levels_of`.
+        column: ``(clades,)`` place of each clade among them, -1: none; None: all.
+    """
+
+    clades: np.ndarray | None
+    parent: np.ndarray
+    levels: list[np.ndarray]
+    column: np.ndarray | None
+
+    def named(self, place: np.ndarray) -> np.ndarray:
+        """The clades at some places ``(n,)``; -1 stays."""
+        assert self.clades is not None
+        return np.where(place >= 0, self.clades[place], -1) if len(self.clades) else place
+
+
+def best_path(
+    parent: np.ndarray, levels: list[np.ndarray], logits: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The path from the root with the largest sum of logits: its last clade, and its support.
+
+    Args:
+        parent: (clades,) the one that holds each; -1: none.
+        levels: the clades by how many hold them.
+        logits: (asvs, clades).
+
+    Returns:
+        (asvs,) clade, -1 where the root alone is best; (asvs,) mean probability along the path.
+    """
+    if not logits.size:
+        return np.full(len(logits), -1), np.ones(len(logits))
+    sums, sure = logits.copy(), 1 / (1 + np.exp(-logits))
+    depth = np.ones(logits.shape[1])
+    for level, own in enumerate(levels[1:], start=2):
+        depth[own] = level
+        sums[:, own] += sums[:, parent[own]]
+        sure[:, own] += sure[:, parent[own]]
+    rows, best = np.arange(len(logits)), sums.argmax(axis=1)
+    found = sums[rows, best] > 0
+    return np.where(found, best, -1), np.where(found, sure[rows, best] / depth[best], 1.0)
+
+
+def aligned_tokens(bases: np.ndarray, lengths: np.ndarray) -> Ragged:
+    """Tokens of sequences in the coordinates of their nearest known ones.
+
+    Args:
+        bases: (n, longest) uint8, A 1 to T 4; 0 where a sequence has no base.
+        lengths: (n,) bases of the known ones.
+    """
+    tokens = np.full((len(bases), bases.shape[1] + 1), START, dtype=np.uint8)
+    tokens[:, 1:] = np.where(bases == 0, MASK, bases)
+    inside = np.arange(tokens.shape[1]) <= lengths[:, None]
+    return Ragged(
+        torch.from_numpy(tokens[inside]), offsets_of(lengths + 1), int(lengths.max(initial=0)) + 1
+    )
+
+
+def clipped(tokens: Ragged, max_bp: int) -> Ragged:
+    """Rows cut after START and `max_bp` bases, as those of training are."""
+    lengths = tokens.lengths.numpy()
+    if not len(lengths) or lengths.max() <= max_bp + 1:
+        return tokens
+    kept = np.minimum(lengths, max_bp + 1)
+    padded = tokens.to_padded(0)[:, : max_bp + 1]
+    values = padded[torch.arange(max_bp + 1) < torch.from_numpy(kept)[:, None]]
+    return Ragged(values, offsets_of(kept), max_bp + 1)
+
+
+def grafted_tree(
+    clades: Clades, placed: Placed, sequences: Sequence[str]
+) -> tuple[Phylogeny, np.ndarray]:
+    """The model's tree with all new ASVs that have a place on it; see `Clades.graft`."""
+    new = (placed.known < 0) & placed.usable
+    return clades.graft(placed.grafts.take(new), Texts.of(sequences).take(new))
+
+
+def unifrac_by_model(table: FeatureTable, clades: Clades, placed: Placed) -> UniFrac:
+    """UniFrac of a table whose features were placed; those without a place are left out.
+
+    Raises:
+        InputError: nothing of the table, or of a sample, is near what the model knows.
+    """
+    require_places(table, placed)
+    tree = grafted_tree(clades, placed, table.feature_ids)[0]
+    return UniFrac(table, tree, drop_missing=not placed.usable.all())
+
+
+def require_places(table: FeatureTable, placed: Placed) -> None:
+    """Refuse a table that has nothing near what the model knows.
+
+    Raises:
+        InputError: with the likely reason.
+    """
+    if not placed.usable.any():
+        raise InputError(far_from_model(table, placed))
+    found = np.asarray(table.counts[:, np.flatnonzero(placed.usable)].sum(axis=1)).ravel()
+    empty = np.flatnonzero(found == 0)
+    if len(empty):
+        names = name_some([table.sample_ids[row] for row in empty[:4]])
+        raise InputError(
+            f"{table.source}: {len(empty)} of {len(table.sample_ids)} samples ({names}) have no "
+            "ASV near one that the model knows: remove them from the table"
+        )
+
+
+def far_from_model(table: FeatureTable, placed: Placed) -> str:
+    """One line for a table of which nothing has a place, with the likely reason."""
+    if placed.reverse.mean() > 0.5:
+        reason = "they are reverse complements: turn the sequences round"
+    else:
+        reason = "they are of another region or were read in another way"
+    return (
+        f"{table.source}: none of its {len(table.feature_ids)} features is near an ASV that the "
+        f"model knows; probably {reason}"
+    )

@@ -1,0 +1,388 @@
+"""The training loop: thin, exact to resume, and the same for every objective.
+
+All randomness of a step (masks, dropout, ASV sampling) is drawn from seeds that are a function
+of (seed, step), and the order of an epoch is a function of (seed, epoch). A resumed run
+therefore continues bit for bit without any saved generator, and a step that ran out of memory is
+the same step when it is computed again in smaller pieces.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from aam.config import OptimizerOptions
+from aam.data.asvs import AsvDataset
+from aam.data.dataset import SampleDataset
+from aam.errors import InputError, log
+from aam.learning import distributed
+from aam.learning.batches import Batching
+from aam.learning.checkpoint import FORMAT, load_state, save_state
+from aam.learning.collectives import RankGroup
+from aam.learning.fsdp import clip_gradients, load_module, load_optimizer, sharded_copy, whole
+from aam.learning.memory_profile import write_memory_profile
+from aam.learning.objective import Objective
+from aam.learning.progress import ProgressDisplay
+from aam.learning.run import CHECKPOINTS, Run, resume_checkpoint
+from aam.learning.schedule import make_optimizer, make_state, set_learning_rate, warmup_cosine
+from aam.learning.shards import remove_older, write_shards
+from aam.learning.step import Step, StepTooLarge, is_out_of_memory
+from aam.learning.stopping import Stopped, StopSignals
+
+LOWER_IS_BETTER = ("loss", "mae", "mse")
+LAST, BEST = "last.pt", "best.pt"
+REGULAR_BEST = "best-before-end.pt"  # the best, where the validation at the end was better
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved in every checkpoint."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0  # batches of this epoch that are done
+    samples: int = 0  # samples seen in all epochs
+    best: float | None = None
+    best_step: int = 0
+    not_better: int = 0  # validations since the best
+    validated: int = 0  # step of the last validation that was due
+
+
+class Trainer:
+    """Trains an objective on batches of a dataset."""
+
+    def __init__(
+        self,
+        fabric: Any,
+        objective: Objective,
+        dataset: SampleDataset | AsvDataset,
+        batching: Batching,
+        options: OptimizerOptions,
+        run: Run,
+        *,
+        validate: Callable[[], dict[str, float | None]],
+        best_metric: str,
+        description: dict[str, Any],
+        config: dict[str, Any],
+        seed: int,
+    ) -> None:
+        """Set up model and optimizer on the device.
+
+        Args:
+            fabric: a launched Lightning Fabric.
+            objective: the loss, in stages.
+            dataset: the samples, or ASVs.
+            batching: which of them share a step, and in how many pieces it fits the memory.
+            options: how weights change.
+            run: where it is logged.
+            validate: validation metrics of the current weights; all ranks call it.
+            best_metric: the metric that chooses the best checkpoint.
+            description: kept in every checkpoint beside the weights.
+            config: all options, kept in every checkpoint.
+            seed: of masks and dropout.
+        """
+        self.device = fabric.device
+        self.dataset, self.batching = dataset, batching
+        self.options, self.run, self.validate = options, run, validate
+        self.best_metric, self.description, self.config = best_metric, description, config
+        self.seed = seed
+        self.exchange = RankGroup()
+        self.objective = objective.to(self.device)
+        self.exchange.same_weights(self.objective)
+        # With fsdp the module that trains is another one, in parts; `objective` is filled from it.
+        self.sharded = (
+            config.get("run", {}).get("strategy") == "fsdp" and distributed.world_size() > 1
+        )
+        self.trained = sharded_copy(objective, self.device) if self.sharded else objective
+        self.optimizer = make_optimizer(self.trained, options.lr or 0.0, options.weight_decay)
+        make_state(self.optimizer)
+        self._step = Step(self.trained, self.exchange, equal_calls=self.sharded)
+        assert options.epochs and options.lr is not None and options.validate_every
+        self.epochs, self.lr = options.epochs, options.lr
+        self.validate_every = options.validate_every
+        self.scheduled_samples = self.epochs * len(batching.rows)
+        self.progress = Progress()
+        self.signals = StopSignals()
+        self._saved = time.monotonic()
+
+    @property
+    def scheduled_steps(self) -> int:
+        """Steps of the run, if all epochs are cut into as many as the first."""
+        steps = self.epochs * self.batching.steps_an_epoch
+        return min(steps, self.options.max_steps or steps)
+
+    def train(self, state: dict[str, Any] | None) -> None:
+        """Train to the end, from a checkpoint if one is given, and load the best weights.
+
+        Raises:
+            Stopped: Ctrl-C, SIGTERM or SIGUSR1; the run was saved first, and how to go on was said.
+            InputError: see :meth:`resume` and :meth:`fit`.
+        """
+        if state is not None:
+            self.resume(state)
+        self.batching.prepare(self.compute_all)
+        if self.config.get("run", {}).get("memory_profile"):
+            write_memory_profile(self)
+        try:
+            self.fit()
+        except Stopped:
+            self.run.close()
+            log(
+                f"saved at step {self.progress.step}; continue with "
+                f"aam {self.description['command']} --resume-from {self.run.path}"
+            )
+            raise
+        best = self.run.path / CHECKPOINTS / BEST
+        if distributed.is_rank_zero() and best.is_file():
+            self.objective.load_state_dict(load_state(best)["objective"])
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            InputError: the checkpoint does not fit the model.
+        """
+        try:
+            load_module(self.trained, state["objective"])
+            load_optimizer(self.optimizer, state["optimizer"])
+            self.progress = Progress(**state["progress"])
+            self.batching.load_state(state["memory"])
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                "--resume-from: the checkpoint is of another model; use the run's own options"
+            ) from error
+        self.run.take_over_metrics(self.progress.step, self.progress.validated)
+        if distributed.is_rank_zero():
+            self._take_over_best()
+        self.progress = Progress(**distributed.broadcast(asdict(self.progress)))
+        log(f"continuing at step {self.progress.step}")
+
+    def _take_over_best(self) -> None:
+        """Put the checkpoint of the best step known so far where this run expects it."""
+        at = self.progress
+        assert self.run.source is not None
+        own = self.run.path / CHECKPOINTS
+        theirs = resume_checkpoint(self.run.source).parent
+        if at.best is not None:
+            for name in (REGULAR_BEST, BEST):
+                found = theirs / name
+                if not found.is_file():
+                    continue
+                state = load_state(found)
+                if state["progress"]["step"] == at.best_step:
+                    save_state(own / BEST, state)
+                    break
+            else:
+                log(
+                    f"warning: the best checkpoint (step {at.best_step}) is not in {theirs}; the "
+                    "best is chosen among the validations to come"
+                )
+                at.best, at.best_step, at.not_better = None, 0, 0
+        if at.best is None:
+            (own / BEST).unlink(missing_ok=True)
+        (own / REGULAR_BEST).unlink(missing_ok=True)
+
+    def fit(self) -> None:
+        """Train to the end, validating on the way.
+
+        Raises:
+            Stopped: Ctrl-C, SIGTERM or SIGUSR1; the run was saved first.
+            InputError: the loss is no longer finite, or a checkpoint cannot be written.
+        """
+        at = self.progress
+        if self._ended() or self._stopped_early():
+            log(
+                f"step {at.step} of {self.scheduled_steps} is reached already, nothing is left to "
+                "train; a larger --max-steps goes on"
+            )
+        with ProgressDisplay(self.scheduled_steps, at.step) as display, self.signals:
+            while True:
+                batches = self.batching.batches(at.epoch, at.batch)
+                if at.batch >= len(batches):
+                    at.epoch, at.batch = at.epoch + 1, 0
+                    batches = self.batching.batches(at.epoch)
+                ended = self._ended()
+                due = at.batch == 0 and at.epoch % self.validate_every == 0
+                if at.step > at.validated and (due or ended):
+                    display.validated(at.step, self._validate(due))
+                stop, late = self._asked()
+                if not stop and (ended or self._stopped_early()):
+                    break
+                if not stop:
+                    display.update(at.step + 1, at.epoch, self.step(batches[at.batch]))
+                    stop, late = self._asked()
+                if stop or late:
+                    self.save(LAST)
+                if stop:
+                    raise Stopped(stop)
+        self.run.flush()
+
+    def _asked(self) -> tuple[int, bool]:
+        """The signal that asks to stop (0: none), and whether a checkpoint is due, on all ranks."""
+        late = (
+            distributed.is_rank_zero()
+            and time.monotonic() - self._saved > self.run.checkpoint_seconds
+        )
+        asked = distributed.all_reduce_max(2 * self.signals.number + late)
+        return asked // 2, asked % 2 == 1
+
+    def _ended(self) -> bool:
+        """Whether all epochs are done, or --max-steps."""
+        most = self.options.max_steps
+        return self.progress.epoch >= self.epochs or (
+            most is not None and self.progress.step >= most
+        )
+
+    def step(self, rows: np.ndarray) -> dict[str, float]:
+        """One change of the weights.
+
+        Args:
+            rows: the step's samples, as rows of the dataset.
+
+        Returns:
+            What was measured: loss terms, learning rate, gradient norm, samples a second, memory.
+        """
+        started = time.perf_counter()
+        at = self.progress
+        rate = self.lr * warmup_cosine(
+            at.samples, len(rows), self.scheduled_samples, self.options.warmup_fraction
+        )
+        set_learning_rate(self.optimizer, rate)
+        terms, memory = self.batching.run(rows, self.compute)
+        norm = clip_gradients(self._step.parameters, self.options.clip)
+        if not math.isfinite(terms["loss"]) or not math.isfinite(norm):
+            raise InputError(
+                f"step {at.step + 1}: loss {terms['loss']:g}, gradient norm {norm:g}: not finite; "
+                "continue from the last checkpoint with a lower --lr"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        at.step += 1
+        at.batch += 1
+        at.samples += len(rows)
+        measured = {
+            **terms,
+            "learning_rate": rate,
+            "gradient_norm": norm,
+            f"{self.dataset.unit.lower()}_per_second": len(rows) / (time.perf_counter() - started),
+            **memory,
+        }
+        self.run.log(at.step, at.epoch, "train", measured)
+        return measured
+
+    def compute(
+        self, rows: np.ndarray, pieces: int, progress: float | None = None
+    ) -> dict[str, float]:
+        """Loss terms of a step, its gradients left in the weights; random as the step's number.
+
+        Args:
+            rows: the step's samples.
+            pieces: in how many each stage is computed.
+            progress: share of the run that is behind; where it is, if not given.
+
+        Raises:
+            StepTooLarge: the memory does not hold it; no gradients are left.
+            InputError: nor does it hold what no piece makes smaller.
+        """
+        self.trained.train()
+        done = self.progress.samples / self.scheduled_samples
+        self.trained.progress = done if progress is None else progress
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.manual_seed(step_seed(self.seed, self.progress.step))
+        try:
+            return self._step(self.dataset.batch(rows).to(self.device), pieces)
+        except StepTooLarge:
+            raise
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise InputError(
+                f"out of memory before a step of {len(rows)} samples could be cut into pieces: "
+                "give more memory or smaller steps (--effective-batch-size, --batch-size)"
+            ) from error
+
+    def compute_all(self, rows: np.ndarray, pieces: int) -> dict[str, float]:
+        """`compute` with everything that the run will train: for measuring memory."""
+        return self.compute(rows, pieces, progress=1.0)
+
+    def _validate(self, due: bool) -> dict[str, float | None]:
+        """Measure the validation part, keep the best weights, save.
+
+        A validation that is only there because the run ends here is not remembered in the last
+        checkpoint: a continued run would not have made it, and must equal an uninterrupted one.
+        """
+        at = self.progress
+        if self.sharded:
+            self.objective.load_state_dict(whole(self.trained.state_dict()))
+        self.objective.eval()
+        with torch.no_grad():
+            measured = distributed.broadcast(self.validate())
+        self.run.log(at.step, at.epoch, "validation", measured)
+        if self.best_metric not in measured:
+            raise InputError(
+                f"--best-metric {self.best_metric}: not measured here; choose {', '.join(measured)}"
+            )
+        value = measured[self.best_metric]
+        better = (
+            value is not None
+            and not math.isnan(value)
+            and (at.best is None or self._better(value, at.best))
+        )
+        regular = replace(at)
+        if better:
+            folder = self.run.path / CHECKPOINTS
+            if distributed.is_rank_zero() and not due and (folder / BEST).is_file():
+                os.replace(folder / BEST, folder / REGULAR_BEST)
+            at.best, at.best_step = value, at.step
+        if due:
+            at.not_better = 0 if better else at.not_better + 1
+            at.validated = at.step
+        if better:
+            self.save(BEST)
+        self.save(LAST, None if due else regular)
+        return measured
+
+    def _better(self, value: float, than: float) -> bool:
+        lower = self.best_metric.endswith(LOWER_IS_BETTER)
+        return value < than if lower else value > than
+
+    def _stopped_early(self) -> bool:
+        patience = self.options.early_stopping
+        return bool(patience) and self.progress.not_better >= patience
+
+    def save(self, name: str, progress: Progress | None = None) -> None:
+        """Write a checkpoint, with another progress than the run's if one is given."""
+        self.run.flush()
+        folder = self.run.path / CHECKPOINTS
+        objective, optimizer = self.trained.state_dict(), self.optimizer.state_dict()
+        kind, parts = name.removesuffix(".pt"), ""
+        if self.sharded and self.config["run"]["sharded_checkpoints"]:
+            parts = f"{kind}-{self.progress.step}"
+            weights = write_shards(folder, parts, objective, optimizer)
+        else:
+            weights = {"objective": whole(objective), "optimizer": whole(optimizer)}
+        state = {
+            "format": FORMAT,
+            **weights,
+            "progress": asdict(progress or self.progress),
+            "memory": self.batching.state(),
+            "description": self.description,
+            "config": self.config,
+        }
+        if distributed.is_rank_zero():
+            save_state(folder / name, state)
+            if not (folder / REGULAR_BEST).is_file():  # it may need what best.pt no longer does
+                remove_older(folder, kind, parts)
+        self._saved = time.monotonic()
+
+
+def step_seed(seed: int, step: int) -> int:
+    """A seed that differs for every (seed, step)."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)

@@ -1,0 +1,301 @@
+"""What is learned, as stages that a step can compute in pieces and on several devices.
+
+* `CladeObjective` (pretraining from a tree): which clades each ASV belongs to, and masked
+  nucleotides, in one pass over noisy sequences. A plain sum over ASVs.
+* `PairObjective` (pretraining from distances): all pairs of a batch of samples, from clean
+  sequences without dropout, and masked nucleotides of copies.
+* `FinetuneObjective`: the target's loss, and on request masked nucleotides and counts.
+
+A step goes `draw` -> `asv_losses`, and where samples are learned from `encode_asvs` ->
+`encode_samples` -> `losses`. All but `draw` work on a part: some of the ASVs, or of the samples.
+See `aam.learning.step`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aam.config import FinetunePenaltyOptions, NucleotideOptions, PenaltyOptions
+from aam.data.asvs import AsvBatch
+from aam.data.dataset import Batch
+from aam.learning.losses import CladeLoss, DistanceLoss, TargetLoss, Terms, count_divergence
+from aam.learning.masking import NoisyAsvs, masked_copies, noisy_asvs, nucleotide_terms
+from aam.model import AsvEncoder, CladeHead, FreeClades, Predictor
+from aam_kernels import Ragged
+
+
+@dataclass(frozen=True)
+class Work:
+    """A batch with everything random about its data drawn; the same on every rank.
+
+    Attributes:
+        batch: samples with clean sequences; None where nothing is learned from samples.
+        noisy: sequences whose losses are plain sums over them; None without such losses.
+        clades: clades that stand for all in this step, and their weights; None: all of them.
+    """
+
+    batch: Batch | None
+    noisy: NoisyAsvs | None
+    clades: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class SamplePart:
+    """Some of a step's samples.
+
+    Attributes:
+        slots: values ``(slots,)`` int64, rows of the ASV vectors that come with the part.
+        counts: ``(slots,)`` float32 reads.
+        first_slot: row of the part's first slot among all slots of the step.
+        samples: which of the step's samples these are.
+        categories: ``(samples of the step, columns)`` int64 of all samples, or None.
+    """
+
+    slots: Ragged
+    counts: Tensor
+    first_slot: int
+    samples: slice
+    categories: Tensor | None
+
+
+class Objective(nn.Module, ABC):
+    """Stages of a loss. Called through `forward`, so that sharded weights are there when needed."""
+
+    frozen_asvs: Tensor | None = None
+    """(all ASVs of the dataset, dim) vectors of a frozen base, encoded once for the run."""
+
+    progress: float = 1.0
+    """Share of the run that is behind the coming step."""
+
+    encoder: AsvEncoder
+    penalties: NucleotideOptions
+
+    def forward(self, stage: str, *arguments: Any) -> Any:
+        """Run a stage by its name."""
+        return getattr(self, stage)(*arguments)
+
+    @property
+    def masked_share(self) -> float:
+        """Share of the distinct ASVs of which a masked copy is encoded."""
+        return self.penalties.masked_share if self.penalties.nucleotide_penalty else 0.0
+
+    @property
+    def holds_matrices(self) -> bool:
+        """Whether the attention implementation may hold squares of the lengths."""
+        return self.encoder.has_stack and self.encoder.stack.impl in ("math", "sdpa")
+
+    @abstractmethod
+    def draw(self, batch: Any) -> Work:
+        """Draw noise and masks from torch's default generator."""
+
+    def asv_losses(self, noisy: NoisyAsvs, work: Work, first_row: int) -> Terms:
+        """The share of some noisy sequences in the losses that are plain sums over them.
+
+        Args:
+            noisy: a part of those of the step.
+            work: the whole step.
+            first_row: row of the part's first token among the tokens of the step.
+        """
+        assert work.noisy is not None
+        encoded = self.encoder(noisy.tokens, first_row=first_row)
+        total = len(work.noisy.masked)
+        return weighted(nucleotide_terms(self.encoder, encoded, noisy, total), self.penalties)
+
+
+class SampleObjective(Objective):
+    """Stages of a loss of samples, beside those of sequences."""
+
+    def encode_asvs(self, tokens: Ragged, first_row: int) -> Tensor:
+        """Vectors (asvs, dim) of some ASVs; `first_row` is their first token's row in the step."""
+        return self.encoder(tokens, first_row=first_row).vectors
+
+    @abstractmethod
+    def encode_samples(self, vectors: Tensor, part: SamplePart) -> Terms:
+        """Outputs of some samples, each (samples of the part, ...)."""
+
+    @abstractmethod
+    def losses(self, outputs: Terms, work: Work, first: int, last: int) -> Terms:
+        """The share of samples `first` to `last` in every loss of the step."""
+
+
+class CladeObjective(Objective):
+    """Memberships in the clades of a tree, and masked nucleotides."""
+
+    penalties: PenaltyOptions
+
+    def __init__(
+        self,
+        encoder: AsvEncoder,
+        head: CladeHead,
+        penalties: PenaltyOptions,
+        loss: CladeLoss,
+        *,
+        stack_joins: float = 0.0,
+    ) -> None:
+        """Build the objective.
+
+        Args:
+            encoder: the model.
+            head: its clade head.
+            penalties: weights of the losses.
+            loss: of the memberships.
+            stack_joins: share of the run after which the transformer joins the wide path.
+        """
+        super().__init__()
+        self.encoder, self.head, self.penalties = encoder, head, penalties
+        self.loss, self.stack_joins = loss, stack_joins
+
+    @property
+    def masked_share(self) -> float:
+        """No copies: masked sequences are some of the noisy ones."""
+        return 0.0
+
+    def draw(self, batch: AsvBatch) -> Work:
+        """Draw noise, masks and, of very many clades, those that stand for all."""
+        noisy = noisy_asvs(batch.tokens, batch.rows, self.penalties)
+        return Work(None, noisy, self.loss.draw(batch.rows))
+
+    def asv_losses(self, noisy: NoisyAsvs, work: Work, first_row: int) -> Terms:
+        """The share of some sequences in both losses."""
+        assert work.noisy is not None and noisy.rows is not None
+        joined = self.progress >= self.stack_joins
+        encoded = self.encoder(noisy.tokens, first_row=first_row, stack=joined)
+        asvs = len(work.noisy.tokens)
+        terms = {}
+        if self.penalties.unifrac_penalty:
+            terms = self.loss.share(self.head, encoded.vectors, noisy.rows, asvs, work.clades)
+        if self.penalties.nucleotide_penalty:
+            total = len(work.noisy.masked)
+            terms |= nucleotide_terms(self.encoder, encoded, noisy, total)
+        return weighted(terms, self.penalties)
+
+
+class PairObjective(SampleObjective):
+    """Distances between all pairs of a batch's samples, and masked nucleotides."""
+
+    penalties: PenaltyOptions
+
+    def __init__(
+        self,
+        encoder: AsvEncoder,
+        pairs: FreeClades,
+        penalties: PenaltyOptions,
+        distances: DistanceLoss,
+    ) -> None:
+        super().__init__()
+        self.encoder, self.pairs, self.penalties = encoder, pairs, penalties
+        self.distances = distances
+
+    def draw(self, batch: Batch) -> Work:
+        """Draw masks."""
+        masked = None
+        if self.penalties.nucleotide_penalty:
+            masked = masked_copies(batch.tokens, self.penalties)
+        return Work(batch if self.penalties.unifrac_penalty else None, masked)
+
+    def encode_asvs(self, tokens: Ragged, first_row: int) -> Tensor:
+        """Vectors of clean sequences, without dropout: what is random would be used as distance."""
+        was_training = self.encoder.training
+        self.encoder.train(False)
+        try:
+            return self.encoder(tokens).vectors
+        finally:
+            self.encoder.train(was_training)
+
+    def encode_samples(self, vectors: Tensor, part: SamplePart) -> Terms:
+        """Profiles (samples, width)."""
+        return {"profiles": self.pairs.profiles(vectors, part.slots, part.counts)}
+
+    def losses(self, outputs: Terms, work: Work, first: int, last: int) -> Terms:
+        """Share of the distance loss."""
+        assert work.batch is not None
+        profiles, rows = outputs["profiles"], work.batch.rows
+        terms = self.distances.share(self.pairs, profiles, rows, first, last)
+        return weighted(terms, self.penalties)
+
+
+class FinetuneObjective(SampleObjective):
+    """The target's loss, and the nucleotide and count losses that have a penalty."""
+
+    penalties: FinetunePenaltyOptions
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        penalties: FinetunePenaltyOptions,
+        target_loss: TargetLoss,
+        *,
+        frozen_asvs: Tensor | None = None,
+    ) -> None:
+        """Build the objective.
+
+        Args:
+            predictor: the model.
+            penalties: weights of the losses.
+            target_loss: of predictions (samples, outputs) and targets (samples,).
+            frozen_asvs: (all ASVs, dim) vectors of a frozen base, encoded once for the run.
+        """
+        super().__init__()
+        self.predictor = predictor
+        self.penalties = penalties
+        self.target_loss = target_loss
+        self.frozen_asvs = frozen_asvs
+
+    @property
+    def encoder(self) -> AsvEncoder:  # type: ignore[override]  # an attribute of the others
+        """The base encoder."""
+        return self.predictor.encoder
+
+    def train(self, mode: bool = True) -> FinetuneObjective:
+        """A frozen base stays in evaluation mode."""
+        super().train(mode)
+        if self.frozen_asvs is not None:
+            self.encoder.eval()
+        return self
+
+    def draw(self, batch: Batch) -> Work:
+        """Draw masks."""
+        masked = None
+        if self.penalties.nucleotide_penalty:
+            masked = masked_copies(batch.tokens, self.penalties)
+        return Work(batch, masked)
+
+    def encode_samples(self, vectors: Tensor, part: SamplePart) -> Terms:
+        """Predictions, and what the count loss needs."""
+        hidden = self.predictor.sample_encoder(vectors, part.slots, part.counts, part.first_slot)
+        outputs = {
+            "prediction": self.predictor(
+                hidden, part.categories, part.samples, first_row=part.first_slot
+            )
+        }
+        if self.penalties.count_penalty:
+            logits = self.predictor.count_logits(hidden, part.first_slot)
+            outputs["count_loss"] = count_divergence(logits, part.counts, part.slots)
+        return outputs
+
+    def losses(self, outputs: Terms, work: Work, first: int, last: int) -> Terms:
+        """Share of the target's and count losses."""
+        batch = work.batch
+        assert batch is not None and batch.targets is not None
+        terms = self.target_loss.share(outputs["prediction"], batch.targets, first, last)
+        if self.penalties.count_penalty:
+            terms["count_loss"] = outputs["count_loss"][first:last].sum() / len(batch)
+        return weighted(terms, self.penalties)
+
+
+PENALTY_OF = {"clade_loss": "unifrac_penalty"}
+
+
+def weighted(terms: Terms, penalties: NucleotideOptions) -> Terms:
+    """Add ``loss``: the sum of all losses, each times its penalty."""
+    parts = [
+        getattr(penalties, PENALTY_OF.get(name, name.removesuffix("_loss") + "_penalty")) * value
+        for name, value in terms.items()
+        if name.endswith("_loss")
+    ]
+    return {"loss": torch.stack(parts).sum(), **terms}

@@ -1,0 +1,161 @@
+"""Continuing a run: only with the options that made it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aam.config import to_dict
+from aam.data.splits import Split
+from aam.errors import InputError, log
+from aam.learning import distributed
+from aam.learning.checkpoint import load_state
+from aam.learning.run import CHECKPOINTS, resume_checkpoint
+
+# Options that a continued run may change: none of them changes a step that was already taken.
+# Files may have moved: what they hold is compared instead (see `fingerprint`).
+FREE = {
+    "data": {"table", "sequences", "on_disk", "index_dir"},
+    "distances": {"tree", "unifrac_matrix", "unifrac_matrix_ids"},
+    "metadata": {"metadata", "train_ids", "validation_ids"},
+    "run": {
+        "output_dir",
+        "overwrite",
+        "resume_from",
+        "device",
+        "tensorboard",
+        "config",
+        "gradient_checkpointing",
+        "compile_model",
+        "attn_implementation",
+        "checkpoint_minutes",
+        "memory_profile",
+        "devices",
+        "num_nodes",
+        "data_parallel",
+        "strategy",
+        "sharded_checkpoints",
+    },
+    "optimizer": {"max_steps", "early_stopping", "validate_every"},
+}
+FREE_ALONE = {"pretrained_encoder"}  # its weights are in the checkpoint
+
+
+def compatible_state(config: Any) -> dict[str, Any] | None:
+    """The checkpoint to continue from, or None for a new run.
+
+    Raises:
+        InputError: it is missing, damaged, or was made with other options.
+    """
+    if config.run.resume_from is None:
+        return None
+    path = resume_checkpoint(config.run.resume_from)
+    state = load_state(path)
+    if state["description"]["command"] != config.command:
+        raise InputError(
+            f"{path}: is a checkpoint of {state['description']['command']}, not of {config.command}"
+        )
+    before, now = _fixed(state["config"]), _fixed(to_dict(config))
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if changed:
+        name = changed[0]
+        raise InputError(
+            f"{path}: was made with another --{name.split('.')[-1].replace('_', '-')} "
+            f"({before.get(name)!r}, now {now.get(name)!r}); continue with the run's own options"
+        )
+    return state
+
+
+def usable_checkpoint(folder: Path) -> Path | None:
+    """What ``--resume-from auto`` continues: a run's folder, or its newest readable checkpoint.
+
+    Args:
+        folder: of a run, or of nothing yet.
+
+    Returns:
+        None where no checkpoint was ever saved.
+
+    Raises:
+        InputError: there are checkpoints, but none of them can be read.
+    """
+    paths = [one for one in sorted((folder / CHECKPOINTS).glob("*.pt")) if one.is_file()]
+    if not paths:
+        return None
+    steps: dict[Path, int] = {}
+    reason = f"{folder / CHECKPOINTS}: last.pt is missing"
+    for path in sorted(paths, key=lambda one: one.name != "last.pt"):
+        try:
+            steps[path] = load_state(path)["progress"]["step"]
+        except InputError as error:
+            reason = str(error).split("; resume from")[0]
+        else:
+            if path.name == "last.pt":
+                return folder
+    if not steps:
+        raise InputError(
+            f"{folder}: none of its checkpoints can be read ({reason}); start anew with "
+            "--overwrite instead of --resume-from"
+        )
+    best = max(steps, key=lambda one: steps[one])
+    log(f"warning: {reason}; continuing from {best.name}, step {steps[best]}")
+    return best
+
+
+def fingerprint(contents: str, parts: Split, *arrays: np.ndarray | None) -> str:
+    """A digest of everything that the data contribute to a step.
+
+    Args:
+        contents: a digest of the table, or of what else is learned from.
+        parts: which samples are trained on.
+        arrays: targets, categories or some distances; real numbers count to 5 decimals, so that
+            another machine's last bits are no difference.
+    """
+    digest = hashlib.sha256()
+    digest.update(contents.encode())
+    for ids in (parts.train, parts.validation):
+        digest.update("\n".join(ids).encode() + b"\0")
+    for array in arrays:
+        if array is None:
+            continue
+        plain = np.asarray(array)
+        if plain.dtype.kind == "f":
+            plain = np.round(plain.astype(np.float64), 5) + 0.0  # no minus zero
+        else:
+            plain = plain.astype(np.int64)
+        digest.update(np.ascontiguousarray(plain).tobytes() + b"\0")
+    return digest.hexdigest()
+
+
+def check_same_data(state: dict[str, Any] | None, config: Any, description: dict[str, Any]) -> None:
+    """Refuse to continue a run with other data, and ranks that do not see the same.
+
+    Raises:
+        InputError: the checkpoint's fingerprint is another one, or some rank's is.
+    """
+    distributed.check_equal("the configuration", _fixed(to_dict(config)))
+    distributed.check_equal("the data", description["fingerprint"])
+    distributed.check_equal("the checkpoint", state and state["progress"])
+    if state is None:
+        return
+    if state["description"].get("fingerprint") != description["fingerprint"]:
+        raise InputError(
+            f"{config.run.resume_from}: was made from other data: the table, metadata, distances "
+            "or split have changed; continue with the files of the run"
+        )
+
+
+def _fixed(config: dict[str, Any]) -> dict[str, Any]:
+    """Options that must not change, as ``group.option``."""
+    flat: dict[str, Any] = {}
+    for group, values in config.items():
+        if not isinstance(values, dict):
+            if group not in FREE_ALONE:
+                flat[group] = values
+            continue
+        for name, value in values.items():
+            if name not in FREE.get(group, ()):
+                flat[f"{group}.{name}"] = value
+    return flat

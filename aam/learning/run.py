@@ -1,0 +1,259 @@
+"""The folder of a run: opened once, written atomically, continued exactly."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from aam.config import RunOptions, write_toml
+from aam.data.splits import Split
+from aam.errors import InputError
+from aam.files import atomic_path, json_text, write_table, write_text
+from aam.learning import distributed
+from aam.learning.checkpoint import MODEL_FILE
+
+CONFIG_FILE = "config.toml"
+CHECKPOINTS = "checkpoints"
+METRIC_COLUMNS = ("step", "epoch", "part", "metric", "value")
+RUN_FILES = (
+    CONFIG_FILE,
+    MODEL_FILE,
+    CHECKPOINTS,
+    "metrics.csv",
+    "tensorboard",
+    "train_ids.txt",
+    "validation_ids.txt",
+    "predictions.tsv",
+    "embeddings.tsv",
+    "distances.tsv",
+    "memory.tsv",
+    "memory.svg",
+    "summary.json",
+    "report.html",
+)
+FLUSH_SECONDS = 2.0
+
+
+def check_output(options: RunOptions) -> None:
+    """Refuse, before any work, a folder that cannot be written or already holds a run.
+
+    Raises:
+        InputError: says which, and the remedy.
+    """
+    path = options.output_dir
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path}: is a file; choose another --output-dir")
+    if is_run(path) and not options.overwrite and not continues_there(options):
+        raise InputError(
+            f"{path}: already holds a run; choose another --output-dir, replace it with "
+            "--overwrite, or continue it with --resume-from"
+        )
+    existing = path
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: cannot be written; choose another --output-dir")
+
+
+def continues_there(options: RunOptions) -> bool:
+    """Whether the run to continue is the one in the output folder."""
+    return (
+        options.resume_from is not None
+        and resume_folder(options.resume_from).resolve() == options.output_dir.resolve()
+    )
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder holds a run."""
+    return (path / CONFIG_FILE).exists() or (path / CHECKPOINTS).exists()
+
+
+class Run:
+    """An open run folder: metrics, TensorBoard, tables and the summary.
+
+    Rank 0 writes it; on the others every method does nothing.
+    """
+
+    def __init__(self, options: RunOptions, config: Any, *, keep_steps: int | None = None) -> None:
+        """Create or reopen the folder.
+
+        Args:
+            options: where, and whether an old run is replaced.
+            config: all options, saved as config.toml.
+            keep_steps: when resuming, the step up to which earlier metrics are kept.
+        """
+        self.path = options.output_dir
+        self.source = None if keep_steps is None else options.resume_from
+        self.writes = distributed.is_rank_zero()
+        self.checkpoint_seconds = 60 * options.checkpoint_minutes
+        self._started = time.monotonic()
+        self._pending: list[tuple[Any, ...]] = []
+        self._flushed = time.monotonic()
+        self._metrics = self.path / "metrics.csv"
+        self._board = None
+        if self.writes:
+            self._open(options, config, keep_steps)
+
+    def _open(self, options: RunOptions, config: Any, keep_steps: int | None) -> None:
+        try:
+            if is_run(self.path) and (self.source is None or not continues_there(options)):
+                remove_run(self.path)
+            self.path.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.path)
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written ({error.strerror})") from error
+        with atomic_path(self.path / CONFIG_FILE) as temporary:
+            write_toml(config, temporary)
+        if self.source is None:
+            self._write_metrics([])
+        if options.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(
+                str(self.path / "tensorboard"),
+                purge_step=None if keep_steps is None else keep_steps + 1,
+            )
+
+    def take_over_metrics(self, last_step: int, last_validation: int) -> None:
+        """Begin metrics.csv with those of the run that is continued.
+
+        Args:
+            last_step: training steps beyond it are left out.
+            last_validation: validations beyond it are left out.
+        """
+        assert self.source is not None
+        if not self.writes:
+            return
+        self._write_metrics(read_metrics(resume_folder(self.source), last_step, last_validation))
+
+    def _write_metrics(self, rows: list[list[str]]) -> None:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(METRIC_COLUMNS)
+        writer.writerows(rows)
+        write_text(self._metrics, text.getvalue())
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the run was opened."""
+        return time.monotonic() - self._started
+
+    def log(self, step: int, epoch: int, part: str, values: Mapping[str, float | None]) -> None:
+        """Add metrics of a step; undefined ones (None, NaN) are left out."""
+        if not self.writes:
+            return
+        for name, value in values.items():
+            if value is None or math.isnan(value):
+                continue
+            self._pending.append((step, epoch, part, name, repr(float(value))))
+            if self._board is not None:
+                with self._board_errors():
+                    self._board.add_scalar(f"{part}/{name}", value, step)
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was logged."""
+        if self._pending:
+            try:
+                with open(self._metrics, "a", newline="", encoding="utf-8") as file:
+                    csv.writer(file, lineterminator="\n").writerows(self._pending)
+            except OSError as error:
+                raise InputError(
+                    f"{self._metrics}: cannot be written ({error.strerror})"
+                ) from error
+            self._pending.clear()
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Write everything and close the logs."""
+        self.flush()
+        if self._board is not None:
+            with self._board_errors():
+                self._board.close()
+
+    @contextlib.contextmanager
+    def _board_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            folder = self.path / "tensorboard"
+            raise InputError(f"{folder}: cannot be written ({error.strerror})") from error
+
+    def write_ids(self, name: str, ids: tuple[str, ...]) -> None:
+        """Write sample ids, one a line."""
+        if self.writes:
+            write_text(self.path / name, "".join(f"{one}\n" for one in ids))
+
+    def write_split(self, parts: Split) -> None:
+        """Write the ids of each part."""
+        self.write_ids("train_ids.txt", parts.train)
+        self.write_ids("validation_ids.txt", parts.validation)
+
+    def write_table(self, name: str, header: list[str], rows: Any) -> None:
+        """Write a tab-separated table."""
+        if self.writes:
+            write_table(self.path / name, header, rows)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json."""
+        if self.writes:
+            write_text(self.path / "summary.json", json_text(summary))
+
+
+def read_metrics(run: Path, last_step: int, last_validation: int) -> list[list[str]]:
+    """Rows of a run's metrics.csv up to a training step and a validation."""
+    path = run / "metrics.csv"
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))[1:]
+    complete = [row for row in rows if len(row) == len(METRIC_COLUMNS) and row[0].isdigit()]
+    last = {"train": last_step, "validation": last_validation}
+    return [row for row in complete if int(row[0]) <= last.get(row[2], last_step)]
+
+
+def resume_folder(path: Path) -> Path:
+    """The run folder that a run or one of its checkpoints names."""
+    return path if path.is_dir() else path.parent.parent
+
+
+def resume_checkpoint(path: Path) -> Path:
+    """The checkpoint that a run folder or a checkpoint names.
+
+    Raises:
+        InputError: there is none.
+    """
+    if path.is_dir():
+        path = path / CHECKPOINTS / "last.pt"
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint; --resume-from needs a run that saved one")
+    return path
+
+
+def remove_run(path: Path) -> None:
+    """Delete the files of a run; whatever else is in the folder stays."""
+    for name in RUN_FILES:
+        one = path / name
+        if one.is_dir() and not one.is_symlink():
+            shutil.rmtree(one)
+        else:
+            one.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete what a process that was killed while it wrote has left in a run's folder."""
+    names = (*RUN_FILES, f"{CHECKPOINTS}/*.pt")
+    for name in names:
+        folder, last = (path / name).parent, Path(name).name
+        for one in folder.glob(f".{last}.*"):
+            if one.is_file():
+                one.unlink(missing_ok=True)

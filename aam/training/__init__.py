@@ -1,1 +1,0 @@
-"""Training: objectives, loop, checkpoints and the numbers that judge them."""
