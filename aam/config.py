@@ -67,7 +67,7 @@ class FinetuneConfig:
     """Run folder of `pretrain`; its model options are taken over."""
     freeze_base: bool = False
     """Keep the encoder as it is; every distinct ASV is then encoded once for the whole run."""
-    count_embedding: Literal["none", "add", "concat", "film"] = "none"
+    count_embedding: Literal["none", "add"] = "none"
     """How ln(count + 1) enters a sample's ASVs."""
     categorical: CategoricalOptions = field(default_factory=CategoricalOptions)
     model: ModelOptions = field(default_factory=ModelOptions)

@@ -53,7 +53,6 @@ LIMITS: dict[str, tuple[float, float]] = {
     "max_memory_gb": (0, math.inf),
     "max_memory_fraction": (0, 1),
     "devices": (1, math.inf),
-    "num_nodes": (1, math.inf),
     "checkpoint_minutes": (0, math.inf),
     "epochs": (1, math.inf),
     "max_steps": (1, math.inf),

@@ -33,9 +33,6 @@ class TableOptions:
     """Most ASVs of one sample; what is left out is counted."""
     asv_sampling: Literal["abundance", "first", "random"] = "abundance"
     """Which ASVs a sample with more than the limit keeps."""
-    share_asvs: bool = True
-    """Encode every distinct ASV once a batch (exact; samples that share an ASV also share its
-    dropout)."""
     allow_missing: bool = False
     """Go on when some samples have no metadata or distance; what is dropped is counted."""
     on_disk: Literal["auto", "always", "never"] = "auto"
@@ -137,8 +134,6 @@ class TargetOptions:
     """Weight classes by the inverse of their frequency."""
     target_head: Literal["linear", "mlp", "linear+mlp"] = "linear"
     """Last step from the pooled sample to the prediction."""
-    target_norm: bool = True
-    """LayerNorm before the head."""
 
 
 @dataclass(kw_only=True)
@@ -236,15 +231,14 @@ class RunOptions:
     """auto, cpu, cuda or cuda:N."""
     devices: int = 1
     """Devices (processes on a CPU) of this machine that share every step."""
-    num_nodes: int = 1
-    """Machines that share every step; start the same command on each, by torchrun or SLURM."""
     data_parallel: bool = False
-    """Use all devices of this machine."""
+    """Use all GPUs of this machine."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """What several devices hold: all of the model, or a part of its weights each."""
-    sharded_checkpoints: bool = False
-    """With --strategy fsdp: every rank writes its part of a checkpoint, beside last.pt and best.pt;
-    for models that are too large to gather on one device."""
+    precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
+    """Precision of the model's products; weights, sums and the optimizer stay in 32 bits."""
+    tf32: bool = False
+    """Let NVIDIA and AMD devices round the factors of float32 products to 19 bits."""
     attn_implementation: Literal["auto", "math", "sdpa", "triton", "cpu"] = "auto"
     """Attention kernels; an explicit choice never falls back."""
     gradient_checkpointing: bool = True

@@ -230,7 +230,7 @@ def saved_options(config_class: type, words: Sequence[str]) -> dict[str, Any]:
         if (folder / CONFIG_FILE).is_file():
             values = config.read_toml(folder / CONFIG_FILE, config_class)
         if starter() != "aam":
-            for name in ("devices", "num_nodes", "data_parallel"):
+            for name in ("devices", "data_parallel"):
                 values.get("run", {}).pop(name, None)
         values = config.merge(values, {"run": {"output_dir": str(folder)}})
     if (chosen := value_of("--config", words)) and ("run", "config") in config.leaves(config_class):

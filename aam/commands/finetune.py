@@ -362,7 +362,6 @@ def make_predictor(
         categorical_embed_dim=config.categorical.categorical_embed_dim,
         categorical_fusion=config.categorical.categorical_fusion,
         target_head=config.target.target_head,
-        target_norm=config.target.target_norm,
         predict_counts=bool(config.losses.count_penalty),
     )
     predictor = Predictor(encoder, own, impl=impl, recompute=recompute)

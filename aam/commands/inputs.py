@@ -361,7 +361,6 @@ def make_dataset(samples: Samples, options: Any, **known: Any) -> SampleDataset:
         max_bp=options.max_bp,
         token_limit=options.token_limit,
         asv_sampling=options.asv_sampling,
-        share_asvs=options.share_asvs,
         **known,
     )
     samples.facts += dataset.facts

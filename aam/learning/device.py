@@ -37,7 +37,7 @@ def make_fabric(options: RunOptions) -> Any:
 
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # its import sets it lower
     kind, index = _device(options)
-    layout = find_layout(_local_devices(options, kind), options.num_nodes)
+    layout = find_layout(_local_devices(options, kind), 1)
     if layout.size == 1:
         fabric = Fabric(accelerator=kind, devices=1 if kind == "cpu" else [index])
     else:

@@ -32,7 +32,6 @@ from aam.learning.objective import Objective
 from aam.learning.progress import ProgressDisplay
 from aam.learning.run import CHECKPOINTS, Run, resume_checkpoint
 from aam.learning.schedule import make_optimizer, make_state, set_learning_rate, warmup_cosine
-from aam.learning.shards import remove_older, write_shards
 from aam.learning.step import Step, StepTooLarge, is_out_of_memory
 from aam.learning.stopping import Stopped, StopSignals
 
@@ -362,15 +361,10 @@ class Trainer:
         self.run.flush()
         folder = self.run.path / CHECKPOINTS
         objective, optimizer = self.trained.state_dict(), self.optimizer.state_dict()
-        kind, parts = name.removesuffix(".pt"), ""
-        if self.sharded and self.config["run"]["sharded_checkpoints"]:
-            parts = f"{kind}-{self.progress.step}"
-            weights = write_shards(folder, parts, objective, optimizer)
-        else:
-            weights = {"objective": whole(objective), "optimizer": whole(optimizer)}
         state = {
             "format": FORMAT,
-            **weights,
+            "objective": whole(objective),
+            "optimizer": whole(optimizer),
             "progress": asdict(progress or self.progress),
             "memory": self.batching.state(),
             "description": self.description,
@@ -378,8 +372,6 @@ class Trainer:
         }
         if distributed.is_rank_zero():
             save_state(folder / name, state)
-            if not (folder / REGULAR_BEST).is_file():  # it may need what best.pt no longer does
-                remove_older(folder, kind, parts)
         self._saved = time.monotonic()
 
 

@@ -34,10 +34,8 @@ FREE = {
         "checkpoint_minutes",
         "memory_profile",
         "devices",
-        "num_nodes",
         "data_parallel",
         "strategy",
-        "sharded_checkpoints",
     },
     "optimizer": {"max_steps", "early_stopping", "validate_every"},
 }

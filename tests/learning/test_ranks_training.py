@@ -100,10 +100,10 @@ def test_sharded_weights_continue_a_run_and_are_continued_by_one_process(words, 
     alone(words("pretrain", "--max-steps", STEPS, "--output-dir", tmp_path / "one"))
     folder = tmp_path / "sharded"
     alone(words("pretrain", "--max-steps", 2, "--output-dir", folder))
-    sharded = ("--devices", 2, "--strategy", "fsdp", "--max-steps", 4, "--sharded-checkpoints")
+    sharded = ("--devices", 2, "--strategy", "fsdp", "--max-steps", 4)
     run(["pretrain", *map(str, ("--resume-from", folder, *sharded))])
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    assert names == ["best-4", "best.pt", "last-4", "last.pt"]
+    assert names == ["best.pt", "last.pt"]
     whole = ("--devices", 1, "--strategy", "ddp", "--max-steps", STEPS)
     alone(["pretrain", *map(str, ("--resume-from", folder, *whole))])
     for name in ("one", "sharded"):  # a run that ends validates, one that goes on does not

@@ -24,7 +24,7 @@ VARIANTS = {
     ),
     "finetune": (
         "finetune", *FINETUNE, "--categorical-columns", "site", "--nucleotide-penalty", 0.1,
-        "--count-penalty", 0.1, "--count-embedding", "film",
+        "--count-penalty", 0.1, "--count-embedding", "add",
     ),
     "finetune freeze": ("finetune", *FINETUNE, "--freeze-base", "--pretrained-encoder", "PRE"),
     "finetune random": (
