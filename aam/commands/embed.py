@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from aam.commands.inputs import tell
 from aam.config import EmbedConfig
 from aam.data.distances import read_rarefied
 from aam.data.embedding import Embedding
+from aam.data.facts import log_facts
 from aam.data.neighbours import Found
 from aam.data.table import FeatureTable
 from aam.errors import InputError, log
@@ -48,7 +48,7 @@ def embed(config: EmbedConfig) -> Path:
     found = placer.find(table.feature_ids)
     placed = placer.place(table.feature_ids, found)
     known, warnings = of_placed(table, placed)
-    tell(facts + known, warnings)
+    log_facts(facts + known, warnings)
     require_places(table, placed)
     if config.asvs:
         write_asvs(config.output, placer, table, placed, found[1])

@@ -6,14 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from aam.commands.inputs import (
-    Samples,
-    attach_distances,
-    attach_tree,
-    make_dataset,
-    read_ids,
-    tell,
-)
+from aam.commands.inputs import attach_distances, attach_tree, make_dataset, read_ids
 from aam.commands.predict import covariates_as_trained, samples_as_trained
 from aam.config import (
     DistanceOptions,
@@ -24,7 +17,8 @@ from aam.config import (
 )
 from aam.data.clades import places_by_tree
 from aam.data.dataset import SampleDataset
-from aam.data.facts import name_some
+from aam.data.facts import log_facts, name_some
+from aam.data.samples import Samples
 from aam.data.texts import Texts, match_names
 from aam.data.tree import read_tree
 from aam.errors import InputError, log
@@ -116,7 +110,7 @@ def _evaluate_tree(
     truth = attach_tree(samples, tree, config.drop_missing_tips)
     ids = chosen_ids(samples, config)
     train = training_rows(samples, config, ids)
-    tell(samples.facts, samples.warnings)
+    log_facts(samples.facts, samples.warnings)
     placer = Placer.of(saved, model)
     rows = samples.rows(ids)
     metadata = MetadataOptions(group_column=config.group_column)
@@ -157,7 +151,7 @@ def _evaluate_pairs(
     dataset = make_dataset(samples, options)
     ids = chosen_ids(samples, config)
     train = training_rows(samples, config, ids)
-    tell(samples.facts, samples.warnings)
+    log_facts(samples.facts, samples.warnings)
     rows = samples.rows(ids)
     results = distance_results(
         samples,
@@ -209,7 +203,7 @@ def _evaluate_predictor(
         raise InputError(f"{samples.metadata.source}: no sample has a value of {target.column!r}")
     train = training_rows(samples, config, ids)
     dataset, keys = covariates_as_trained(samples, options, described, target)
-    tell(samples.facts, samples.warnings)
+    log_facts(samples.facts, samples.warnings)
     rows = samples.rows(ids)
     outputs = predict_outputs(model, dataset, rows)
     own = None if keys is None else [keys[row] for row in rows]

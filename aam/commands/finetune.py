@@ -11,20 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aam.commands.inputs import (
-    Samples,
-    data_description,
-    make_dataset,
-    read_samples,
-    split,
-    tell,
-)
+from aam.commands.inputs import data_description, make_dataset, read_samples, split
 from aam.commands.train_and_report import Job, train_and_report, usual_options
 from aam.config import FinetuneConfig
 from aam.data.clades import known_arrays
 from aam.data.dataset import SampleDataset
-from aam.data.facts import DataFact, name_some
+from aam.data.facts import DataFact, log_facts, name_some
 from aam.data.metadata import require_values
+from aam.data.samples import Samples
 from aam.errors import InputError, log
 from aam.evaluation import baselines
 from aam.evaluation.outputs import encode_asvs, predict_outputs, target_metrics
@@ -122,7 +116,7 @@ def finetune(config: FinetuneConfig) -> Path:
         targets=scaled.astype(np.int64 if classes else np.float32),
         categories=categories,
     ).to(device)
-    tell(samples.facts, samples.warnings)
+    log_facts(samples.facts, samples.warnings)
     description = {
         "command": "finetune",
         "data": data_description(config),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from aam.data.index import IndexUnwritableError, TableIndex, open_index, size_in
 from aam.data.matching import match_ids
 from aam.data.metadata import Metadata, read_metadata
 from aam.data.phylogeny import UniFrac
+from aam.data.samples import Samples
 from aam.data.splits import Split, leaking_columns, split_samples
-from aam.data.table import FeatureTable, rarefy, read_table
+from aam.data.table import rarefy, read_table
 from aam.data.table_distances import TableDistances
 from aam.data.tree import Phylogeny, read_tree
 from aam.errors import InputError, log
@@ -29,59 +30,6 @@ LARGE_TABLE = 500 * 10**6
 
 JUDGED_SAMPLES = 2000
 """Most validation samples of which all pairs are compared."""
-
-
-@dataclass
-class Samples:
-    """A table ready for a dataset, and what is known of its samples.
-
-    Attributes:
-        table: counts; its sample ids are the samples of the run.
-        metadata: rows of exactly these samples, or None.
-        facts: what was read, dropped and cut on the way.
-        warnings: what the user should know before trusting a number.
-    """
-
-    table: FeatureTable
-    metadata: Metadata | None = None
-    facts: list[DataFact] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-    @property
-    def ids(self) -> tuple[str, ...]:
-        """Sample ids."""
-        return self.table.sample_ids
-
-    def rows(self, ids: Sequence[str]) -> np.ndarray:
-        """Row of each id in the table."""
-        place = {name: row for row, name in enumerate(self.ids)}
-        return np.array([place[name] for name in ids], dtype=np.int64)
-
-    def keep(self, ids: Sequence[str]) -> None:
-        """Go on with some of the samples."""
-        if len(ids) < len(self.ids):
-            self.table = self.table.select(ids)
-        if self.metadata is not None:
-            self.metadata = self.metadata.select(self.ids)
-
-    def groups(self, column: str | None) -> list[str] | None:
-        """Each sample's group, or None without a group column.
-
-        Raises:
-            InputError: a sample has none.
-        """
-        if column is None:
-            return None
-        if self.metadata is None:
-            raise InputError("--group-column needs --metadata")
-        values = self.metadata.text(column)
-        lacking = [name for name, value in zip(self.ids, values, strict=True) if value is None]
-        if lacking:
-            raise InputError(
-                f"{self.metadata.source}: column {column!r} is missing for {len(lacking)} samples "
-                f"({name_some(lacking)}): fill it in or leave --group-column out"
-            )
-        return [str(value) for value in values]
 
 
 def read_samples(
@@ -331,15 +279,6 @@ def read_ids(path: Path, known: set[str]) -> tuple[str, ...]:
         )
         raise InputError(f"{path}: {problem}; expected ids of the table's samples, one a line")
     return ids
-
-
-def tell(facts: Sequence[DataFact], warnings: Sequence[str] = ()) -> None:
-    """Print what was read, dropped and cut, and every warning."""
-    for fact in facts:
-        detail = f" ({fact.detail})" if fact.detail else ""
-        log(f"{'' if fact.kind == 'info' else fact.kind + ': '}{fact.count} {fact.what}{detail}")
-    for warning in warnings:
-        log(f"warning: {warning}")
 
 
 def data_description(config: Any) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from aam.commands.inputs import Samples, attach_distances, make_dataset, read_samples, split, tell
+from aam.commands.inputs import attach_distances, make_dataset, read_samples, split
 from aam.commands.pretrain import FREE_CLADES
 from aam.config import InspectConfig, OptimizerOptions, PenaltyOptions
 from aam.data.dataset import SampleDataset
-from aam.data.facts import DataFact, name_some
+from aam.data.facts import DataFact, log_facts, name_some
 from aam.data.metadata import require_values
+from aam.data.samples import Samples
 from aam.errors import InputError, log
 from aam.evaluation.applicability import add_applicability
 from aam.learning.batches import GB, Batching
@@ -50,7 +51,7 @@ def inspect(config: InspectConfig) -> None:
         add_applicability(samples, read_model(config.model))
     parts = split(samples, config.metadata, config.seed, labels=labels)
     table.add_row("training / validation samples", f"{len(parts.train)} / {len(parts.validation)}")
-    tell(samples.facts, samples.warnings)
+    log_facts(samples.facts, samples.warnings)
     plan = _plan(table, dataset, samples.rows(parts.train), distances, config)
     _describe_cost(table, dataset, plan, config)
     Console(width=110, highlight=False).print(table)

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from aam.commands.finetune import encode_categories
-from aam.commands.inputs import Samples, make_dataset, read_samples, tell
+from aam.commands.inputs import make_dataset, read_samples
 from aam.config import PredictConfig, TableOptions
 from aam.data.dataset import SampleDataset
-from aam.data.facts import DataFact
+from aam.data.facts import DataFact, log_facts
+from aam.data.samples import Samples
 from aam.errors import InputError, log
 from aam.evaluation.applicability import add_applicability
 from aam.evaluation.outputs import predict_outputs
@@ -50,7 +51,7 @@ def predict(config: PredictConfig) -> Path:
     target = TargetInfo.from_dict(described["target"])
     dataset, keys = covariates_as_trained(samples, options, described, target)
     add_applicability(samples, saved)
-    tell(samples.facts, samples.warnings)
+    log_facts(samples.facts, samples.warnings)
     model.to(device)
     rows = np.arange(len(samples.ids))
     outputs = predict_outputs(model, dataset, rows, chunk=config.batch_size)

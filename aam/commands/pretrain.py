@@ -19,7 +19,6 @@ from aam.commands.inputs import (
     make_dataset,
     read_samples,
     split,
-    tell,
 )
 from aam.commands.pretrain_pairs import PairTask, write_pair_results
 from aam.commands.pretrain_tree import (
@@ -31,19 +30,20 @@ from aam.commands.pretrain_tree import (
     read_reference,
     split_by_samples,
     tree_options,
+    write_tree_results,
 )
 from aam.commands.train_and_report import Job, train_and_report, usual_options
 from aam.config import PretrainConfig, TableOptions
 from aam.data.asvs import AsvDataset
 from aam.data.clades import MOST_CLADES, Clades, TreeSplit, known_arrays
 from aam.data.embedding import COMMUNITIES
-from aam.data.facts import DataFact
+from aam.data.facts import DataFact, log_facts
 from aam.data.splits import Split
 from aam.data.texts import Texts, match_names
 from aam.data.tree import read_tree
 from aam.errors import InputError
 from aam.evaluation import metrics
-from aam.evaluation.tree_results import EvaluationSubset, write_tree_results
+from aam.evaluation.tree_results import EvaluationSubset
 from aam.learning.device import make_fabric
 from aam.learning.losses import CladeLoss, DistanceLoss
 from aam.learning.objective import CladeObjective, PairObjective
@@ -107,7 +107,7 @@ def reference_job(config: PretrainConfig, device: torch.device) -> Job:
     """Learn from a tree and the sequences of its tips alone."""
     known, parts, facts = read_reference(config)
     facts += cut_facts(known, config) + limit_facts(known)
-    tell(facts)
+    log_facts(facts)
     return clade_job(config, device, known, parts, None, facts, [])
 
 
@@ -122,7 +122,7 @@ def tree_job(config: PretrainConfig, device: torch.device) -> Job:
     known = split_by_samples(samples, truth, samples.rows(parts.train))
     rows = placed_rows(samples, evaluation_rows(samples, parts), samples.rows(parts.train))
     samples.facts += cut_facts(known, config) + limit_facts(known)
-    tell(samples.facts, samples.warnings)
+    log_facts(samples.facts, samples.warnings)
     judged = EvaluationSubset(samples, truth, rows, samples.rows(parts.train), config.metadata)
     return clade_job(config, device, known, parts, judged, samples.facts, samples.warnings)
 
@@ -236,7 +236,7 @@ def pair_job(config: PretrainConfig, device: torch.device) -> Job:
     parts = split(samples, config.metadata, config.run.seed)
     dataset = make_dataset(samples, options).to(device)
     rows = evaluation_rows(samples, parts)
-    tell(samples.facts, samples.warnings)
+    log_facts(samples.facts, samples.warnings)
     train_rows = samples.rows(parts.train)
     abundance = config.distances.distance != "jaccard"
     model = make_model(config, free_clades=FREE_CLADES, abundance=abundance)

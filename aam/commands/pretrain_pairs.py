@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from aam.commands.inputs import Samples
 from aam.config import PretrainConfig
 from aam.data.dataset import SampleDataset
+from aam.data.samples import Samples
 from aam.evaluation.measurements import (
     CHECK_SEED,
     distance_results,

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.sparse import csr_array
 
-from aam.commands.inputs import Samples
 from aam.config import OptimizerOptions, PretrainConfig
 from aam.data.asvs import AsvDataset
 from aam.data.clades import Grafts, TreeSplit, split_tree
@@ -20,15 +20,26 @@ from aam.data.facts import DataFact, name_some
 from aam.data.neighbours import Found, Neighbours
 from aam.data.phylogeny import UniFrac
 from aam.data.placement import Law, Placement
+from aam.data.samples import Samples
 from aam.data.sequences import is_dna, read_fasta
 from aam.data.splits import Split
 from aam.data.texts import Texts, match_names
 from aam.data.tree import read_tree
 from aam.errors import InputError
+from aam.evaluation.measurements import nucleotide_results
 from aam.evaluation.outputs import check_nucleotides
 from aam.evaluation.placer import WEIGHT, Placer
+from aam.evaluation.results import print_results
+from aam.evaluation.tree_results import (
+    EvaluationSubset,
+    colours,
+    membership_results,
+    sample_results,
+    write_placements,
+)
 from aam.learning.collectives import RankGroup
 from aam.learning.losses import CladeLoss
+from aam.learning.run import Run
 from aam.model import PretrainedModel
 
 LEAST_TIPS = 3
@@ -333,6 +344,36 @@ class TreeTask:
             **self.embedding.to_arrays(),
             WEIGHT: np.array(self.placer.network_weight),
         }
+
+
+def write_tree_results(
+    run: Run,
+    task: TreeTask,
+    judged: EvaluationSubset | None,
+    known: AsvDataset,
+    summary: dict[str, Any],
+) -> None:
+    """Final measurements beside their baselines: tables, summary, and a printed table."""
+    losses, results = task.config.losses, []
+    everything = np.arange(len(task.unseen))
+    if losses.unifrac_penalty:
+        if judged is not None:
+            results += sample_results(task.placer, judged, run, task.embedding)
+        if len(task.judged):
+            sequences = task.split.unseen.take(task.judged)
+            placed = task.placer.place(sequences, task.found)
+            truth = task.split.truth.take(task.judged)
+            results += membership_results(task.placer, placed, truth)
+            write_placements(run, task.placer, sequences, placed, truth)
+    if losses.nucleotide_penalty and len(everything):
+        results += nucleotide_results(
+            task.model.encoder, task.unseen, everything, known, np.arange(len(known)), losses
+        )
+    if judged is not None:
+        summary["colours"] = colours(judged.samples, judged.rows)
+    summary["results"] = results
+    run.write_summary(summary)
+    print_results(results)
 
 
 def calibration_tips(asvs: int, seed: int) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 
-from aam.commands.inputs import tell
 from aam.config import UnifracConfig
 from aam.data.distances import (
     UnifracSummary,
@@ -13,6 +12,7 @@ from aam.data.distances import (
     read_rarefied,
     write_unifrac,
 )
+from aam.data.facts import log_facts
 from aam.errors import InputError, log
 from aam.evaluation.applicability import of_placed
 from aam.evaluation.placer import load_placer, unifrac_by_model
@@ -56,7 +56,7 @@ def unifrac_by_placing(config: UnifracConfig) -> UnifracSummary:
     clock.append(time.perf_counter())
     placed = placer.place(table.feature_ids)
     known, warnings = of_placed(table, placed)
-    tell(facts + known, warnings)
+    log_facts(facts + known, warnings)
     unifrac = unifrac_by_model(table, placer.clades, placed)
     if config.metric != "faith-pd":
         unifrac = unifrac.by(config.metric)

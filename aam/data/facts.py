@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from aam.errors import log
+
 
 @dataclass(frozen=True)
 class DataFact:
@@ -33,3 +35,12 @@ def name_some(ids: Sequence[str], most: int = 3) -> str:
 def one_line(error: Exception, most: int = 200) -> str:
     """Return another library's message for use within ours: no line breaks, shortened."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:most]
+
+
+def log_facts(facts: Sequence[DataFact], warnings: Sequence[str] = ()) -> None:
+    """Log what was read, dropped and cut, and every warning."""
+    for fact in facts:
+        detail = f" ({fact.detail})" if fact.detail else ""
+        log(f"{'' if fact.kind == 'info' else fact.kind + ': '}{fact.count} {fact.what}{detail}")
+    for warning in warnings:
+        log(f"warning: {warning}")

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from aam.commands.inputs import Samples
 from aam.config import NucleotideOptions
 from aam.data.asvs import AsvDataset
 from aam.data.dataset import SampleDataset
+from aam.data.samples import Samples
 from aam.evaluation import baselines, metrics
 from aam.evaluation.outputs import check_nucleotides, distance_metrics
 from aam.evaluation.results import result

@@ -7,19 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from aam.commands.inputs import Samples
-from aam.commands.pretrain_tree import TreeTask
 from aam.config import MetadataOptions
-from aam.data.asvs import AsvDataset
 from aam.data.clades import Clades, Grafts
 from aam.data.embedding import Embedding
 from aam.data.phylogeny import UniFrac
+from aam.data.samples import Samples
 from aam.data.table import FeatureTable
 from aam.data.texts import Texts
 from aam.evaluation import metrics
-from aam.evaluation.measurements import distance_results, nucleotide_results, write_pairs
+from aam.evaluation.measurements import distance_results, write_pairs
 from aam.evaluation.placer import Placed, Placer, grafted_tree, unifrac_by_model
-from aam.evaluation.results import print_results, result
+from aam.evaluation.results import result
 from aam.learning.run import Run
 
 MOST_COLOURS = 7
@@ -43,36 +41,6 @@ class EvaluationSubset:
     rows: np.ndarray
     train_rows: np.ndarray
     metadata: MetadataOptions
-
-
-def write_tree_results(
-    run: Run,
-    task: TreeTask,
-    judged: EvaluationSubset | None,
-    known: AsvDataset,
-    summary: dict[str, Any],
-) -> None:
-    """Final measurements beside their baselines: tables, summary, and a printed table."""
-    losses, results = task.config.losses, []
-    everything = np.arange(len(task.unseen))
-    if losses.unifrac_penalty:
-        if judged is not None:
-            results += sample_results(task.placer, judged, run, task.embedding)
-        if len(task.judged):
-            sequences = task.split.unseen.take(task.judged)
-            placed = task.placer.place(sequences, task.found)
-            truth = task.split.truth.take(task.judged)
-            results += membership_results(task.placer, placed, truth)
-            write_placements(run, task.placer, sequences, placed, truth)
-    if losses.nucleotide_penalty and len(everything):
-        results += nucleotide_results(
-            task.model.encoder, task.unseen, everything, known, np.arange(len(known)), losses
-        )
-    if judged is not None:
-        summary["colours"] = colours(judged.samples, judged.rows)
-    summary["results"] = results
-    run.write_summary(summary)
-    print_results(results)
 
 
 def colours(samples: Samples, rows: np.ndarray) -> dict[str, Any] | None:

@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from aam.commands import pretrain_tree
-from aam.commands.inputs import Samples
 from aam.commands.pretrain import communities, limit_facts
 from aam.commands.pretrain_tree import TreeTask, calibration_tips, distinct_sequences, tree_options
 from aam.config import OptimizerOptions, OptionalTableOptions, PretrainConfig, RunOptions
 from aam.data.asvs import AsvDataset
 from aam.data.clades import split_tree
 from aam.data.phylogeny import UniFrac
+from aam.data.samples import Samples
 from aam.data.simulate import simulate_community
 from aam.data.table import read_table
 from aam.data.tree import read_tree
