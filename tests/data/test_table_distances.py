@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+from scipy.sparse import csr_array
 from scipy.spatial.distance import cdist
 from skbio.stats.composition import clr
 
-from aam.data.table_distances import TableDistances
+from aam.data.table_distances import TableDistances, bray_curtis, jaccard
 from tests.data.trees import make_table, random_table
 
 METRICS = ("jaccard", "bray-curtis", "aitchison")
@@ -60,3 +61,12 @@ def test_explicit_features_that_no_sample_has_count_for_aitchison_only():
         narrow = TableDistances.of(make_table(counts, "ACG"), metric).pairwise([0, 1])[0, 1]
         found = TableDistances.of(make_table(wide, "ACGTacgt"), metric).pairwise([0, 1])[0, 1]
         assert (found != pytest.approx(narrow)) == (metric == "aitchison")
+
+
+@pytest.mark.parametrize("metric", [jaccard, bray_curtis])
+def test_empty_samples_are_alike_and_stored_zeros_are_no_features(metric):
+    counts = csr_array(np.array([[1, 1, 1], [1, 1, 1], [1, 2, 1]]))
+    counts.data[:] = [0, 0, 0, 0, 0, 0, 1, 0, 1]
+    np.testing.assert_allclose(metric(counts), [[0, 0, 1], [0, 0, 1], [1, 1, 0]])
+    np.testing.assert_allclose(metric(counts, counts[:2]), [[0, 0], [0, 0], [1, 1]])
+    assert counts.nnz == 9  # the caller's table is left as it was
