@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from aam.commands.inputs import attach_distances, attach_tree, make_dataset, read_ids
+from aam.commands.inputs import attach_distances, attach_tree, read_ids
 from aam.commands.predict import covariates_as_trained, samples_as_trained
 from aam.config import (
     DistanceOptions,
@@ -18,7 +18,7 @@ from aam.config import (
 from aam.data.clades import places_by_tree
 from aam.data.dataset import SampleDataset
 from aam.data.facts import log_facts, name_some
-from aam.data.samples import Samples
+from aam.data.samples import Samples, make_dataset
 from aam.data.texts import Texts, match_names
 from aam.data.tree import read_tree
 from aam.errors import InputError, log

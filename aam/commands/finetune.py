@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aam.commands.inputs import data_description, make_dataset, read_samples, split
+from aam.commands.inputs import data_description, split
 from aam.commands.train_and_report import Job, train_and_report, usual_options
 from aam.config import FinetuneConfig
 from aam.data.clades import known_arrays
 from aam.data.dataset import SampleDataset
 from aam.data.facts import DataFact, log_facts, name_some
 from aam.data.metadata import require_values
-from aam.data.samples import Samples
+from aam.data.samples import Samples, make_dataset, read_samples
 from aam.errors import InputError, log
 from aam.evaluation import baselines
 from aam.evaluation.outputs import encode_asvs, predict_outputs, target_metrics
@@ -37,10 +37,11 @@ from aam.learning.targets import (
     TargetTransform,
     category_keys,
     class_weights,
+    encode_categories,
     is_classification,
 )
 from aam.model import AsvEncoder, EncoderShape, Predictor
-from aam.model.predictor import PredictorShape, category_codes
+from aam.model.predictor import PredictorShape
 from aam.option_files import flag
 
 BASELINE_SEED = 0
@@ -327,14 +328,6 @@ def prepare_categories(
             what = f"samples whose {column!r} is missing or not in the training part"
             samples.facts.append(DataFact(what, int(unknown[:, place].sum()), "taken as unknown"))
     return codes, classes
-
-
-def encode_categories(samples: Samples, classes: dict[str, list[str]]) -> np.ndarray:
-    """Codes (samples, columns) int64; 0 for unknown or missing."""
-    if samples.metadata is None:
-        return np.zeros((len(samples.ids), len(classes)), dtype=np.int64)
-    codes = [category_codes(samples.metadata.text(name), own) for name, own in classes.items()]
-    return np.array(codes, dtype=np.int64).T
 
 
 def make_predictor(

@@ -3,137 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from aam.config import DistanceOptions, MetadataOptions, TableOptions
-from aam.data.dataset import SampleDataset
 from aam.data.distances import PrecomputedDistances, read_distances
 from aam.data.facts import DataFact, name_some
-from aam.data.index import IndexUnwritableError, TableIndex, open_index, size_in_memory
-from aam.data.matching import match_ids
-from aam.data.metadata import Metadata, read_metadata
 from aam.data.phylogeny import UniFrac
 from aam.data.samples import Samples
 from aam.data.splits import Split, leaking_columns, split_samples
-from aam.data.table import rarefy, read_table
 from aam.data.table_distances import TableDistances
 from aam.data.tree import Phylogeny, read_tree
-from aam.errors import InputError, log
-from aam.files import refuse_breaks
-
-LARGE_TABLE = 500 * 10**6
-"""Bytes in memory from which on a table is kept on disk (--on-disk auto)."""
+from aam.errors import InputError
 
 JUDGED_SAMPLES = 2000
 """Most validation samples of which all pairs are compared."""
-
-
-def read_samples(
-    options: TableOptions,
-    seed: int,
-    *,
-    metadata: Path | None = None,
-    keep_unmatched: bool = False,
-) -> Samples:
-    """Read a table, rarefy it and match it with metadata.
-
-    Args:
-        options: the table's options.
-        seed: of the rarefaction.
-        metadata: sample metadata; samples without a row are an error or, on request, dropped.
-        keep_unmatched: keep samples that may lack a row; all their cells are then missing.
-
-    Raises:
-        InputError: a file cannot be used, an id is broken, or a sample has no metadata.
-    """
-    depth = options.rarefy_depth
-    index = open_on_disk(options, seed)
-    table = read_table(options.table, sequences=options.sequences) if index is None else index.table
-    ids = table.sample_ids if index is None else index.file_ids
-    refuse_breaks(ids, table.source, "sample ids")
-    samples = Samples(table)
-    samples.facts.append(DataFact("samples in the table", len(ids), table.source))
-    kept = ids
-    if metadata is not None:
-        known = read_metadata(metadata)
-        kept, facts = match_ids(
-            ids,
-            known.ids,
-            allow_missing=options.allow_missing,
-            table_source=str(options.table),
-            metadata_source=str(metadata),
-        )
-        if keep_unmatched:
-            known, facts = _with_empty_rows(known, ids, facts)
-            kept = ids
-        samples.facts += facts
-        samples.metadata = known
-    if index is not None:
-        enough, dropped = index.enough_reads(kept)
-        samples.keep(enough)
-    else:
-        samples.keep(kept)
-        dropped = ()
-        if depth:
-            samples.table, dropped = rarefy(samples.table, depth, seed)
-            samples.keep(samples.ids)
-    if dropped:
-        what = f"samples with fewer than {depth} reads (--rarefy-depth)"
-        samples.facts.append(DataFact(what, len(dropped), name_some(dropped), "dropped"))
-    samples.facts.append(DataFact("samples used", len(samples.ids)))
-    samples.facts.append(DataFact("distinct ASVs", len(samples.table.feature_ids)))
-    return samples
-
-
-def open_on_disk(options: TableOptions, seed: int) -> TableIndex | None:
-    """The table's index on disk, or None where the table is to be read into memory.
-
-    Raises:
-        InputError: the table cannot be used, or cannot be indexed although --on-disk always.
-    """
-    if options.on_disk == "never":
-        return None
-    size = size_in_memory(options.table)
-    if options.on_disk == "auto" and (size is None or size < LARGE_TABLE):
-        return None
-    if size is None:
-        raise InputError(
-            f"--on-disk always: {options.table} is no BIOM 2.1 (HDF5) table: export it as one, "
-            "or read it with --on-disk auto"
-        )
-    how = {
-        "sequences": options.sequences,
-        "depth": options.rarefy_depth,
-        "seed": seed,
-        "by_sequence": options.asv_sampling != "first",
-    }
-    try:
-        return open_index(options.table, how, options.index_dir, log)
-    except IndexUnwritableError as error:
-        if options.on_disk == "always":
-            raise
-        log(f"{options.table} is read into memory: {error}")
-        return None
-
-
-def _with_empty_rows(
-    metadata: Metadata, ids: Sequence[str], facts: list[DataFact]
-) -> tuple[Metadata, list[DataFact]]:
-    """Metadata with a row of missing cells for every id that has none, and facts that say so."""
-    known = set(metadata.ids)
-    lacking = tuple(name for name in ids if name not in known)
-    cells = {name: column + (None,) * len(lacking) for name, column in metadata.cells.items()}
-    told = [
-        replace(one, kind="info", detail=f"kept as unknown: {one.detail}")
-        if one.kind == "dropped"
-        else one
-        for one in facts
-    ]
-    return replace(metadata, ids=metadata.ids + lacking, cells=cells), told
 
 
 def attach_tree(samples: Samples, tree: Phylogeny, drop_missing: bool) -> UniFrac:
@@ -291,16 +177,3 @@ def data_description(config: Any) -> dict[str, Any]:
         "asv_sampling": data.asv_sampling,
         "seed": config.run.seed,
     }
-
-
-def make_dataset(samples: Samples, options: Any, **known: Any) -> SampleDataset:
-    """The samples as a dataset; what is cut is added to the facts."""
-    dataset = SampleDataset(
-        samples.table,
-        max_bp=options.max_bp,
-        token_limit=options.token_limit,
-        asv_sampling=options.asv_sampling,
-        **known,
-    )
-    samples.facts += dataset.facts
-    return dataset

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from aam.commands.inputs import attach_distances, make_dataset, read_samples, split
+from aam.commands.inputs import attach_distances, split
 from aam.commands.pretrain import FREE_CLADES
 from aam.config import InspectConfig, OptimizerOptions, PenaltyOptions
 from aam.data.dataset import SampleDataset
 from aam.data.facts import DataFact, log_facts, name_some
 from aam.data.metadata import require_values
-from aam.data.samples import Samples
+from aam.data.samples import Samples, make_dataset, read_samples
 from aam.errors import InputError, log
 from aam.evaluation.applicability import add_applicability
 from aam.learning.batches import GB, Batching

@@ -7,12 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from aam.commands.finetune import encode_categories
-from aam.commands.inputs import make_dataset, read_samples
 from aam.config import PredictConfig, TableOptions
 from aam.data.dataset import SampleDataset
 from aam.data.facts import DataFact, log_facts
-from aam.data.samples import Samples
+from aam.data.samples import Samples, make_dataset, read_samples
 from aam.errors import InputError, log
 from aam.evaluation.applicability import add_applicability
 from aam.evaluation.outputs import predict_outputs
@@ -20,7 +18,7 @@ from aam.evaluation.predictions import in_units, prediction_cells, prediction_he
 from aam.files import check_file_output, write_table
 from aam.learning.checkpoint import read_model
 from aam.learning.device import pick_device
-from aam.learning.targets import TargetInfo, category_keys
+from aam.learning.targets import TargetInfo, category_keys, encode_categories
 from aam.model import Predictor
 
 

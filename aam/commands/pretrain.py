@@ -16,8 +16,6 @@ from aam.commands.inputs import (
     attach_tree,
     data_description,
     evaluation_rows,
-    make_dataset,
-    read_samples,
     split,
 )
 from aam.commands.pretrain_pairs import PairTask, write_pair_results
@@ -38,6 +36,7 @@ from aam.data.asvs import AsvDataset
 from aam.data.clades import MOST_CLADES, Clades, TreeSplit, known_arrays
 from aam.data.embedding import COMMUNITIES
 from aam.data.facts import DataFact, log_facts
+from aam.data.samples import make_dataset, read_samples
 from aam.data.splits import Split
 from aam.data.texts import Texts, match_names
 from aam.data.tree import read_tree

@@ -10,7 +10,9 @@ import numpy as np
 
 from aam.config import TargetOptions
 from aam.data.metadata import Metadata
+from aam.data.samples import Samples
 from aam.errors import InputError
+from aam.model.predictor import category_codes
 
 MINIMUM_CATEGORY = 2  # samples that a category needs for a mean and deviation of its own
 
@@ -133,6 +135,14 @@ def category_keys(metadata: Metadata, columns: Sequence[str], ids: Sequence[str]
     chosen = metadata.select(ids)
     values = [chosen.text(column) for column in columns]
     return ["\x1f".join(value or "" for value in row) for row in zip(*values, strict=True)]
+
+
+def encode_categories(samples: Samples, classes: dict[str, list[str]]) -> np.ndarray:
+    """Codes (samples, columns) int64; 0 for unknown or missing."""
+    if samples.metadata is None:
+        return np.zeros((len(samples.ids), len(classes)), dtype=np.int64)
+    codes = [category_codes(samples.metadata.text(name), own) for name, own in classes.items()]
+    return np.array(codes, dtype=np.int64).T
 
 
 def class_weights(codes: np.ndarray, classes: int) -> np.ndarray:

@@ -5,12 +5,13 @@ import pytest
 
 from aam.commands import inputs as prepare
 from aam.config import TableOptions
+from aam.data.samples import read_samples
 from aam.data.splits import split_samples
 
 
 @pytest.fixture
 def samples(community):
-    return prepare.read_samples(TableOptions(table=community.table, rarefy_depth=0), 0)
+    return read_samples(TableOptions(table=community.table, rarefy_depth=0), 0)
 
 
 def test_all_validation_samples_are_compared_unless_they_are_too_many(samples, monkeypatch):

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from aam.commands.inputs import attach_distances, make_dataset, read_samples
+from aam.commands.inputs import attach_distances
 from aam.config import DistanceOptions, TableOptions
 from aam.data import index as on_disk
 from aam.data import index_build
 from aam.data.phylogeny import METRICS, UniFrac
+from aam.data.samples import make_dataset, read_samples
 from aam.data.table import FeatureTable, read_table
 from aam.errors import InputError
 from tests.data.test_dataset import random_table
@@ -270,7 +271,7 @@ from pathlib import Path
 from aam.data import index, index_build
 from aam.config import TableOptions
 from aam.data.table import FeatureTable
-from aam.commands.inputs import read_samples
+from aam.data.samples import read_samples
 write = index_build._Build._write_counts
 def slow(*arguments):
     print("building", flush=True)
@@ -342,7 +343,7 @@ def test_where_the_index_cannot_lie(biom, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"cannot be written .*--index-dir.*--on-disk never"):
         read_samples(options_of(biom, index_dir=tmp_path / "file"), 0)
-    monkeypatch.setattr("aam.commands.inputs.LARGE_TABLE", 1000)
+    monkeypatch.setattr("aam.data.samples.LARGE_TABLE", 1000)
     capsys.readouterr()
     samples = read_samples(options_of(biom, "auto", index_dir=tmp_path / "file"), 0)
     assert isinstance(samples.table.feature_ids, tuple)
@@ -364,7 +365,7 @@ def test_a_full_disk_is_said_in_one_line(biom, monkeypatch):
 def test_only_large_tables_are_put_on_disk_unasked(biom, monkeypatch, tmp_path):
     read_samples(options_of(biom, "auto"), 0)
     assert not (tmp_path / "table.biom.index").exists()
-    monkeypatch.setattr("aam.commands.inputs.LARGE_TABLE", 1000)
+    monkeypatch.setattr("aam.data.samples.LARGE_TABLE", 1000)
     read_samples(options_of(biom, "auto"), 0)
     assert len(indexes(biom)) == 1
 
