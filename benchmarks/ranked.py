@@ -90,10 +90,10 @@ def own_step(case: Case, rows: np.ndarray) -> Result:
     trainer.optimizer.zero_grad(set_to_none=True)
     step = Step(trainer.objective, alone)
     terms = step(batch)
-    exchange.sum_gradients(step.parameters)
+    exchange.all_reduce_gradients(step.parameters)
     trainer.optimizer.step()
     encoded = torch.tensor([len(batch.asv_ids), len(batch.tokens.values)])
-    asvs, tokens = exchange.sum_(encoded).tolist()
+    asvs, tokens = exchange.all_reduce(encoded).tolist()
     return {
         "samples": len(rows),
         "asvs_encoded": asvs,

@@ -167,7 +167,7 @@ def step(samples: int, pieces: int, **setting: Any) -> Callable[[], dict[str, fl
         before = meter.peak()
         change(rows)
         peak = meter.peak()
-        with StepWatch(objective, meter).watching() as watch:
+        with StepWatch(objective, meter).watching(step) as watch:
             change(rows)
         return {
             "ASVs": len(batch.tokens),

@@ -49,7 +49,7 @@ class RankGroup:
         dist.all_gather(parts, padded)
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
-    def sum_(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         """The sum over the ranks, in place."""
         if self.size > 1:
             dist.all_reduce(values)
@@ -59,9 +59,9 @@ class RankGroup:
         """Whether the flag is set on any rank."""
         if self.size == 1:
             return flag
-        return bool(self.sum_(torch.tensor(int(flag), device=device)))
+        return bool(self.all_reduce(torch.tensor(int(flag), device=device)))
 
-    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+    def all_reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Add up the ranks' gradients, in one message for each dtype.
 
         A parameter that no rank has a gradient of keeps None, as in one process. Those of sharded
@@ -77,7 +77,7 @@ class RankGroup:
                 one.grad.mul_(self.size)
         used = torch.tensor([one.grad is not None for one in own], dtype=torch.float32)
         device = own[0].device
-        used = self.sum_(used.to(device)).cpu() > 0
+        used = self.all_reduce(used.to(device)).cpu() > 0
         wanted = [one for one, has in zip(own, used.tolist(), strict=True) if has]
         for dtype in sorted({one.dtype for one in wanted}, key=str):
             group = [one for one in wanted if one.dtype == dtype]
@@ -87,11 +87,11 @@ class RankGroup:
                     for one in group
                 ]
             )
-            self.sum_(flat)
+            self.all_reduce(flat)
             for one, part in zip(group, flat.split([p.numel() for p in group]), strict=True):
                 one.grad = part.view_as(one)
 
-    def same_weights(self, module: nn.Module) -> None:
+    def broadcast_weights(self, module: nn.Module) -> None:
         """Give every rank the weights and buffers of rank 0."""
         if self.size > 1:
             for value in module.state_dict().values():

@@ -94,7 +94,7 @@ class Trainer:
         self.seed = seed
         self.exchange = RankGroup()
         self.objective = objective.to(self.device)
-        self.exchange.same_weights(self.objective)
+        self.exchange.broadcast_weights(self.objective)
         # With fsdp the module that trains is another one, in parts; `objective` is filled from it.
         self.sharded = (
             config.get("run", {}).get("strategy") == "fsdp" and distributed.world_size() > 1

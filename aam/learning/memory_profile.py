@@ -153,7 +153,7 @@ def watched_step(trainer: Trainer, rows: np.ndarray) -> tuple[StepWatch, int, in
             trainer.optimizer.zero_grad(set_to_none=True)
             batching.meter.reset()
             before = batching.meter.peak()  # as the phases are measured
-            with watch.watching():
+            with watch.watching(trainer._step):
                 trainer.compute_all(rows, pieces)
                 change_and_restore(trainer, watch)
         except StepTooLarge:

@@ -13,7 +13,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
@@ -109,10 +108,9 @@ class StepWatch:
         self._ordinals: dict[str, int] = {}
         self._kept: Amounts = {}
         self._storages: dict[int, _Storage] = {}
-        self._without_graph: set[str] = set()
 
     @contextmanager
-    def watching(self) -> Iterator[StepWatch]:
+    def watching(self, step: Any) -> Iterator[StepWatch]:
         """Watch what is computed inside; stacks compiled by torch run as they are written."""
         compiled = [one for one in self.objective.modules() if _compiled(one) is not None]
         calls = [_compiled(one) for one in compiled]
@@ -120,15 +118,19 @@ class StepWatch:
             for one in compiled:
                 one._compiled_call_impl = None
             for name, module in self.objective.named_modules():
+                if not name:
+                    continue
                 enter, leave = self._hooks(name)
                 stack.callback(module.register_forward_pre_hook(enter).remove)
                 stack.callback(module.register_forward_hook(leave, always_call=True).remove)
             stack.enter_context(saved_tensors_hooks(self._save, _restore))
+            step.on_stage = self._stage
             try:
                 self.turn("batch", "making")
                 yield self
                 self.end()
             finally:
+                step.on_stage = None
                 for one, call in zip(compiled, calls, strict=True):
                     one._compiled_call_impl = call
 
@@ -182,8 +184,6 @@ class StepWatch:
 
     def _hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
         """What is called before and after a module."""
-        if not name:
-            return self._enter_stage, self._leave_stage
 
         def enter(*_: Any) -> None:
             self._modules.append(name)
@@ -193,23 +193,12 @@ class StepWatch:
 
         return enter, leave
 
-    def _enter_stage(self, _: nn.Module, arguments: tuple[Any, ...]) -> None:
-        stage = arguments[0]
-        if not torch.is_grad_enabled():
-            self._without_graph.add(stage)
-            self.turn(stage, "forward without graph")
-        else:
-            self.turn(stage, "forward again" if stage in self._without_graph else "forward")
-
-    def _leave_stage(self, _: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        stage = arguments[0]
-        named = output if isinstance(output, dict) else {"vectors": output}
-        for name, value in named.items():
-            if not isinstance(value, Tensor):
-                continue
-            self.note(Held.of(value, f"{name} of {stage}", f"{stage}, forward"))
-            if value.requires_grad:
-                value.register_hook(lambda _: self.turn(stage, "backward"))
+    def _stage(self, text: str) -> None:
+        stage, _, way = text.partition(" ")
+        self.turn(
+            stage,
+            {"without graph": "forward without graph", "again": "forward again"}.get(way, way),
+        )
 
     def _save(self, tensor: Tensor) -> _Ticket:
         """Autograd saves a tensor."""

@@ -1,4 +1,4 @@
-"""What is learned, as stages that a step can compute in pieces and on several devices.
+"""What is learned, as stages that a step can compute in micro-batches and on several devices.
 
 * `CladeObjective` (pretraining from a tree): which clades each ASV belongs to, and masked
   nucleotides, in one pass over noisy sequences. A plain sum over ASVs.
@@ -7,8 +7,8 @@
 * `FinetuneObjective`: the target's loss, and on request masked nucleotides and counts.
 
 A step goes `draw` -> `asv_losses`, and where samples are learned from `encode_asvs` ->
-`encode_samples` -> `losses`. All but `draw` work on a part: some of the ASVs, or of the samples.
-See `aam.learning.step`.
+`encode_samples` -> `losses`. All but `draw` work on some of the ASVs, or of the samples: see
+`aam.learning.step`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,14 @@ from aam.learning.losses import CladeLoss, DistanceLoss, TargetLoss, Terms, coun
 from aam.learning.masking import NoisyAsvs, masked_copies, noisy_asvs, nucleotide_terms
 from aam.model import AsvEncoder, CladeHead, FreeClades, Predictor
 from aam_kernels import Ragged
+
+PENALTY_OF = {
+    "clade_loss": "unifrac_penalty",
+    "unifrac_loss": "unifrac_penalty",
+    "nucleotide_loss": "nucleotide_penalty",
+    "target_loss": "target_penalty",
+    "count_loss": "count_penalty",
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ class SamplePart:
 
 
 class Objective(nn.Module, ABC):
-    """Stages of a loss. Called through `forward`, so that sharded weights are there when needed."""
+    """Stages of a loss of sequences."""
 
     frozen_asvs: Tensor | None = None
     """(all ASVs of the dataset, dim) vectors of a frozen base, encoded once for the run."""
@@ -72,17 +80,11 @@ class Objective(nn.Module, ABC):
     progress: float = 1.0
     """Share of the run that is behind the coming step."""
 
+    masked_share: float = 0.0
+    """Share of the distinct ASVs of which a masked copy is encoded."""
+
     encoder: AsvEncoder
     penalties: NucleotideOptions
-
-    def forward(self, stage: str, *arguments: Any) -> Any:
-        """Run a stage by its name."""
-        return getattr(self, stage)(*arguments)
-
-    @property
-    def masked_share(self) -> float:
-        """Share of the distinct ASVs of which a masked copy is encoded."""
-        return self.penalties.masked_share if self.penalties.nucleotide_penalty else 0.0
 
     @property
     def holds_matrices(self) -> bool:
@@ -93,22 +95,44 @@ class Objective(nn.Module, ABC):
     def draw(self, batch: Any) -> Work:
         """Draw noise and masks from torch's default generator."""
 
+    @abstractmethod
     def asv_losses(self, noisy: NoisyAsvs, work: Work, first_row: int) -> Terms:
         """The share of some noisy sequences in the losses that are plain sums over them.
 
         Args:
-            noisy: a part of those of the step.
+            noisy: some of those of the step.
             work: the whole step.
-            first_row: row of the part's first token among the tokens of the step.
+            first_row: row of their first token among the tokens of the step.
         """
-        assert work.noisy is not None
-        encoded = self.encoder(noisy.tokens, first_row=first_row)
-        total = len(work.noisy.masked)
-        return weighted(nucleotide_terms(self.encoder, encoded, noisy, total), self.penalties)
+
+    def weighted(self, terms: Terms) -> Terms:
+        """Add ``loss``: the sum of all losses, each times its penalty."""
+        parts = [
+            getattr(self.penalties, PENALTY_OF[name]) * value
+            for name, value in terms.items()
+            if name in PENALTY_OF
+        ]
+        return {"loss": torch.stack(parts).sum(), **terms}
 
 
 class SampleObjective(Objective):
-    """Stages of a loss of samples, beside those of sequences."""
+    """Stages of a loss of samples, beside masked nucleotides of copies of their ASVs."""
+
+    def __init__(self, penalties: NucleotideOptions) -> None:
+        super().__init__()
+        self.penalties = penalties
+        self.masked_share = penalties.masked_share if penalties.nucleotide_penalty else 0.0
+
+    def draw(self, batch: Batch) -> Work:
+        """Draw masks."""
+        masked = masked_copies(batch.tokens, self.penalties) if self.masked_share else None
+        return Work(batch, masked)
+
+    def asv_losses(self, noisy: NoisyAsvs, work: Work, first_row: int) -> Terms:
+        """The share of some masked sequences in the nucleotide loss."""
+        assert work.noisy is not None
+        encoded = self.encoder(noisy.tokens, first_row=first_row)
+        return self.weighted(nucleotide_terms(self.encoder, encoded, noisy, len(work.noisy.masked)))
 
     def encode_asvs(self, tokens: Ragged, first_row: int) -> Tensor:
         """Vectors (asvs, dim) of some ASVs; `first_row` is their first token's row in the step."""
@@ -137,23 +161,10 @@ class CladeObjective(Objective):
         *,
         stack_joins: float = 0.0,
     ) -> None:
-        """Build the objective.
-
-        Args:
-            encoder: the model.
-            head: its clade head.
-            penalties: weights of the losses.
-            loss: of the memberships.
-            stack_joins: share of the run after which the transformer joins the wide path.
-        """
+        """Build the objective; the transformer joins the wide path at a share of the run."""
         super().__init__()
         self.encoder, self.head, self.penalties = encoder, head, penalties
         self.loss, self.stack_joins = loss, stack_joins
-
-    @property
-    def masked_share(self) -> float:
-        """No copies: masked sequences are some of the noisy ones."""
-        return 0.0
 
     def draw(self, batch: AsvBatch) -> Work:
         """Draw noise, masks and, of very many clades, those that stand for all."""
@@ -165,14 +176,13 @@ class CladeObjective(Objective):
         assert work.noisy is not None and noisy.rows is not None
         joined = self.progress >= self.stack_joins
         encoded = self.encoder(noisy.tokens, first_row=first_row, stack=joined)
-        asvs = len(work.noisy.tokens)
         terms = {}
         if self.penalties.unifrac_penalty:
+            asvs = len(work.noisy.tokens)
             terms = self.loss.share(self.head, encoded.vectors, noisy.rows, asvs, work.clades)
         if self.penalties.nucleotide_penalty:
-            total = len(work.noisy.masked)
-            terms |= nucleotide_terms(self.encoder, encoded, noisy, total)
-        return weighted(terms, self.penalties)
+            terms |= nucleotide_terms(self.encoder, encoded, noisy, len(work.noisy.masked))
+        return self.weighted(terms)
 
 
 class PairObjective(SampleObjective):
@@ -187,16 +197,13 @@ class PairObjective(SampleObjective):
         penalties: PenaltyOptions,
         distances: DistanceLoss,
     ) -> None:
-        super().__init__()
-        self.encoder, self.pairs, self.penalties = encoder, pairs, penalties
-        self.distances = distances
+        super().__init__(penalties)
+        self.encoder, self.pairs, self.distances = encoder, pairs, distances
 
     def draw(self, batch: Batch) -> Work:
         """Draw masks."""
-        masked = None
-        if self.penalties.nucleotide_penalty:
-            masked = masked_copies(batch.tokens, self.penalties)
-        return Work(batch if self.penalties.unifrac_penalty else None, masked)
+        work = super().draw(batch)
+        return work if self.penalties.unifrac_penalty else Work(None, work.noisy)
 
     def encode_asvs(self, tokens: Ragged, first_row: int) -> Tensor:
         """Vectors of clean sequences, without dropout: what is random would be used as distance."""
@@ -215,8 +222,7 @@ class PairObjective(SampleObjective):
         """Share of the distance loss."""
         assert work.batch is not None
         profiles, rows = outputs["profiles"], work.batch.rows
-        terms = self.distances.share(self.pairs, profiles, rows, first, last)
-        return weighted(terms, self.penalties)
+        return self.weighted(self.distances.share(self.pairs, profiles, rows, first, last))
 
 
 class FinetuneObjective(SampleObjective):
@@ -232,18 +238,8 @@ class FinetuneObjective(SampleObjective):
         *,
         frozen_asvs: Tensor | None = None,
     ) -> None:
-        """Build the objective.
-
-        Args:
-            predictor: the model.
-            penalties: weights of the losses.
-            target_loss: of predictions (samples, outputs) and targets (samples,).
-            frozen_asvs: (all ASVs, dim) vectors of a frozen base, encoded once for the run.
-        """
-        super().__init__()
-        self.predictor = predictor
-        self.penalties = penalties
-        self.target_loss = target_loss
+        super().__init__(penalties)
+        self.predictor, self.target_loss = predictor, target_loss
         self.frozen_asvs = frozen_asvs
 
     @property
@@ -258,23 +254,14 @@ class FinetuneObjective(SampleObjective):
             self.encoder.eval()
         return self
 
-    def draw(self, batch: Batch) -> Work:
-        """Draw masks."""
-        masked = None
-        if self.penalties.nucleotide_penalty:
-            masked = masked_copies(batch.tokens, self.penalties)
-        return Work(batch, masked)
-
     def encode_samples(self, vectors: Tensor, part: SamplePart) -> Terms:
         """Predictions, and what the count loss needs."""
-        hidden = self.predictor.sample_encoder(vectors, part.slots, part.counts, part.first_slot)
-        outputs = {
-            "prediction": self.predictor(
-                hidden, part.categories, part.samples, first_row=part.first_slot
-            )
-        }
+        first = part.first_slot
+        hidden = self.predictor.sample_encoder(vectors, part.slots, part.counts, first)
+        prediction = self.predictor(hidden, part.categories, part.samples, first_row=first)
+        outputs = {"prediction": prediction}
         if self.penalties.count_penalty:
-            logits = self.predictor.count_logits(hidden, part.first_slot)
+            logits = self.predictor.count_logits(hidden, first)
             outputs["count_loss"] = count_divergence(logits, part.counts, part.slots)
         return outputs
 
@@ -285,17 +272,4 @@ class FinetuneObjective(SampleObjective):
         terms = self.target_loss.share(outputs["prediction"], batch.targets, first, last)
         if self.penalties.count_penalty:
             terms["count_loss"] = outputs["count_loss"][first:last].sum() / len(batch)
-        return weighted(terms, self.penalties)
-
-
-PENALTY_OF = {"clade_loss": "unifrac_penalty"}
-
-
-def weighted(terms: Terms, penalties: NucleotideOptions) -> Terms:
-    """Add ``loss``: the sum of all losses, each times its penalty."""
-    parts = [
-        getattr(penalties, PENALTY_OF.get(name, name.removesuffix("_loss") + "_penalty")) * value
-        for name, value in terms.items()
-        if name.endswith("_loss")
-    ]
-    return {"loss": torch.stack(parts).sum(), **terms}
+        return self.weighted(terms)

@@ -1,22 +1,22 @@
-"""One step of training, exact however it is cut: in pieces that fit the memory, over many ranks.
+"""One step of training, exact however it is cut: in micro-batches that fit the memory, over ranks.
 
-Losses of sequences (memberships in clades, masked nucleotides) are plain sums, so pieces add up.
-A loss that compares all pairs of the step's samples is none; its gradient can be had from their
-profiles (the gradient cache of Gao et al. 2021, arXiv:2101.06983), and here in two stages,
+Losses of sequences (memberships in clades, masked nucleotides) are plain sums, so micro-batches
+add up. A loss that compares all pairs of the step's samples is none; its gradient can be had from
+their profiles (the gradient cache of Gao et al. 2021, arXiv:2101.06983), and here in two stages,
 because a sample is made of ASVs that it shares:
 
-    asv_losses       noisy sequences -> losses                    forward and backward, by piece
-    encode_asvs      distinct ASVs of all samples -> vectors      by piece, without graph
-    encode_samples   vectors -> profiles, predictions             by piece, without graph
+    asv_losses       noisy sequences -> losses                    forward and backward
+    encode_asvs      distinct ASVs of all samples -> vectors      without graph
+    encode_samples   vectors -> profiles, predictions             without graph
     losses           all pairs -> gradients of these outputs      by block of samples
-    encode_samples   again, backward -> gradients of the vectors  by piece
-    encode_asvs      again, backward -> gradients of the weights  by piece
+    encode_samples   again, backward -> gradients of the vectors
+    encode_asvs      again, backward -> gradients of the weights
 
-A stage of one piece keeps its graph and is not computed again. Every distinct ASV is encoded once
-in the whole step. Ranks share the ASVs and the samples among them, and exchange vectors, outputs
-and their gradients; the weights' gradients are added up at the end. What is random about the data
-is drawn before anything is cut, and dropout is a function of an element's place in the whole, so
-loss and gradients are those of one piece on one device, to float32 rounding.
+A stage of one micro-batch keeps its graph and is not computed again. Every distinct ASV is encoded
+once in the whole step. Ranks share the ASVs and the samples among them, and exchange vectors,
+outputs and their gradients; the weights' gradients are added up at the end. What is random about
+the data is drawn before anything is cut, and dropout is a function of an element's place in the
+whole, so loss and gradients are those of one micro-batch on one device, to float32 rounding.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from aam.data.dataset import Batch
 from aam.errors import InputError
 from aam.learning.collectives import RankGroup, cut
 from aam.learning.losses import Terms, blocks
-from aam.learning.objective import Objective, SamplePart, Work
+from aam.learning.objective import Objective, SampleObjective, SamplePart, Work
 from aam_kernels import Ragged
 
 T = TypeVar("T")
@@ -51,16 +51,11 @@ class StepTooLarge(MemoryError):
 
 
 @dataclass(frozen=True)
-class Part:
-    """Contiguous rows of a ragged tensor, and where their values lie."""
+class MicroBatch:
+    """Contiguous rows of a step's ASVs or samples, and where their values lie."""
 
     rows: slice
     values: slice
-
-    @property
-    def first_row(self) -> int:
-        """Where the values begin."""
-        return int(self.values.start)
 
     def of(self, whole: Ragged) -> Ragged:
         """The rows as a ragged tensor of their own."""
@@ -72,149 +67,168 @@ class Step:
     """Computes the loss terms of a batch and leaves the gradients in the weights."""
 
     def __init__(
-        self, objective: Objective, exchange: RankGroup, *, equal_calls: bool = False
+        self,
+        objective: Objective,
+        group: RankGroup,
+        *,
+        equal_calls: bool = False,
+        autocast: torch.dtype | None = None,
     ) -> None:
         """Set up.
 
         Args:
             objective: in training mode, on its device.
-            exchange: this process's place among the ranks.
-            equal_calls: call every stage `pieces` times on every rank, with empty parts if need
+            group: this process's place among the ranks.
+            equal_calls: run every stage as often on every rank, with empty micro-batches if need
                 be: stages of sharded weights meet in collectives.
+            autocast: half type of the model's products; losses of pairs stay in float32.
         """
-        self.objective, self.exchange = objective, exchange
-        self.equal_calls = equal_calls
+        self.objective, self.group = objective, group
+        self.equal_calls, self.autocast = equal_calls, autocast
         self.parameters = [one for one in objective.parameters() if one.requires_grad]
+        self.on_stage: Callable[[str], None] | None = None
+        """Told of every stage that begins, as in "encode_asvs forward"."""
 
-    def __call__(self, batch: Batch | AsvBatch, pieces: int = 1) -> dict[str, float]:
+    def __call__(
+        self, batch: Batch | AsvBatch, micro_batches: int = 1, scale: float = 1.0
+    ) -> dict[str, float]:
         """Compute loss terms and gradients; draws from torch's default generators.
 
         Args:
             batch: all samples (or ASVs) of the step, on the device; the same on every rank.
-            pieces: into how many each stage is cut.
+            micro_batches: into how many each stage is cut.
+            scale: by which gradients (not the terms) are multiplied, for float16.
 
         Returns:
             Loss terms of the whole step, the same on every rank.
 
         Raises:
-            StepTooLarge: the memory does not hold it; the gradients are those of before the call.
+            StepTooLarge: the memory does not hold it; no gradients are left.
         """
         work = self.objective.draw(batch)
         seeds = torch.randint(1 << 62, (3,)).tolist()
+        sums: Terms = {}
         try:
-            return self._compute(work, seeds, pieces)
+            if work.noisy is not None:
+                self._together(lambda: self._asv_losses(work, seeds[0], micro_batches, scale, sums))
+            if work.batch is not None:
+                self._sample_losses(work, work.batch, seeds[1:], micro_batches, scale, sums)
+            self.group.all_reduce_gradients(self.parameters)
+            values = self.group.all_reduce(torch.stack([one.float() for one in sums.values()]))
+            return dict(zip(sums, values.tolist(), strict=True))
         except StepTooLarge:
             for parameter in self.parameters:
                 parameter.grad = None
-            release_memory(self.parameters[0].device)
+            gc.collect()
+            if self.parameters[0].device.type == "cuda":
+                torch.cuda.empty_cache()
             raise
 
-    def _compute(self, work: Work, seeds: list[int], pieces: int) -> dict[str, float]:
-        sums: Terms = {}
-        if work.noisy is not None:
-            self._together(lambda: self._asvs(work, seeds[0], pieces, sums))
-        if work.batch is not None:
-            self._samples(work, work.batch, seeds, pieces, sums)
-        self.exchange.sum_gradients(self.parameters)
-        values = self.exchange.sum_(torch.stack([one.float() for one in sums.values()]))
-        return dict(zip(sums, values.tolist(), strict=True))
-
-    def _asvs(self, work: Work, seed: int, pieces: int, sums: Terms) -> None:
-        """Losses that are plain sums over sequences: each piece forward and backward."""
+    def _asv_losses(self, work: Work, seed: int, count: int, scale: float, sums: Terms) -> None:
+        """Losses that are plain sums over sequences: each micro-batch forward and backward."""
         assert work.noisy is not None
-        for part in self._parts(work.noisy.tokens, pieces):
+        for part in self._cut(work.noisy.tokens, count):
             own = work.noisy.part(part.rows, part.values)
-            terms = self._stage(seed, "asv_losses", own, work, part.first_row)
-            terms["loss"].backward()
-            add(sums, terms)
+            self._begin("asv_losses forward", seed)
+            with self._precision():
+                terms = self.objective.asv_losses(own, work, part.values.start)
+            self._backward(terms, "asv_losses backward", scale, sums)
 
-    def _samples(
-        self, work: Work, batch: Batch, seeds: list[int], pieces: int, sums: Terms
+    def _sample_losses(
+        self, work: Work, batch: Batch, seeds: list[int], count: int, scale: float, sums: Terms
     ) -> None:
         """Everything that is learned from samples."""
-        asvs = Stage(self._parts(batch.tokens, pieces))
-        samples = Stage(self._parts(batch.slots, pieces))
-        frozen = self.objective.frozen_asvs
-        if frozen is None:
-            own = self._together(
-                lambda: asvs.forward(lambda part: {"vectors": self._vectors(batch, part, seeds[1])})
+        objective = self.objective
+        assert isinstance(objective, SampleObjective)
+
+        def encode_asvs(part: MicroBatch, way: str) -> Terms:
+            self._begin(f"encode_asvs {way}", seeds[0])
+            with self._precision():
+                return {"vectors": objective.encode_asvs(part.of(batch.tokens), part.values.start)}
+
+        def encode_samples(part: MicroBatch, way: str) -> Terms:
+            slots, used = part.of(batch.slots), vectors
+            if len(slots) < len(batch.slots):  # the vectors of their own ASVs alone
+                asvs, place = torch.unique(slots.values, return_inverse=True)
+                slots, used = slots.with_values(place), vectors[asvs]
+            samples = SamplePart(
+                slots, batch.counts[part.values], part.values.start, part.rows, batch.categories
             )
-            vectors = self.exchange.gather(own["vectors"], self._counts(batch.tokens))
-            vectors = vectors.detach().requires_grad_()
+            self._begin(f"encode_samples {way}", seeds[1])
+            with self._precision():
+                return objective.encode_samples(used, samples)
+
+        asvs = GradientCache(self._cut(batch.tokens, count), encode_asvs)
+        samples = GradientCache(self._cut(batch.slots, count), encode_samples)
+        if objective.frozen_asvs is not None:
+            vectors = objective.frozen_asvs[batch.asv_ids]
         else:
-            vectors = frozen[batch.asv_ids]
-        outputs = self._together(
-            lambda: samples.forward(lambda part: self._outputs(batch, vectors, part, seeds[2]))
-        )
-        counts = self._counts(batch.slots)
+            own = self._together(asvs.forward)["vectors"]
+            vectors = self.group.gather(own, self._rows_of_ranks(batch.tokens)).requires_grad_()
+            del own
+        outputs = self._together(samples.forward)
+        counts = self._rows_of_ranks(batch.slots)
         leaves = {
-            name: self.exchange.gather(value, counts).detach().requires_grad_()
+            name: self.group.gather(value, counts).float().requires_grad_()
             for name, value in outputs.items()
         }
-        self._together(lambda: self._losses(work, leaves, sums))
-        low, high = samples.rows
-        gradients = {}
-        for name, leaf in leaves.items():
-            whole = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-            gradients[name] = self.exchange.sum_(whole)[low:high]
-        self._together(
-            lambda: samples.backward(
-                gradients, lambda part: self._outputs(batch, vectors, part, seeds[2])
-            )
-        )
-        if frozen is None:
-            whole = torch.zeros_like(vectors) if vectors.grad is None else vectors.grad
-            low, high = asvs.rows
-            gradient = {"vectors": self.exchange.sum_(whole)[low:high]}
-            self._together(
-                lambda: asvs.backward(
-                    gradient, lambda part: {"vectors": self._vectors(batch, part, seeds[1])}
-                )
-            )
+        del outputs
+        self._together(lambda: self._pair_losses(work, leaves, scale, sums))
+        gradients = {name: self._own_gradient(leaf, samples) for name, leaf in leaves.items()}
+        self._begin("encode_samples backward")
+        self._together(lambda: samples.backward(gradients))
+        if objective.frozen_asvs is None:
+            gradient = {"vectors": self._own_gradient(vectors, asvs)}
+            self._begin("encode_asvs backward")
+            self._together(lambda: asvs.backward(gradient))
 
-    def _vectors(self, batch: Batch, part: Part, seed: int) -> Tensor:
-        return self._stage(seed, "encode_asvs", part.of(batch.tokens), part.first_row)
-
-    def _outputs(self, batch: Batch, vectors: Tensor, part: Part, seed: int) -> Terms:
-        """Outputs of some samples, from the vectors of their own ASVs alone."""
-        slots = part.of(batch.slots)
-        if len(slots) < len(batch.slots):
-            used, place = torch.unique(slots.values, return_inverse=True)
-            slots, vectors = slots.with_values(place), vectors[used]
-        own = SamplePart(
-            slots, batch.counts[part.values], part.first_row, part.rows, batch.categories
-        )
-        return self._stage(seed, "encode_samples", vectors, own)
-
-    def _losses(self, work: Work, leaves: Terms, sums: Terms) -> None:
+    def _pair_losses(self, work: Work, leaves: Terms, scale: float, sums: Terms) -> None:
         """This rank's blocks of the loss; leaves its part of the gradients in the leaves."""
-        assert work.batch is not None
-        samples = len(work.batch.slots)
+        assert work.batch is not None and isinstance(self.objective, SampleObjective)
         width = max(leaf[0].numel() for leaf in leaves.values())
-        own = blocks(samples, width, self.exchange.size)[self.exchange.rank :: self.exchange.size]
-        for first, last in own or [(0, 0)]:
-            terms = self.objective("losses", leaves, work, first, last)
-            terms["loss"].backward()
-            add(sums, terms)
+        own = blocks(len(work.batch.slots), width, self.group.size)
+        for first, last in own[self.group.rank :: self.group.size] or [(0, 0)]:
+            self._begin("losses forward")
+            terms = self.objective.losses(leaves, work, first, last)
+            self._backward(terms, "losses backward", scale, sums)
 
-    def _stage(self, seed: int, name: str, *arguments: object) -> Any:
-        """Run a stage with the random numbers that it has in every piece and on every rank."""
-        torch.manual_seed(seed)
-        return self.objective(name, *arguments)
+    def _backward(self, terms: Terms, stage: str, scale: float, sums: Terms) -> None:
+        self._begin(stage)
+        (terms["loss"] * scale if scale != 1 else terms["loss"]).backward()
+        for name, value in terms.items():
+            sums[name] = sums[name] + value.detach() if name in sums else value.detach()
 
-    def _parts(self, whole: Ragged, pieces: int) -> list[Part]:
-        """This rank's share of the rows, in pieces of about equal length; at least one."""
+    def _begin(self, stage: str, seed: int | None = None) -> None:
+        """A stage begins, with the random numbers that it has in every micro-batch and rank."""
+        if seed is not None:
+            torch.manual_seed(seed)
+        if self.on_stage is not None:
+            self.on_stage(stage)
+
+    def _precision(self) -> torch.autocast:
+        device = self.parameters[0].device.type
+        return torch.autocast(device, self.autocast, enabled=self.autocast is not None)
+
+    def _own_gradient(self, leaf: Tensor, stage: GradientCache) -> Tensor:
+        """The gradient of this rank's rows of a gathered output, summed over the ranks."""
+        whole = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        return self.group.all_reduce(whole)[stage.rows]
+
+    def _cut(self, whole: Ragged, count: int) -> list[MicroBatch]:
+        """This rank's share of the rows, in micro-batches of about equal length; at least one."""
         bounds = whole.offsets.cpu().numpy().astype(np.int64)
-        low, high = self.exchange.share(bounds)
-        cuts = (low + cut(bounds[low : high + 1] - bounds[low], pieces)).tolist()
+        low, high = self.group.share(bounds)
+        cuts = (low + cut(bounds[low : high + 1] - bounds[low], count)).tolist()
         if not self.equal_calls:  # no empty ones, unless there is nothing else
             cuts = [low, *(b for a, b in pairwise(cuts) if a < b)]
             cuts = cuts if len(cuts) > 1 else [low, high]
-        return [Part(slice(a, b), slice(int(bounds[a]), int(bounds[b]))) for a, b in pairwise(cuts)]
+        return [
+            MicroBatch(slice(a, b), slice(int(bounds[a]), int(bounds[b])))
+            for a, b in pairwise(cuts)
+        ]
 
-    def _counts(self, whole: Ragged) -> list[int]:
-        """Rows of every rank."""
-        cuts = cut(whole.offsets.cpu().numpy().astype(np.int64), self.exchange.size)
+    def _rows_of_ranks(self, whole: Ragged) -> list[int]:
+        cuts = cut(whole.offsets.cpu().numpy().astype(np.int64), self.group.size)
         return np.diff(cuts).tolist()
 
     def _together(self, work: Callable[[], T]) -> T:
@@ -232,60 +246,51 @@ class Step:
                     "smaller --max-memory-gb, --batch-size or --token-limit"
                 ) from error
             full = True  # the error, and with it the graph, is gone when this block is left
-        if self.exchange.any(full, self.parameters[0].device):
+        if self.group.any(full, self.parameters[0].device):
             raise StepTooLarge
         return result  # type: ignore[return-value]
 
 
-class Stage:
-    """A stage of the model on this rank's parts: forward, and later backward.
+class GradientCache:
+    """A stage on this rank's micro-batches: forward, and later backward.
 
-    One part keeps its graph; several are computed again, one after the other.
+    One micro-batch keeps its graph; several are computed again, one after the other.
     """
 
-    def __init__(self, parts: list[Part]) -> None:
-        self.parts = parts
+    def __init__(
+        self, micro_batches: list[MicroBatch], compute: Callable[[MicroBatch, str], Terms]
+    ) -> None:
+        self.micro_batches, self.compute = micro_batches, compute
+        self.rows = slice(micro_batches[0].rows.start, micro_batches[-1].rows.stop)
         self.kept: Terms | None = None
 
-    @property
-    def rows(self) -> tuple[int, int]:
-        """First row, and the one after the last."""
-        return self.parts[0].rows.start, self.parts[-1].rows.stop
-
-    def forward(self, compute: Callable[[Part], Terms]) -> Terms:
-        """Outputs of all parts, each (rows, ...)."""
-        if len(self.parts) == 1:
-            self.kept = compute(self.parts[0])
+    def forward(self) -> Terms:
+        """Outputs of all micro-batches, each (rows, ...)."""
+        if len(self.micro_batches) == 1:
+            self.kept = self.compute(self.micro_batches[0], "forward")
             return self.kept
         with torch.no_grad():
-            found = [compute(part) for part in self.parts]
+            found = [self.compute(one, "without graph") for one in self.micro_batches]
         return {name: torch.cat([one[name] for one in found]) for name in found[0]}
 
-    def backward(self, gradients: Terms, compute: Callable[[Part], Terms]) -> None:
+    def backward(self, gradients: Terms) -> None:
         """Hand the outputs' gradients, each (rows, ...), to the weights and inputs."""
-        for outputs, part in self._again(compute):
-            low = part.rows.start - self.parts[0].rows.start
-            own = slice(low, low + part.rows.stop - part.rows.start)
-            pairs = [(outputs[name], gradients[name][own]) for name in outputs]
-            reached = [(value, grad) for value, grad in pairs if value.requires_grad]
+        for outputs, rows in self._with_graph():
+            own = slice(rows.start - self.rows.start, rows.stop - self.rows.start)
+            reached = [name for name, value in outputs.items() if value.requires_grad]
             if reached:
-                values, grads = zip(*reached, strict=True)
-                torch.autograd.backward(values, grads)
+                torch.autograd.backward(
+                    [outputs[name] for name in reached],
+                    [gradients[name][own].to(outputs[name].dtype) for name in reached],
+                )
 
-    def _again(self, compute: Callable[[Part], Terms]) -> Iterator[tuple[Terms, Part]]:
+    def _with_graph(self) -> Iterator[tuple[Terms, slice]]:
         if self.kept is not None:
             kept, self.kept = self.kept, None
-            yield kept, self.parts[0]
+            yield kept, self.micro_batches[0].rows
             return
-        for part in self.parts:
-            yield compute(part), part
-
-
-def add(sums: Terms, terms: Terms) -> None:
-    """Add detached terms to the sums."""
-    for name, value in terms.items():
-        value = value.detach()
-        sums[name] = sums[name] + value if name in sums else value
+        for one in self.micro_batches:
+            yield self.compute(one, "again"), one.rows
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -293,10 +298,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(one in str(error).lower() for one in FULL)
-
-
-def release_memory(device: torch.device) -> None:
-    """Give back what a failed step held."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

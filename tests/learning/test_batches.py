@@ -161,15 +161,15 @@ def test_a_step_after_one_that_failed_is_cut_no_finer_than_its_samples(batching)
 def test_a_run_that_ran_out_of_memory_ends_as_one_that_did_not(aam, tmp_path, monkeypatch):
     words = ("pretrain", *PAIRS, "--epochs", 2, "--lr", 1e-3)
     assert aam(*words, "--output-dir", tmp_path / "whole") == 0
-    compute, calls = Step._asvs, []
+    compute, calls = Step._asv_losses, []
 
-    def fail_thrice(self, work, seed, pieces, sums):
-        compute(self, work, seed, pieces, sums)  # its gradients must not be counted twice
+    def fail_thrice(self, work, seed, pieces, scale, sums):
+        compute(self, work, seed, pieces, scale, sums)  # its gradients must not be counted twice
         calls.append(pieces)
         if len(calls) in (2, 6, 7):
             raise MemoryError
 
-    monkeypatch.setattr(Step, "_asvs", fail_thrice)
+    monkeypatch.setattr(Step, "_asv_losses", fail_thrice)
     assert aam(*words, "--output-dir", tmp_path / "cut") == 0
     assert len(calls) == 10 + 3 and max(calls) > 1
     found = measured(tmp_path / "cut")

@@ -12,13 +12,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from aam.learning.cost_model import CostModel
-from aam.learning.loop import Trainer
 from aam.learning.memory_profile import Fit, batch_rows, fitting_batches, kept_a_token, peak_rows
 from aam.learning.memory_watch import OWN, Phase, StepWatch, group_of
 from aam.learning.meter import Meter
 from aam.learning.planner import Contents
 from aam.learning.schedule import make_optimizer, make_state
-from aam.learning.step import StepTooLarge
 from profiling import memory_curve
 
 COLUMNS = ["section", "name", "part", "bytes", "detail"]
@@ -49,25 +47,6 @@ class Chain(nn.Module):
         return {"loss": self.second(self.first(x)).square().sum()}
 
 
-def test_kept_bytes_are_counted_until_they_are_released():
-    """Kept: the input (8 wide), the output of the first layer (16), that of the second (4)."""
-    chain, rows = Chain(), 32
-    watch = StepWatch(chain, Meter.for_device("cpu"))
-    with watch.watching():
-        chain("stage", torch.ones(rows, 8))["loss"].backward()
-        kept = sum(watch._kept.values())
-    forward, backward = watch.phases[1:]
-    assert (forward.name, backward.name) == ("stage, forward", "stage, backward")
-    assert forward.kept == {OWN: 4 * rows * (8 + 16 + 4)}
-    assert kept == 0
-    sizes = watch.sizes(lambda one: [one])
-    assert sum(sizes.values()) == 4 * (8 * 16 + 16 + 16 * 4 + 4)
-    assert backward.gradients == sizes
-    named = {held.origin: (held.bytes, held.shape) for held in watch.largest_tensors()}
-    assert named["kept by second, number 1"] == (4 * rows * 16, (rows, 16))
-    assert not chain._forward_hooks and not chain.first._forward_pre_hooks
-
-
 class Peaks(Meter):
     """A device whose peaks are known."""
 
@@ -84,23 +63,6 @@ class Peaks(Meter):
         raise AssertionError("only peaks are known")
 
     free = total = now
-
-
-def test_a_stage_in_pieces_is_computed_without_graph_and_again():
-    chain = Chain()
-    watch = StepWatch(chain, Peaks(1, 2, 30, 40, 50, 35))
-    with watch.watching():
-        with torch.no_grad():
-            for _ in range(2):
-                chain("stage", torch.ones(3, 8))
-        for rows in (3, 5):
-            chain("stage", torch.ones(rows, 8))["loss"].backward()
-    assert [phase.way for phase in watch.phases] == [
-        "making", "forward without graph", "forward again", "backward",
-    ]  # fmt: skip
-    assert [phase.peak for phase in watch.phases] == [1, 2, 50, 40], "of the largest piece"
-    assert watch.most_kept == 4 * 5 * (8 + 16 + 4)
-    assert watch.most == {OWN: 4 * 5 * (8 + 16 + 4)}, "the larger piece, not the sum"
 
 
 @pytest.mark.parametrize(
@@ -193,23 +155,6 @@ def test_a_profiled_run_is_the_run_it_would_have_been(aam, tmp_path):
     assert sizes == sorted(sizes, reverse=True)
     assert sum(row["detail"].startswith("recommended") for row in of["batch"]) == 1
     ElementTree.parse(profiled / "memory.svg")
-
-
-def test_a_profile_that_runs_out_of_memory_takes_more_pieces(aam, tmp_path, monkeypatch):
-    compute, tried = Trainer.compute, []
-
-    def small(self, rows, pieces, progress=None):
-        if len(rows) == 4 and pieces < 4:  # not the calibration's steps, whose sizes double
-            tried.append(pieces)
-            raise StepTooLarge
-        return compute(self, rows, pieces, progress)
-
-    monkeypatch.setattr(Trainer, "compute", small)
-    words = ("--distance", "bray-curtis", "--max-steps", 1, "--memory-profile")
-    assert aam("pretrain", *words, "--output-dir", tmp_path) == 0
-    assert 1 in tried and 2 in tried
-    ways = [row["part"] for row in read(tmp_path) if row["name"] == "encode_asvs"]
-    assert ways[:3] == ["forward without graph", "forward again", "backward"]
 
 
 def test_pieces_resume_and_a_frozen_base_are_profiled_too(aam, tmp_path):
