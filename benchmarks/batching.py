@@ -20,7 +20,8 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from aam.data import FeatureTable, SampleDataset, read_table
+from aam.data.dataset import SampleDataset
+from aam.data.table import FeatureTable, read_table
 from aam.data.table_distances import TableDistances
 from aam.learning.calibration import LEARNING_STEPS, Calibration
 from aam.learning.cost_model import CostModel

@@ -17,10 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from aam.data import read_table
 from aam.data.embedding import Embedding
 from aam.data.metadata import read_metadata
-from aam.data.table import FeatureTable
+from aam.data.table import FeatureTable, read_table
 from aam.evaluation.placer import grafted_tree, load_placer
 from aam.learning.checkpoint import read_model
 from benchmarks import machine

@@ -23,12 +23,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from aam.data import read_table
 from aam.data.clades import places_by_tree
 from aam.data.metadata import read_metadata
 from aam.data.phylogeny import UniFrac
 from aam.data.splits import split_samples
-from aam.data.table import FeatureTable
+from aam.data.table import FeatureTable, read_table
 from aam.data.texts import Texts
 from aam.data.tree import Phylogeny, read_tree
 from aam.evaluation import metrics

@@ -21,9 +21,9 @@ import torch
 from aam.commands.pretrain import FREE_CLADES, PAIR_EPOCHS, PAIR_LEARNING_RATE
 from aam.commands.train_and_report import usual_options
 from aam.config import OptimizerOptions, PenaltyOptions
-from aam.data import FeatureTable, SampleDataset, read_table
-from aam.data.asvs import AsvDataset
 from aam.data.clades import Clades
+from aam.data.dataset import AsvDataset, SampleDataset
+from aam.data.table import FeatureTable, read_table
 from aam.data.table_distances import TableDistances
 from aam.data.tree import read_tree
 from aam.evaluation.outputs import predicted_distances

@@ -5,7 +5,7 @@ import statistics
 import numpy as np
 import pytest
 
-from aam.data import read_table
+from aam.data.table import read_table
 from aam.learning.meter import Meter
 from benchmarks.batching import GB, read, simulated
 from benchmarks.comparison import Figure, Goal

@@ -197,7 +197,8 @@ def prepare(
     """Samples, and the objective of `aam pretrain --distance jaccard`, on the device."""
     import torch
 
-    from aam.data import SampleDataset, read_table
+    from aam.data.dataset import SampleDataset
+    from aam.data.table import read_table
     from aam.data.table_distances import TableDistances
     from aam.model import AsvEncoder, EncoderShape
     from benchmarks.steps import pair_objective

@@ -10,10 +10,9 @@ import numpy as np
 from aam.config import EmbedConfig
 from aam.data.distances import read_rarefied
 from aam.data.embedding import Embedding
-from aam.data.facts import log_facts
 from aam.data.neighbours import Found
 from aam.data.table import FeatureTable
-from aam.errors import InputError, log
+from aam.errors import InputError, log, log_facts
 from aam.evaluation.applicability import of_placed
 from aam.evaluation.placer import Placed, Placer, grafted_tree, load_placer, require_places
 from aam.files import atomic_path, check_file_output

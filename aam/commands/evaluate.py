@@ -17,11 +17,10 @@ from aam.config import (
 )
 from aam.data.clades import places_by_tree
 from aam.data.dataset import SampleDataset
-from aam.data.facts import log_facts, name_some
 from aam.data.samples import Samples, make_dataset
 from aam.data.texts import Texts, match_names
 from aam.data.tree import read_tree
-from aam.errors import InputError, log
+from aam.errors import InputError, log, log_facts, name_some
 from aam.evaluation import baselines
 from aam.evaluation.applicability import add_applicability
 from aam.evaluation.measurements import distance_results, nucleotide_results

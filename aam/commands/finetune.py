@@ -16,10 +16,9 @@ from aam.commands.train_and_report import Job, train_and_report, usual_options
 from aam.config import FinetuneConfig
 from aam.data.clades import known_arrays
 from aam.data.dataset import SampleDataset
-from aam.data.facts import DataFact, log_facts, name_some
 from aam.data.metadata import require_values
 from aam.data.samples import Samples, make_dataset, read_samples
-from aam.errors import InputError, log
+from aam.errors import DataFact, InputError, log, log_facts, name_some
 from aam.evaluation import baselines
 from aam.evaluation.outputs import encode_asvs, predict_outputs, target_metrics
 from aam.evaluation.predictions import in_units, prediction_cells, prediction_header

@@ -10,13 +10,12 @@ import numpy as np
 
 from aam.config import DistanceOptions, MetadataOptions, TableOptions
 from aam.data.distances import PrecomputedDistances, read_distances
-from aam.data.facts import DataFact, name_some
 from aam.data.phylogeny import UniFrac
 from aam.data.samples import Samples
 from aam.data.splits import Split, leaking_columns, split_samples
 from aam.data.table_distances import TableDistances
 from aam.data.tree import Phylogeny, read_tree
-from aam.errors import InputError
+from aam.errors import DataFact, InputError, name_some
 
 JUDGED_SAMPLES = 2000
 """Most validation samples of which all pairs are compared."""

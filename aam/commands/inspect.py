@@ -13,10 +13,9 @@ from aam.commands.inputs import attach_distances, split
 from aam.commands.pretrain import FREE_CLADES
 from aam.config import InspectConfig, OptimizerOptions, PenaltyOptions
 from aam.data.dataset import SampleDataset
-from aam.data.facts import DataFact, log_facts, name_some
 from aam.data.metadata import require_values
 from aam.data.samples import Samples, make_dataset, read_samples
-from aam.errors import InputError, log
+from aam.errors import DataFact, InputError, log, log_facts, name_some
 from aam.evaluation.applicability import add_applicability
 from aam.learning.batches import GB, Batching
 from aam.learning.checkpoint import read_model

@@ -9,9 +9,8 @@ import numpy as np
 
 from aam.config import PredictConfig, TableOptions
 from aam.data.dataset import SampleDataset
-from aam.data.facts import DataFact, log_facts
 from aam.data.samples import Samples, make_dataset, read_samples
-from aam.errors import InputError, log
+from aam.errors import DataFact, InputError, log, log_facts
 from aam.evaluation.applicability import add_applicability
 from aam.evaluation.outputs import predict_outputs
 from aam.evaluation.predictions import in_units, prediction_cells, prediction_header

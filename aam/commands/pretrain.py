@@ -32,15 +32,14 @@ from aam.commands.pretrain_tree import (
 )
 from aam.commands.train_and_report import Job, train_and_report, usual_options
 from aam.config import PretrainConfig, TableOptions
-from aam.data.asvs import AsvDataset
 from aam.data.clades import MOST_CLADES, Clades, TreeSplit, known_arrays
+from aam.data.dataset import AsvDataset
 from aam.data.embedding import COMMUNITIES
-from aam.data.facts import DataFact, log_facts
 from aam.data.samples import make_dataset, read_samples
 from aam.data.splits import Split
 from aam.data.texts import Texts, match_names
 from aam.data.tree import read_tree
-from aam.errors import InputError
+from aam.errors import DataFact, InputError, log_facts
 from aam.evaluation import metrics
 from aam.evaluation.tree_results import EvaluationSubset
 from aam.learning.device import make_fabric

@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from scipy.sparse import csr_array
 
 from aam.config import OptimizerOptions, PretrainConfig
-from aam.data.asvs import AsvDataset
 from aam.data.clades import Grafts, TreeSplit, split_tree
+from aam.data.dataset import AsvDataset
 from aam.data.embedding import Embedding
-from aam.data.facts import DataFact, name_some
 from aam.data.neighbours import Found, Neighbours
 from aam.data.phylogeny import UniFrac
 from aam.data.placement import Law, Placement
@@ -25,7 +24,7 @@ from aam.data.sequences import is_dna, read_fasta
 from aam.data.splits import Split
 from aam.data.texts import Texts, match_names
 from aam.data.tree import read_tree
-from aam.errors import InputError
+from aam.errors import DataFact, InputError, name_some
 from aam.evaluation.measurements import nucleotide_results
 from aam.evaluation.outputs import check_nucleotides
 from aam.evaluation.placer import WEIGHT, Placer

@@ -11,11 +11,9 @@ import numpy as np
 from torch import nn
 
 from aam.config import OptimizerOptions, to_dict
-from aam.data.asvs import AsvDataset
-from aam.data.dataset import SampleDataset
-from aam.data.facts import DataFact
+from aam.data.dataset import AsvDataset, SampleDataset
 from aam.data.splits import Split
-from aam.errors import log
+from aam.errors import DataFact, log
 from aam.learning import distributed
 from aam.learning.batches import Batching
 from aam.learning.checkpoint import MODEL_FILE, save_model

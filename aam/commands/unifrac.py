@@ -12,8 +12,7 @@ from aam.data.distances import (
     read_rarefied,
     write_unifrac,
 )
-from aam.data.facts import log_facts
-from aam.errors import InputError, log
+from aam.errors import InputError, log, log_facts
 from aam.evaluation.applicability import of_placed
 from aam.evaluation.placer import load_placer, unifrac_by_model
 from aam.learning.device import pick_device

@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aam.data.rows import ranges
-from aam.data.texts import Texts, match_names
+from aam.data.texts import Texts, match_names, ranges
 from aam.data.tree import Phylogeny
 
 LEAST_LENGTH = 1e-5

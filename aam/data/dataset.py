@@ -1,4 +1,4 @@
-"""Samples as ragged batches in which every distinct ASV stands once."""
+"""Samples and distinct ASVs as ragged batches; every ASV of a batch stands once."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from aam.data.facts import DataFact, name_some
-from aam.data.rows import offsets_of, ranges
+from aam.data.sequences import MappedTokens, ResidentTokens
 from aam.data.table import FeatureTable
-from aam.data.texts import Texts
-from aam.data.tokens import MappedTokens, ResidentTokens
-from aam.errors import InputError
+from aam.data.texts import Texts, offsets_of, ranges
+from aam.errors import DataFact, InputError, name_some
 from aam_kernels import Ragged
+
+BATCH_TOKENS = 16_384
+"""Tokens of a step of ASVs, where no number of ASVs is given."""
 
 _ROWS_AT_ONCE = 4096
 """Samples whose ASVs are looked up together."""
@@ -308,3 +310,76 @@ def _as_tensor(values: Any, rows: int, name: str) -> Tensor | None:
     if len(tensor) != rows:
         raise ValueError(f"{name}: expected one row a sample ({rows}), got {len(tensor)}")
     return tensor.to(torch.float32 if tensor.is_floating_point() else torch.int64)
+
+
+@dataclass(frozen=True)
+class AsvBatch:
+    """Some ASVs.
+
+    Attributes:
+        rows: ``(n,)`` int64, which of the dataset's ASVs these are.
+        tokens: values ``(total_tokens,)`` uint8, one row an ASV.
+    """
+
+    rows: Tensor
+    tokens: Ragged
+
+    def __len__(self) -> int:
+        """Return the number of ASVs."""
+        return len(self.rows)
+
+    def to(self, device: torch.device | str) -> AsvBatch:
+        """Return the batch on ``device``."""
+        return AsvBatch(self.rows.to(device, non_blocking=True), self.tokens.to(device))
+
+
+class AsvDataset:
+    """Some distinct sequences; what `SampleDataset` is to samples, this is to ASVs.
+
+    Attributes:
+        sequence_lengths: ``(asvs,)`` int64, tokens of each, START included.
+        default_batch: ASVs of a step of about ``BATCH_TOKENS`` tokens.
+    """
+
+    unit = "ASVs"
+    fills_memory = False  # steps of one size learn best: memory only decides their pieces
+    share_asvs = True
+
+    def __init__(self, sequences: Texts, max_bp: int, *, mapped: bool = False) -> None:
+        """Tokenise sequences, cut at ``max_bp`` bases.
+
+        Args:
+            sequences: the ASVs 0, 1, ... of the dataset.
+            max_bp: bases kept of each.
+            mapped: they lie in an index on disk, each after a line break, and stay there.
+        """
+        self.tokens: ResidentTokens | MappedTokens = (
+            MappedTokens(sequences, max_bp) if mapped else ResidentTokens(sequences, max_bp)
+        )
+        self.sequence_lengths = self.tokens.lengths
+        mean = float(self.sequence_lengths.mean()) if len(sequences) else 1.0
+        self.default_batch = max(2, round(BATCH_TOKENS / mean))
+
+    def __len__(self) -> int:
+        """Return the number of ASVs."""
+        return len(self.sequence_lengths)
+
+    def to(self, device: torch.device | str) -> AsvDataset:
+        """Return the dataset with its tokens on ``device``."""
+        other = copy.copy(self)
+        other.tokens = self.tokens.to(device)
+        return other
+
+    def batch(self, rows: Sequence[int] | NDArray[np.int64]) -> AsvBatch:
+        """Gather ASVs by their number in the dataset."""
+        wanted = np.asarray(rows, dtype=np.int64)
+        tokens = self.gather_tokens(wanted)
+        return AsvBatch(torch.from_numpy(wanted), tokens).to(tokens.values.device)
+
+    def gather_tokens(self, rows: NDArray[np.int64]) -> Ragged:
+        """Return the tokens of some ASVs, one row each, uint8, on their device."""
+        return self.tokens.gather(rows)
+
+    def entries(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the one ASV of each row, as `SampleDataset.entries` does."""
+        return np.arange(len(self) + 1), np.arange(len(self))

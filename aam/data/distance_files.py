@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from aam.data.facts import name_some
 from aam.data.sequences import read_qza_member
-from aam.errors import InputError
+from aam.errors import InputError, name_some
 
 
 def read_raw_distances(

@@ -14,11 +14,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from aam.data.distance_files import read_raw_distances
-from aam.data.facts import DataFact, name_some
-from aam.data.matching import match_ids
+from aam.data.metadata import match_ids
 from aam.data.phylogeny import METRICS, UniFrac, read_tree
 from aam.data.table import FeatureTable, rarefy, read_table
-from aam.errors import InputError
+from aam.errors import DataFact, InputError, name_some
 
 _TOLERANCE = 1e-5
 """Largest asymmetry and diagonal that rounding in a file explains (float32, 6 digits)."""

@@ -36,11 +36,9 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from aam.data.facts import one_line
-from aam.data.rows import ranges, row_blocks
 from aam.data.table import FeatureTable, check_depth
-from aam.data.texts import Texts
-from aam.errors import InputError
+from aam.data.texts import Texts, ranges, row_blocks
+from aam.errors import InputError, one_line
 
 FORMAT = 1
 DESCRIPTION = "index.json"

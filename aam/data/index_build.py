@@ -15,14 +15,12 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from aam.data.facts import one_line
 from aam.data.index import Scratch, mapped_counts
-from aam.data.rows import row_blocks
 from aam.data.sequences import read_fasta
 from aam.data.table import FeatureTable, check_depth, draw_reads, read_table
 from aam.data.table_files import check_ids
-from aam.data.texts import Texts
-from aam.errors import InputError
+from aam.data.texts import Texts, row_blocks
+from aam.errors import InputError, one_line
 
 _NAMES_AT_ONCE = 2**16
 _ENTRIES_AT_ONCE = 2**20

@@ -34,12 +34,10 @@ import numpy as np
 import scipy.sparse
 from numpy.typing import ArrayLike, NDArray
 
-from aam.data.facts import DataFact, name_some
-from aam.data.rows import ranges, row_blocks
-from aam.data.texts import Texts, match_names
+from aam.data.texts import Texts, match_names, ranges, row_blocks
 from aam.data.tree import Phylogeny, read_tree
 from aam.data.tree_walk import Reached, TreeWalk
-from aam.errors import InputError
+from aam.errors import DataFact, InputError, name_some
 
 if TYPE_CHECKING:
     from aam.data.table import FeatureTable

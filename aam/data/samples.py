@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aam.data.dataset import SampleDataset
-from aam.data.facts import DataFact, name_some
 from aam.data.index import IndexUnwritableError, TableIndex, open_index, size_in_memory
-from aam.data.matching import match_ids
-from aam.data.metadata import Metadata, read_metadata
+from aam.data.metadata import Metadata, match_ids, read_metadata
 from aam.data.table import FeatureTable, rarefy, read_table
-from aam.errors import InputError, log
+from aam.errors import DataFact, InputError, log, name_some
 from aam.files import refuse_breaks
 
 if TYPE_CHECKING:

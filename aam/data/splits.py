@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from aam.data.facts import name_some
 from aam.data.metadata import Metadata
-from aam.errors import InputError
+from aam.errors import InputError, name_some
 
 # Random orders of the groups that are tried; the best cut of the best one is the split.
 _GROUP_ORDERS = 64

@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 
-from aam.data.facts import name_some
 from aam.data.sequences import resolve_sequences
 from aam.data.table_files import RawTable, read_raw_table
 from aam.data.texts import Texts
-from aam.errors import InputError
+from aam.errors import InputError, name_some
 
 # numpy's limit for exact draws without replacement.
 _MOST_READS = 1_000_000_000

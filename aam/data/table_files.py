@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.sparse as sp
 
-from aam.data.facts import name_some, one_line
 from aam.data.sequences import is_dna, read_qza_member
-from aam.errors import InputError
+from aam.errors import InputError, name_some, one_line
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _GZIP = b"\x1f\x8b"

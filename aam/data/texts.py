@@ -1,4 +1,7 @@
-"""Many strings in one array of bytes: a million names without a million Python objects."""
+"""Rows of different lengths in one array: strings in an array of bytes, and entries of samples.
+
+A million names take no million Python objects.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-
-from aam.data.rows import ranges
+from torch import Tensor
 
 _BLOCK = 16_384
 """Strings looked at together; their bytes, padded to the longest, stay in the cache."""
 
 _WORD = 8
 """Bytes compared at once when sorting."""
+
+_BLOCK_ENTRIES = 2**20
 
 
 class Texts(Sequence[str]):
@@ -210,3 +215,31 @@ def _equal(
         a, b = one.padded(rows[part], 0, width), other.padded(theirs[part], 0, width)
         equal[part] &= (a == b).all(axis=1)
     return equal
+
+
+def ranges(starts: NDArray[Any], lengths: NDArray[Any]) -> NDArray[np.int64]:
+    """Return starts[0]..starts[0]+lengths[0], then the same for 1, 2, ... in one array."""
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.repeat(starts - (ends - lengths), lengths) + np.arange(total)
+
+
+def row_blocks(row_starts: NDArray[Any]) -> Iterator[slice]:
+    """Rows in parts of about a million entries, one row at the least.
+
+    Args:
+        row_starts: ``(rows + 1,)`` where each row starts, and where the last one ends.
+    """
+    low = 0
+    while low < len(row_starts) - 1:
+        fits = int(np.searchsorted(row_starts, row_starts[low] + _BLOCK_ENTRIES, side="right")) - 1
+        high = max(fits, low + 1)
+        yield slice(low, high)
+        low = high
+
+
+def offsets_of(lengths: NDArray[Any]) -> Tensor:
+    """Return ``(n + 1,)`` int32 offsets of rows of these lengths."""
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=offsets[1:])
+    return torch.from_numpy(offsets)

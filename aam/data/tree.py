@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aam.data.facts import name_some
 from aam.data.newick import parse_newick
 from aam.data.sequences import read_fasta, read_qza_member
 from aam.data.texts import Texts
-from aam.errors import InputError
+from aam.errors import InputError, name_some
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from aam.data.clades import known_sequences
-from aam.data.facts import DataFact, name_some
 from aam.data.neighbours import Neighbours
 from aam.data.samples import Samples
 from aam.data.table import FeatureTable
 from aam.data.texts import Texts, match_names
+from aam.errors import DataFact, name_some
 from aam.evaluation.placer import Placed
 from aam.learning.checkpoint import SavedModel
 

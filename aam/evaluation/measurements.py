@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from aam.config import NucleotideOptions
-from aam.data.asvs import AsvDataset
-from aam.data.dataset import SampleDataset
+from aam.data.dataset import AsvDataset, SampleDataset
 from aam.data.samples import Samples
 from aam.evaluation import baselines, metrics
 from aam.evaluation.outputs import check_nucleotides, distance_metrics

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aam.config import NucleotideOptions
-from aam.data.asvs import AsvDataset
-from aam.data.dataset import Batch, SampleDataset
+from aam.data.dataset import AsvDataset, Batch, SampleDataset
 from aam.data.sequences import A
 from aam.evaluation import metrics
 from aam.learning.collectives import RankGroup, cut

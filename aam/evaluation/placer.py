@@ -19,16 +19,14 @@ import numpy as np
 import torch
 
 from aam.data.clades import Clades, Grafts, levels_of
-from aam.data.facts import name_some
 from aam.data.neighbours import Found, Neighbours
 from aam.data.phylogeny import UniFrac
 from aam.data.placement import Law, Placement
-from aam.data.rows import offsets_of
 from aam.data.sequences import MASK, START, tokenize
 from aam.data.table import FeatureTable
-from aam.data.texts import Texts, match_names
+from aam.data.texts import Texts, match_names, offsets_of
 from aam.data.tree import Phylogeny
-from aam.errors import InputError
+from aam.errors import InputError, name_some
 from aam.learning.checkpoint import SavedModel, read_model
 from aam.model import PretrainedModel
 from aam_kernels import Ragged

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 
 from aam.config import OptimizerOptions
-from aam.data.asvs import AsvDataset
-from aam.data.dataset import SampleDataset
+from aam.data.dataset import AsvDataset, SampleDataset
 from aam.errors import InputError, log
 from aam.learning import distributed
 from aam.learning.calibration import CALIBRATION_STEPS, Calibration

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from aam.config import FinetunePenaltyOptions, NucleotideOptions, PenaltyOptions
-from aam.data.asvs import AsvBatch
-from aam.data.dataset import Batch
+from aam.data.dataset import AsvBatch, Batch
 from aam.learning.losses import CladeLoss, DistanceLoss, TargetLoss, Terms, count_divergence
 from aam.learning.masking import NoisyAsvs, masked_copies, noisy_asvs, nucleotide_terms
 from aam.model import AsvEncoder, CladeHead, FreeClades, Predictor

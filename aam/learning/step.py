@@ -31,8 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aam.data.asvs import AsvBatch
-from aam.data.dataset import Batch
+from aam.data.dataset import AsvBatch, Batch
 from aam.errors import InputError
 from aam.learning.collectives import RankGroup, cut
 from aam.learning.losses import Terms, blocks

@@ -8,8 +8,8 @@ from aam.commands import pretrain_tree
 from aam.commands.pretrain import communities, limit_facts
 from aam.commands.pretrain_tree import TreeTask, calibration_tips, distinct_sequences, tree_options
 from aam.config import OptimizerOptions, OptionalTableOptions, PretrainConfig, RunOptions
-from aam.data.asvs import AsvDataset
 from aam.data.clades import split_tree
+from aam.data.dataset import AsvDataset
 from aam.data.phylogeny import UniFrac
 from aam.data.samples import Samples
 from aam.data.simulate import simulate_community

@@ -80,7 +80,7 @@ def in_small_blocks(monkeypatch):
     """Several blocks of everything, as in a large table."""
     monkeypatch.setattr(index_build, "_NAMES_AT_ONCE", 7)
     monkeypatch.setattr(index_build, "_ENTRIES_AT_ONCE", 11)
-    monkeypatch.setattr("aam.data.rows._BLOCK_ENTRIES", 100)
+    monkeypatch.setattr("aam.data.texts._BLOCK_ENTRIES", 100)
 
 
 # ------------------------------------------------------------------------------------ equality
@@ -268,7 +268,8 @@ def test_an_index_of_another_format_is_not_read(biom):
 BUILD = """
 import sys, time
 from pathlib import Path
-from aam.data import index, index_build
+from aam.data import index
+from aam.data import index_build
 from aam.config import TableOptions
 from aam.data.table import FeatureTable
 from aam.data.samples import read_samples

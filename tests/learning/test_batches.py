@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from aam.config import OptimizerOptions, PenaltyOptions
-from aam.data.asvs import AsvDataset
-from aam.data.dataset import SampleDataset
+from aam.data.dataset import AsvDataset, SampleDataset
 from aam.data.table import read_table
 from aam.data.texts import Texts
 from aam.errors import InputError
@@ -309,7 +308,7 @@ LIMITED = """
 import resource, sys
 import numpy as np, torch
 from aam.config import OptimizerOptions, PenaltyOptions
-from aam.data.asvs import AsvDataset
+from aam.data.dataset import AsvDataset
 from aam.data.dataset import SampleDataset
 from aam.data.phylogeny import UniFrac
 from aam.data.table import read_table

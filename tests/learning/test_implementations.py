@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from aam.config import PenaltyOptions
-from aam.data.asvs import AsvDataset
 from aam.data.clades import Clades
-from aam.data.dataset import SampleDataset
+from aam.data.dataset import AsvDataset, SampleDataset
 from aam.data.phylogeny import UniFrac
 from aam.data.table import read_table
 from aam.data.texts import Texts

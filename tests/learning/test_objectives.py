@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from aam.config import FinetunePenaltyOptions, PenaltyOptions, TargetOptions
-from aam.data.asvs import AsvDataset
 from aam.data.clades import Clades
-from aam.data.dataset import SampleDataset
+from aam.data.dataset import AsvDataset, SampleDataset
 from aam.data.table import read_table
 from aam.data.tree import read_tree
 from aam.evaluation.outputs import encode_asvs, predicted_distances

@@ -9,9 +9,8 @@ import torch
 import torch.multiprocessing
 
 from aam.config import FinetunePenaltyOptions, PenaltyOptions, TargetOptions
-from aam.data.asvs import AsvDataset
 from aam.data.clades import Clades
-from aam.data.dataset import SampleDataset
+from aam.data.dataset import AsvDataset, SampleDataset
 from aam.data.phylogeny import UniFrac
 from aam.data.table import read_table
 from aam.data.tree import read_tree
