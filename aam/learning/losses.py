@@ -1,9 +1,9 @@
 """The losses of samples, each as the sum over a share of them of what makes up the whole.
 
-A step may be computed in pieces and by several processes: every loss here takes the outputs of
-all the step's samples and the samples `first` to `last` that it is to answer for, and the shares
-of all samples add up to the loss of the step. Distances answer for the pairs of their samples
-with themselves and with all later ones. The loss of clades is a plain sum over ASVs.
+A step may be computed in micro-batches and by several processes: every loss here takes the outputs
+of all the step's samples and the samples `first` to `last` that it is to answer for, and the shares
+of all samples add up to the loss of the step. Distances answer for the pairs of their samples with
+themselves and with all later ones. The loss of clades is a plain sum over ASVs.
 """
 
 from __future__ import annotations
@@ -38,19 +38,11 @@ class DistanceSource(Protocol):
 
 
 class DistanceLoss:
-    """Mean over all pairs i < j of (predicted - true distance)^2, of distances that no tree gives.
-
-    In units of the distances, so that their scale does not matter.
-    """
+    """Mean over all pairs i < j of (predicted - true distance)^2, in units of the distances."""
 
     WEIGHT = 10.0  # of squared errors of about 0.1, beside losses of about 1
 
     def __init__(self, source: DistanceSource) -> None:
-        """Set up the loss.
-
-        Args:
-            source: true distances between rows of the dataset.
-        """
         self.source = source
 
     def share(
@@ -65,13 +57,11 @@ class DistanceLoss:
             first: first sample of the share.
             last: the one after its last.
         """
-        count = len(profiles)
         numbers = rows.cpu().numpy()
         predicted = pairs.distances(profiles[first:last], profiles[first:])
         true = self.source.cross(numbers[first:last], numbers[first:])
-        wanted = torch.as_tensor(true, dtype=profiles.dtype, device=profiles.device)
-        error = (predicted - wanted).triu(1)
-        all_pairs = max(1, count * (count - 1) // 2)
+        error = (predicted - torch.as_tensor(true).to(predicted)).triu(1)
+        all_pairs = max(1, len(profiles) * (len(profiles) - 1) // 2)
         return {
             "unifrac_loss": self.WEIGHT * (error / pairs.unit).square().sum() / all_pairs,
             "distance_mae": error.detach().abs().sum() / all_pairs,
@@ -84,7 +74,7 @@ class CladeLoss:
     0.1 times the mean over ASVs of sum_k w_k BCE(x_tk, y_tk), w_k = min(l_k / mean l, 5). Up to
     ``SAMPLED_ABOVE`` clades all are summed. Above, those on the paths of the step's ASVs and
     their sisters are, and of the rest a sample, drawn in proportion to w_k and weighted so that
-    its expectation is their sum.
+    its expectation is their sum. Row t of the dataset is the ASV of tip t of the clades' tree.
     """
 
     WEIGHT = 0.1
@@ -92,11 +82,6 @@ class CladeLoss:
     SAMPLED = 4_096  # clades drawn beside the paths
 
     def __init__(self, clades: Clades) -> None:
-        """Keep what the loss needs of the clades.
-
-        Args:
-            clades: of the known ASVs; row t of the dataset is the ASV of tip t.
-        """
         self.clades = clades
         self.start, self.stop = torch.from_numpy(clades.start), torch.from_numpy(clades.stop)
         self.weight = torch.from_numpy(clades.weight).float()
@@ -135,17 +120,14 @@ class CladeLoss:
         total: int,
         drawn: tuple[Tensor, Tensor] | None,
     ) -> Terms:
-        """Share of some ASVs in the loss.
+        """Share of ASVs `rows` (n,) with vectors (n, dim) in the loss of `total` ASVs.
 
-        Args:
-            head: gives the logits.
-            vectors: (asvs, dim) of the ASVs.
-            rows: (asvs,) int64, which known ASVs they are.
-            total: ASVs of the step.
-            drawn: what `draw` gave for the step.
+        `drawn` is what `draw` gave for the step.
         """
         clades, weights = (None, self.weight.to(rows.device)) if drawn is None else drawn
         logits = head(vectors, clades)
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()  # sums of many terms
         true = self.members(rows, clades).to(logits.dtype)
         each = F.binary_cross_entropy_with_logits(logits, true, weight=weights, reduction="sum")
         return {"clade_loss": each * (self.WEIGHT / total)}
@@ -157,49 +139,39 @@ class TargetLoss:
     def __init__(
         self, options: TargetOptions, class_weights: Tensor | None, is_classification: bool
     ) -> None:
-        """Set up the loss.
-
-        Args:
-            options: which loss of a number, and its quantile.
-            class_weights: (classes,) weights of the cross-entropy, None: all 1.
-            is_classification: cross-entropy of class codes instead of a loss of numbers.
-        """
+        """Cross-entropy of class codes, weighted by (classes,), or the options' loss of numbers."""
         self.options, self.class_weights = options, class_weights
         self.is_classification = is_classification
 
     def __call__(self, predicted: Tensor, true: Tensor) -> Tensor:
         """Weighted mean over the samples."""
-        weights = self.weights(true)
-        return (self.each(predicted, true) * weights).sum() / weights.sum()
+        return self.share(predicted, true, 0, len(true))["target_loss"]
 
     def share(self, predicted: Tensor, true: Tensor, first: int, last: int) -> Terms:
         """Share of the weighted mean; arguments as in `DistanceLoss.share`."""
-        weights = self.weights(true)
+        weights = torch.ones(len(true), device=true.device)
+        if self.class_weights is not None:
+            weights = self.class_weights.to(true.device)[true]
         own = slice(first, last)
         losses = self.each(predicted[own], true[own]) * weights[own]
         return {"target_loss": losses.sum() / weights.sum()}
-
-    def weights(self, true: Tensor) -> Tensor:
-        """(samples,) how much each sample counts."""
-        if self.class_weights is None:
-            return torch.ones(len(true), device=true.device)
-        return self.class_weights.to(true.device)[true]
 
     def each(self, predicted: Tensor, true: Tensor) -> Tensor:
         """(samples,) loss of each sample."""
         if self.is_classification:
             return F.cross_entropy(predicted, true, reduction="none")
-        error, name = true - predicted[:, 0], self.options.target_loss
-        if name == "smooth-l1":
-            return F.smooth_l1_loss(predicted[:, 0], true, reduction="none")
-        if name == "mse":
-            return error.square()
-        if name == "mae":
-            return error.abs()
-        level = self.options.quantile
-        if name == "quantile":
-            return torch.maximum(level * error, (level - 1) * error)
-        return torch.where(error > 0, level, 1 - level) * error.square()
+        error, level = true - predicted[:, 0], self.options.quantile
+        match self.options.target_loss:
+            case "smooth-l1":
+                return F.smooth_l1_loss(predicted[:, 0], true, reduction="none")
+            case "mse":
+                return error.square()
+            case "mae":
+                return error.abs()
+            case "quantile":
+                return torch.maximum(level * error, (level - 1) * error)
+            case _:
+                return torch.where(error > 0, level, 1 - level) * error.square()
 
 
 def count_divergence(logits: Tensor, counts: Tensor, slots: Ragged) -> Tensor:
@@ -213,20 +185,20 @@ def count_divergence(logits: Tensor, counts: Tensor, slots: Ragged) -> Tensor:
     def reduce(values: Tensor, how: str) -> Tensor:
         return torch.segment_reduce(values, how, lengths=lengths, unsafe=True)
 
-    spread = lengths.long()
-    share = counts / reduce(counts, "sum").repeat_interleave(spread)
-    centred = logits - reduce(logits.detach(), "max").repeat_interleave(spread)
-    log_predicted = centred - reduce(centred.exp(), "sum").log().repeat_interleave(spread)
+    def spread(values: Tensor) -> Tensor:
+        return values.repeat_interleave(lengths.long())
+
+    logits = logits.float() if logits.dtype != torch.float64 else logits
+    share = counts / spread(reduce(counts, "sum"))
+    centred = logits - spread(reduce(logits.detach(), "max"))
+    log_predicted = centred - spread(reduce(centred.exp(), "sum").log())
     return reduce(share * (share.log() - log_predicted), "sum")
 
 
 def blocks(samples: int, width: int, least: int = 1) -> list[tuple[int, int]]:
-    """Ranges of samples whose differences with all others are held at once.
+    """Ranges of samples whose embeddings' differences with all others are held at once.
 
-    Args:
-        samples: how many there are.
-        width: numbers of an embedding.
-        least: how many ranges there should be, if there are as many samples.
+    There are at least `least` of them, if there are as many samples.
     """
     rows = max(1, min(BLOCK_NUMBERS // max(1, samples * width), math.ceil(samples / least)))
     return [(first, min(samples, first + rows)) for first in range(0, samples, rows)]

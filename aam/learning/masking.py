@@ -11,6 +11,7 @@ from torch import Tensor
 from aam.config import NucleotideOptions
 from aam.data.sequences import MASK, A, T
 from aam.model import AsvEncoder, EncodedAsvs
+from aam.model.encoder import positions_in_rows
 from aam_kernels import Ragged
 
 SUBSTITUTED_SHARE = 0.7  # of the rows that are not masked
@@ -68,12 +69,12 @@ def noisy_asvs(tokens: Ragged, rows: Tensor, penalties: NucleotideOptions) -> No
     lengths = tokens.lengths.long()
     is_base = (values >= A) & (values <= T)
     share = penalties.masked_share if penalties.nucleotide_penalty else 0.0
-    is_masked = _of_rows(torch.rand(len(tokens), device=device) < share, lengths)
+    is_masked = (torch.rand(len(tokens), device=device) < share).repeat_interleave(lengths)
     places = mask_tokens(tokens, penalties.mask_probability, penalties.mask_strategy)[1]
     places = places[is_masked[places]]
     rate = torch.rand(len(tokens), device=device) * SUBSTITUTION_RATE
     rate *= torch.rand(len(tokens), device=device) < SUBSTITUTED_SHARE
-    hit = torch.rand(values.shape, device=device) < _of_rows(rate, lengths)
+    hit = torch.rand(values.shape, device=device) < rate.repeat_interleave(lengths)
     hit &= is_base & ~is_masked
     other = (values - A + torch.randint(1, 4, values.shape, device=device)) % 4 + A
     noisy = torch.where(hit, other.to(values.dtype), values)
@@ -88,30 +89,17 @@ def _cut_off(tokens: Ragged, lengths: Tensor) -> Tensor:
     count = torch.rand(len(tokens), device=device) * CUT_LENGTH * lengths
     count *= torch.rand(len(tokens), device=device) < CUT_SHARE
     at_end = torch.rand(len(tokens), device=device) < 0.5
-    start = _of_rows(tokens.offsets[:-1].long(), lengths)
-    place = torch.arange(len(tokens.values), device=device) - start
+    place = positions_in_rows(tokens)
     first = torch.where(at_end, lengths - count, 0)
     last = torch.where(at_end, lengths, count + 1)  # START stands before the first base
     last = torch.where(count >= 1, last, 0)
-    return (place >= _of_rows(first, lengths)) & (place < _of_rows(last, lengths))
-
-
-def _of_rows(per_row: Tensor, lengths: Tensor) -> Tensor:
-    """Repeat each row's number for every one of its values."""
-    return torch.repeat_interleave(per_row, lengths)
+    return (place >= first.repeat_interleave(lengths)) & (place < last.repeat_interleave(lengths))
 
 
 def nucleotide_terms(
     encoder: AsvEncoder, encoded: EncodedAsvs, asvs: NoisyAsvs, total: int
 ) -> dict[str, Tensor]:
-    """Cross-entropy and accuracy at masked places, as sums over a part divided by the total.
-
-    Args:
-        encoder: its nucleotide heads are asked.
-        encoded: what it made of the ASVs.
-        asvs: a part of those of the step, or all of them.
-        total: masked places of the step.
-    """
+    """Cross-entropy and accuracy at masked places of ASVs, as sums divided by the step's total."""
     logits = encoder.nucleotide_logits(encoded, asvs.tokens, asvs.masked)
     share, true = 1.0 / max(1, total), asvs.true - A
     hits = (logits.detach().argmax(-1) == true).sum()
@@ -122,12 +110,7 @@ def nucleotide_terms(
 
 
 def mask_tokens(tokens: Ragged, probability: float, strategy: str) -> tuple[Ragged, Tensor]:
-    """Replace some of the nucleotides by MASK.
-
-    Args:
-        tokens: values (nucleotides,) uint8.
-        probability: share of the A, C, G and T that is masked.
-        strategy: ``random`` single positions, or ``span``: runs of 3 to 5 in a row.
+    """Replace a share of the A, C, G and T by MASK: single ones, or runs of 3 to 5 ("span").
 
     Returns:
         The masked rows, and the positions in `values` that were masked.
@@ -138,10 +121,7 @@ def mask_tokens(tokens: Ragged, probability: float, strategy: str) -> tuple[Ragg
     else:
         hit = span_hits(tokens, probability)
     hit &= (values >= A) & (values <= T)
-    return (
-        Ragged(values.masked_fill(hit, MASK), tokens.offsets, tokens.max_length),
-        hit.nonzero()[:, 0],
-    )
+    return tokens.with_values(values.masked_fill(hit, MASK)), hit.nonzero()[:, 0]
 
 
 def take_rows(ragged: Ragged, index: Tensor) -> Ragged:
@@ -159,7 +139,6 @@ def take_rows(ragged: Ragged, index: Tensor) -> Ragged:
 def span_hits(tokens: Ragged, probability: float) -> Tensor:
     """Runs of 3 to 5 positions that stay in their row and cover about `probability` of it."""
     values = tokens.values
-    total_values = len(values)
     # A position is hit unless none of the mean 4 positions before it starts a run over it.
     start_rate = 1 - (1 - probability) ** 0.25
     starts = (torch.rand(values.shape, device=values.device) < start_rate).nonzero()[:, 0]
@@ -167,7 +146,7 @@ def span_hits(tokens: Ragged, probability: float) -> Tensor:
     row_ends = tokens.offsets[1:].long()
     row = torch.searchsorted(row_ends, starts, right=True)
     ends = torch.minimum(starts + lengths, row_ends[row])
-    change = torch.zeros(total_values + 1, dtype=torch.int32, device=values.device)
+    change = torch.zeros(len(values) + 1, dtype=torch.int32, device=values.device)
     one = torch.ones_like(starts, dtype=torch.int32)
     change.index_add_(0, starts, one).index_add_(0, ends, -one)
     return change[:-1].cumsum(0) > 0
