@@ -285,7 +285,7 @@ def print_help() -> None:
 
 def quiet_libraries() -> None:
     """Keep other packages' notices off the screen; ours are plain lines."""
-    others = r"(tensorboard|lightning_fabric|torch\.distributed)\b.*"
+    others = r"(tensorboard|torch\.distributed)\b.*"
     warnings.filterwarnings("ignore", module=others)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from aam.learning.collectives import RankGroup
+from aam.learning.distributed import RankGroup
 from aam.learning.step import Step
 from benchmarks.batching import GB, Case, Epoch, Result, in_turn
 

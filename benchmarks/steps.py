@@ -126,14 +126,12 @@ def make_trainer(
         seed: of order, masks and dropout.
         options: of `OptimizerOptions`.
     """
-    from lightning_fabric import Fabric
-
     rows = np.arange(len(dataset)) if rows is None else rows
     usual = usual_options(OptimizerOptions(**options), PAIR_EPOCHS, PAIR_LEARNING_RATE)
-    fabric = Fabric(accelerator="cpu", devices=1)
-    batching = Batching(rows, dataset, objective, usual, fabric.device, seed)
+    device = torch.device("cpu")
+    batching = Batching(rows, dataset, objective, usual, device, seed)
     return Trainer(
-        fabric, objective, dataset, batching, usual, cast(Run, Unlogged()),
+        device, objective, dataset, batching, usual, cast(Run, Unlogged()),
         validate=dict, best_metric="loss", description={}, config={}, seed=seed,
     )  # fmt: skip
 

@@ -135,7 +135,7 @@ def step(samples: int, pieces: int, **setting: Any) -> Callable[[], dict[str, fl
     import numpy as np
     import torch
 
-    from aam.learning.collectives import RankGroup
+    from aam.learning.distributed import RankGroup
     from aam.learning.memory_profile import kept_a_token
     from aam.learning.memory_watch import StepWatch
     from aam.learning.meter import Meter

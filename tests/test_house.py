@@ -19,8 +19,7 @@ TOP_LEVEL = {
     "profiling", "docs", "deploy", ".ci", ".gitignore", ".pre-commit-config.yaml",
 }  # fmt: skip
 HEAVY = (
-    "skbio", "sklearn", "matplotlib", "tensorboard", "biom", "pandas", "lightning_fabric",
-    "transformers",
+    "skbio", "sklearn", "matplotlib", "tensorboard", "biom", "pandas", "transformers",
 )  # fmt: skip
 
 

@@ -25,8 +25,8 @@ from aam.evaluation.predictions import in_units, prediction_cells, prediction_he
 from aam.evaluation.results import print_results, result
 from aam.files import refuse_breaks
 from aam.learning.checkpoint import load_encoder, read_model
-from aam.learning.collectives import RankGroup
-from aam.learning.device import make_fabric
+from aam.learning.distributed import RankGroup
+from aam.learning.launch import start
 from aam.learning.losses import TargetLoss
 from aam.learning.objective import FinetuneObjective
 from aam.learning.resume import compatible_state, fingerprint
@@ -98,8 +98,7 @@ def finetune(config: FinetuneConfig) -> Path:
     state = compatible_state(config)
     if state is None:
         adopt_pretrained(config)
-    fabric = make_fabric(config.run)
-    device = fabric.device
+    device = start(config.run)
     samples = read_samples(config.data, config.run.seed, metadata=config.metadata.metadata)
     keep_samples_with_target(samples, config)
     classes = target_classes(samples, config)
@@ -162,7 +161,7 @@ def finetune(config: FinetuneConfig) -> Path:
         facts=samples.facts,
         warnings=samples.warnings,
     )
-    return train_and_report(config, fabric, state, job, started)
+    return train_and_report(config, device, state, job, started)
 
 
 def frozen_vectors(predictor: Predictor, dataset: SampleDataset) -> Tensor:

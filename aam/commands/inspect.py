@@ -19,8 +19,8 @@ from aam.errors import DataFact, InputError, log, log_facts, name_some
 from aam.evaluation.applicability import add_applicability
 from aam.learning.batches import GB, Batching
 from aam.learning.checkpoint import read_model
-from aam.learning.collectives import RankGroup
 from aam.learning.device import pick_device
+from aam.learning.distributed import RankGroup
 from aam.learning.losses import DistanceLoss
 from aam.learning.objective import PairObjective
 from aam.learning.planner import EpochPlan

@@ -42,7 +42,7 @@ from aam.data.tree import read_tree
 from aam.errors import DataFact, InputError, log_facts
 from aam.evaluation import metrics
 from aam.evaluation.tree_results import EvaluationSubset
-from aam.learning.device import make_fabric
+from aam.learning.launch import start
 from aam.learning.losses import CladeLoss, DistanceLoss
 from aam.learning.objective import CladeObjective, PairObjective
 from aam.learning.resume import compatible_state, fingerprint
@@ -65,15 +65,15 @@ def pretrain(config: PretrainConfig) -> Path:
     check_output(config.run)
     check_options(config)
     state = compatible_state(config)
-    fabric = make_fabric(config.run)
+    device = start(config.run)
     torch.manual_seed(config.run.seed)
     if config.data.table is None:
-        job = reference_job(config, fabric.device)
+        job = reference_job(config, device)
     elif config.distances.tree is not None:
-        job = tree_job(config, fabric.device)
+        job = tree_job(config, device)
     else:
-        job = pair_job(config, fabric.device)
-    return train_and_report(config, fabric, state, job, started)
+        job = pair_job(config, device)
+    return train_and_report(config, device, state, job, started)
 
 
 def check_options(config: PretrainConfig) -> None:

@@ -18,7 +18,7 @@ from aam.evaluation.measurements import (
 )
 from aam.evaluation.outputs import check_nucleotides, distance_metrics, predicted_distances
 from aam.evaluation.results import print_results
-from aam.learning.collectives import RankGroup
+from aam.learning.distributed import RankGroup
 from aam.learning.losses import DistanceSource
 from aam.learning.run import Run
 from aam.model import PretrainedModel

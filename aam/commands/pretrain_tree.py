@@ -36,7 +36,7 @@ from aam.evaluation.tree_results import (
     sample_results,
     write_placements,
 )
-from aam.learning.collectives import RankGroup
+from aam.learning.distributed import RankGroup
 from aam.learning.losses import CladeLoss
 from aam.learning.run import Run
 from aam.model import PretrainedModel

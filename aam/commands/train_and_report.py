@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
+from aam import __version__
 from aam.config import OptimizerOptions, to_dict
 from aam.data.dataset import AsvDataset, SampleDataset
 from aam.data.splits import Split
@@ -17,7 +23,7 @@ from aam.errors import DataFact, log
 from aam.learning import distributed
 from aam.learning.batches import Batching
 from aam.learning.checkpoint import MODEL_FILE, save_model
-from aam.learning.device import compile_stacks, run_facts
+from aam.learning.device import compile_stacks
 from aam.learning.loop import Trainer
 from aam.learning.objective import Objective
 from aam.learning.resume import check_same_data
@@ -72,13 +78,13 @@ def usual_options(options: OptimizerOptions, epochs: int, lr: float) -> Optimize
 
 
 def train_and_report(
-    config: Any, fabric: Any, state: dict[str, Any] | None, job: Job, started: float
+    config: Any, device: torch.device, state: dict[str, Any] | None, job: Job, started: float
 ) -> Path:
     """Train, and leave the best model, its results and the report in the run folder.
 
     Args:
         config: all options of the command.
-        fabric: a launched Lightning Fabric.
+        device: of this rank.
         state: of the checkpoint to continue; None: begin.
         job: what is trained.
         started: when the command was, in seconds since the epoch.
@@ -90,11 +96,11 @@ def train_and_report(
     if config.run.compile_model:
         compile_stacks(job.model)
     seed = config.run.seed
-    batching = Batching(job.rows, job.dataset, job.objective, job.options, fabric.device, seed)
+    batching = Batching(job.rows, job.dataset, job.objective, job.options, device, seed)
     run = Run(config.run, config, keep_steps=None if state is None else state["progress"]["step"])
     run.write_split(job.parts)
     trainer = Trainer(
-        fabric,
+        device,
         job.objective,
         job.dataset,
         batching,
@@ -109,9 +115,44 @@ def train_and_report(
     trainer.train(state)
     if distributed.is_rank_zero():
         save_model(run.path / MODEL_FILE, job.model, job.description, job.arrays())
-        job.write_results(run, run_facts(config, fabric, trainer, job, started))
+        job.write_results(run, run_facts(config, device, trainer, job, started))
         run.close()
         from aam.report import write_report
 
         log(f"report: {write_report(run.path)}")
     return run.path
+
+
+def command_line(command: str) -> str:
+    """What was typed, where that is known; else the command's name."""
+    typed = Path(sys.argv[0]).name in ("aam", "train.py")
+    return shlex.join(["aam", *sys.argv[1:]]) if typed and len(sys.argv) > 1 else f"aam {command}"
+
+
+def run_facts(
+    config: Any, device: torch.device, trainer: Trainer, job: Job, started: float
+) -> dict[str, Any]:
+    """What summary.json says of the run before its results."""
+    parts, unit = job.parts, job.names
+    ranks = distributed.world_size()
+    return {
+        "title": f"{config.command} {config.run.output_dir.name}",
+        "command": command_line(config.command),
+        "aam_version": __version__,
+        "torch_version": torch.__version__,
+        "device": str(device) if ranks == 1 else f"{ranks} x {device.type}",
+        "threads": torch.get_num_threads(),
+        "started": datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds"),
+        "seconds": round(time.time() - started, 1),
+        "steps": trainer.progress.step,
+        "epochs": trainer.progress.epoch,
+        "best_step": trainer.progress.best_step,
+        f"{unit}_train": len(parts.train),
+        f"{unit}_validation": len(parts.validation),
+        "parameters": sum(one.numel() for one in job.model.parameters()),
+        "data": [asdict(fact) for fact in job.facts],
+        "results": [],
+        "warnings": list(job.warnings),
+        "config": to_dict(config),
+        "target": None,
+    }

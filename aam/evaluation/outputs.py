@@ -19,7 +19,7 @@ from aam.config import NucleotideOptions
 from aam.data.dataset import AsvDataset, Batch, SampleDataset
 from aam.data.sequences import A
 from aam.evaluation import metrics
-from aam.learning.collectives import RankGroup, cut
+from aam.learning.distributed import RankGroup, cut
 from aam.learning.masking import mask_tokens
 from aam.model import AsvEncoder, Predictor, PretrainedModel
 from aam_kernels import Ragged

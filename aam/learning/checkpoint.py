@@ -65,10 +65,6 @@ def load_state(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"{path}: not a checkpoint of this version of aam")
-    if "parts" in state:
-        from aam.learning.shards import read_shards
-
-        return read_shards(path, state)
     return state
 
 

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from aam.config import RunOptions
 from aam.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 PARENT = "AAM_PARENT"  # in the environment of a process that rank 0 started: rank 0's process id
 
@@ -72,17 +78,18 @@ def refuse_several(command: str) -> None:
         raise InputError(f"{command} runs in one process; {starter()} started {count} of them")
 
 
-def find_layout(devices: int, nodes: int) -> Layout:
+def find_layout(devices: int) -> Layout:
     """Who started this process, and with how many others.
 
     Args:
         devices: of this machine, as asked for; 1 under torchrun and srun: as they say.
-        nodes: likewise.
 
     Raises:
         InputError: the options say another number than torchrun or SLURM.
     """
     said, by = os.environ, starter()
+    if by == "aam":
+        return Layout(by, devices, 1, *own_ranks())
     if by == "torchrun":
         size, local = int(said["WORLD_SIZE"]), int(said["LOCAL_WORLD_SIZE"])
         found = Layout(by, local, size // local, *own_ranks())
@@ -91,26 +98,14 @@ def find_layout(devices: int, nodes: int) -> Layout:
                 f"torchrun: {size} processes, {local} of them here: every machine needs as many; "
                 "use the same --nproc-per-node everywhere"
             )
-        many, machines = "--nproc-per-node", "--nnodes"
-    elif by == "slurm":
-        found = _slurm_layout()
-        many, machines = "--ntasks-per-node", "--nodes"
+        many = "--nproc-per-node"
     else:
-        if nodes > 1:
-            raise InputError(
-                f"--num-nodes {nodes}: start the same command on each machine with torchrun "
-                "(--nnodes, --nproc-per-node) or srun (--nodes, --ntasks-per-node)"
-            )
-        return Layout(by, devices, 1, *own_ranks())
+        found = _slurm_layout()
+        many = "--ntasks-per-node"
     if devices not in (1, found.local):
         raise InputError(
             f"--devices {devices}: {found.starter} started {found.local} processes here; leave "
             f"the option out or use {many}={devices}"
-        )
-    if nodes not in (1, found.nodes):
-        raise InputError(
-            f"--num-nodes {nodes}: {found.starter} started {found.nodes}; leave the option out "
-            f"or use {machines}={nodes}"
         )
     return found
 
@@ -134,3 +129,94 @@ def _slurm_layout() -> Layout:
             f"{local * nodes}; leave --ntasks out"
         )
     return Layout("slurm", local, nodes, *own_ranks())
+
+
+def start(options: RunOptions) -> torch.device:
+    """The device of this process, which meets the other ranks of the run if there are any.
+
+    Raises:
+        InputError: the devices do not exist, cannot run the attention implementation, or are
+            others than torchrun or SLURM have started.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from aam.learning import distributed
+    from aam.learning.device import check_attention, find_device
+
+    device = find_device(options.device)
+    layout = find_layout(_local_devices(options, device))
+    if layout.size > 1:
+        _check_several(options, device, layout)
+        device = torch.device("cuda", layout.local_rank) if device.type == "cuda" else device
+    check_attention(options.attn_implementation, device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if layout.size > 1:
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // layout.local))
+        distributed.start_others(layout)
+        if layout.starter == "slurm":
+            _name_first_host()
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=layout.rank, world_size=layout.size)
+        distributed.join(layout)
+    return device
+
+
+def _local_devices(options: RunOptions, device: torch.device) -> int:
+    """How many devices of this machine are asked for.
+
+    Raises:
+        InputError: --data-parallel means no certain number, or --device names one device.
+    """
+    import torch
+
+    if ":" in options.device and (options.devices > 1 or options.data_parallel):
+        raise InputError(
+            f"--device {options.device}: names one device; use --device {device.type} for several"
+        )
+    if not options.data_parallel:
+        return options.devices
+    if device.type == "cpu":
+        raise InputError(
+            "--data-parallel: a CPU is one device; --devices N shares it among N processes"
+        )
+    count = torch.cuda.device_count()
+    if options.devices not in (1, count):
+        raise InputError(
+            f"--devices {options.devices} with --data-parallel, which means all {count}: use one "
+            "of the two"
+        )
+    return count
+
+
+def _check_several(options: RunOptions, device: torch.device, layout: Layout) -> None:
+    """Refuse more processes than devices, and what does not go together.
+
+    Raises:
+        InputError: says how many there are, or names the options.
+    """
+    import torch
+
+    if options.strategy == "fsdp" and options.compile_model:
+        raise InputError("--compile-model: does not go together with --strategy fsdp; leave it out")
+    count = torch.cuda.device_count()
+    if device.type != "cuda" or layout.local <= count:
+        return
+    if layout.starter == "aam":
+        raise InputError(f"--devices {layout.local}: torch sees {count} GPUs")
+    raise InputError(
+        f"{layout.starter} started {layout.local} processes on this machine, each sees {count} "
+        "GPUs: every process must see all GPUs of its machine (srun: --gpus-per-node, not "
+        "--gpus-per-task)"
+    )
+
+
+def _name_first_host() -> None:
+    """Say to torch where the tasks of a SLURM job meet, if nobody has."""
+    said = os.environ
+    first = re.match(r"([^,\[]+)(?:\[([^],-]+))?", said.get("SLURM_JOB_NODELIST", "127.0.0.1"))
+    assert first is not None
+    said.setdefault("MASTER_ADDR", "".join(first.groups("")))
+    said.setdefault("MASTER_PORT", str(20000 + int(said.get("SLURM_JOB_ID", "0")) % 10000))

@@ -24,7 +24,7 @@ from aam.errors import InputError, log
 from aam.learning import distributed
 from aam.learning.batches import Batching
 from aam.learning.checkpoint import FORMAT, load_state, save_state
-from aam.learning.collectives import RankGroup
+from aam.learning.distributed import RankGroup
 from aam.learning.fsdp import clip_gradients, load_module, load_optimizer, sharded_copy, whole
 from aam.learning.memory_profile import write_memory_profile
 from aam.learning.objective import Objective
@@ -58,7 +58,7 @@ class Trainer:
 
     def __init__(
         self,
-        fabric: Any,
+        device: torch.device,
         objective: Objective,
         dataset: SampleDataset | AsvDataset,
         batching: Batching,
@@ -74,7 +74,7 @@ class Trainer:
         """Set up model and optimizer on the device.
 
         Args:
-            fabric: a launched Lightning Fabric.
+            device: of this rank.
             objective: the loss, in stages.
             dataset: the samples, or ASVs.
             batching: which of them share a step, and in how many pieces it fits the memory.
@@ -86,7 +86,7 @@ class Trainer:
             config: all options, kept in every checkpoint.
             seed: of masks and dropout.
         """
-        self.device = fabric.device
+        self.device = device
         self.dataset, self.batching = dataset, batching
         self.options, self.run, self.validate = options, run, validate
         self.best_metric, self.description, self.config = best_metric, description, config

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from aam.data.dataset import AsvBatch, Batch
 from aam.errors import InputError
-from aam.learning.collectives import RankGroup, cut
+from aam.learning.distributed import RankGroup, cut
 from aam.learning.losses import Terms, blocks
 from aam.learning.objective import Objective, SampleObjective, SamplePart, Work
 from aam_kernels import Ragged

@@ -14,7 +14,7 @@ from aam.evaluation.outputs import (
     predict_outputs,
     predicted_distances,
 )
-from aam.learning.collectives import RankGroup
+from aam.learning.distributed import RankGroup
 from aam.model import AsvEncoder, EncoderShape, Predictor, PretrainedModel
 from aam.model.predictor import PredictorShape
 

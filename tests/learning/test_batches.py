@@ -313,7 +313,7 @@ from aam.data.dataset import SampleDataset
 from aam.data.phylogeny import UniFrac
 from aam.data.table import read_table
 from aam.model import AsvEncoder, EncoderShape, FreeClades
-from aam.learning.collectives import RankGroup
+from aam.learning.distributed import RankGroup
 from aam.learning.losses import DistanceLoss
 from aam.learning.batches import Batching
 from aam.learning.objective import PairObjective

@@ -10,7 +10,7 @@ from aam.data.dataset import AsvDataset, SampleDataset
 from aam.data.phylogeny import UniFrac
 from aam.data.table import read_table
 from aam.data.texts import Texts
-from aam.learning.collectives import RankGroup
+from aam.learning.distributed import RankGroup
 from aam.learning.losses import CladeLoss, DistanceLoss
 from aam.learning.objective import CladeObjective, PairObjective
 from aam.learning.step import Step

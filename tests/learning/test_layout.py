@@ -5,8 +5,7 @@ import torch
 
 from aam.config import RunOptions
 from aam.errors import InputError
-from aam.learning.device import make_fabric
-from aam.learning.launch import Layout, find_layout, own_ranks
+from aam.learning.launch import Layout, find_layout, own_ranks, start
 
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "RANK": "5",
@@ -32,49 +31,47 @@ def said(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("values", "options", "expected"),
+    ("values", "devices", "expected"),
     [
-        ({}, (1, 1), Layout("aam", 1, 1, 0, 0)),
-        ({}, (4, 1), Layout("aam", 4, 1, 0, 0)),
-        ({"AAM_PARENT": "1", "LOCAL_RANK": "3"}, (4, 1), Layout("aam", 4, 1, 3, 3)),
-        ({"LOCAL_RANK": "3"}, (4, 1), Layout("aam", 4, 1, 0, 0)),  # of somebody else
-        (TORCHRUN, (1, 1), Layout("torchrun", 4, 2, 5, 1)),
-        (TORCHRUN, (4, 2), Layout("torchrun", 4, 2, 5, 1)),
-        (SRUN, (1, 1), Layout("slurm", 4, 2, 6, 2)),
-        (BATCH_SCRIPT, (2, 1), Layout("aam", 2, 1, 0, 0)),  # srun was not used
-        ({**SRUN, "SLURM_NTASKS": "1"}, (2, 1), Layout("aam", 2, 1, 0, 0)),
+        ({}, 1, Layout("aam", 1, 1, 0, 0)),
+        ({}, 4, Layout("aam", 4, 1, 0, 0)),
+        ({"AAM_PARENT": "1", "LOCAL_RANK": "3"}, 4, Layout("aam", 4, 1, 3, 3)),
+        ({"LOCAL_RANK": "3"}, 4, Layout("aam", 4, 1, 0, 0)),  # of somebody else
+        (TORCHRUN, 1, Layout("torchrun", 4, 2, 5, 1)),
+        (TORCHRUN, 4, Layout("torchrun", 4, 2, 5, 1)),
+        (SRUN, 1, Layout("slurm", 4, 2, 6, 2)),
+        (BATCH_SCRIPT, 2, Layout("aam", 2, 1, 0, 0)),  # srun was not used
+        ({**SRUN, "SLURM_NTASKS": "1"}, 2, Layout("aam", 2, 1, 0, 0)),
     ],
 )
-def test_the_starter_says_how_many_processes_there_are(said, values, options, expected):
+def test_the_starter_says_how_many_processes_there_are(said, values, devices, expected):
     said(values)
-    assert find_layout(*options) == expected
+    assert find_layout(devices) == expected
     assert own_ranks() == (expected.rank, expected.local_rank)
     assert expected.size == expected.local * expected.nodes
 
 
 @pytest.mark.parametrize(
-    ("values", "options", "expected"),
+    ("values", "devices", "expected"),
     [
-        ({}, (1, 2), "--num-nodes 2: start the same command on each machine with torchrun"),
-        (TORCHRUN, (2, 1), "--devices 2: torchrun started 4 processes here"),
-        (TORCHRUN, (4, 3), "--num-nodes 3: torchrun started 2"),
-        ({**TORCHRUN, "WORLD_SIZE": "7"}, (1, 1), "every machine needs as many"),
-        (SRUN, (8, 1), "--devices 8: slurm started 4 processes here; leave the option out or use "
+        (TORCHRUN, 2, "--devices 2: torchrun started 4 processes here"),
+        ({**TORCHRUN, "WORLD_SIZE": "7"}, 1, "every machine needs as many"),
+        (SRUN, 8, "--devices 8: slurm started 4 processes here; leave the option out or use "
          "--ntasks-per-node=8"),
-        ({**SRUN, "SLURM_NTASKS": "6"}, (1, 1), "leave --ntasks out"),
+        ({**SRUN, "SLURM_NTASKS": "6"}, 1, "leave --ntasks out"),
     ],
 )  # fmt: skip
-def test_options_that_contradict_the_starter_are_refused(said, values, options, expected):
+def test_options_that_contradict_the_starter_are_refused(said, values, devices, expected):
     said(values)
     with pytest.raises(InputError, match=expected):
-        find_layout(*options)
+        find_layout(devices)
 
 
 def test_srun_without_tasks_of_a_node_is_refused(said, monkeypatch):
     said(SRUN)
     monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
     with pytest.raises(InputError, match="8 tasks without --ntasks-per-node"):
-        find_layout(1, 1)
+        find_layout(1)
 
 
 @pytest.mark.parametrize(
@@ -95,14 +92,14 @@ def test_devices_that_are_not_there_are_refused(
     said({})
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     with pytest.raises(InputError, match=expected):
-        make_fabric(RunOptions(output_dir=tmp_path, **options))
+        start(RunOptions(output_dir=tmp_path, **options))
 
 
 def test_tasks_that_see_one_gpu_each_are_refused(said, monkeypatch, tmp_path):
     said(SRUN)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(InputError, match="srun: --gpus-per-node, not --gpus-per-task"):
-        make_fabric(RunOptions(output_dir=tmp_path))
+        start(RunOptions(output_dir=tmp_path))
 
 
 def test_a_command_that_does_not_train_runs_once(said, aam, tmp_path, capsys):

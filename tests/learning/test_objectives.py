@@ -14,7 +14,7 @@ from aam.data.table import read_table
 from aam.data.tree import read_tree
 from aam.evaluation.outputs import encode_asvs, predicted_distances
 from aam.learning import losses
-from aam.learning.collectives import RankGroup
+from aam.learning.distributed import RankGroup
 from aam.learning.losses import CladeLoss, DistanceLoss, TargetLoss, count_divergence
 from aam.learning.masking import mask_tokens, masked_copies, nucleotide_terms
 from aam.learning.objective import CladeObjective, FinetuneObjective, PairObjective, SamplePart

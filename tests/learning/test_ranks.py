@@ -14,13 +14,12 @@ from pathlib import Path
 from aam.config import RunOptions
 from aam.errors import InputError
 from aam.learning import distributed
-from aam.learning.device import make_fabric
 from aam.train import guarded, shared
-from aam.learning.launch import silence_others
+from aam.learning.launch import silence_others, start
 silence_others()
 def work(_):
-    fabric = make_fabric(RunOptions(output_dir=Path(), device="cpu"))
-    rank = fabric.global_rank
+    start(RunOptions(output_dir=Path(), device="cpu"))
+    rank = distributed.rank()
     print("ready", file=sys.__stdout__, flush=True)
 {body}
 sys.exit(guarded(lambda: shared(work, ())(None)))

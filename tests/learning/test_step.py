@@ -16,7 +16,7 @@ from aam.data.table import read_table
 from aam.data.tree import read_tree
 from aam.evaluation.outputs import encode_asvs
 from aam.learning import losses
-from aam.learning.collectives import RankGroup, cut
+from aam.learning.distributed import RankGroup, cut
 from aam.learning.losses import CladeLoss, DistanceLoss, TargetLoss
 from aam.learning.objective import CladeObjective, FinetuneObjective, PairObjective
 from aam.learning.step import Step, StepTooLarge, is_out_of_memory
