@@ -12,7 +12,6 @@ from aam.config import TargetOptions
 from aam.data.metadata import Metadata
 from aam.data.samples import Samples
 from aam.errors import InputError
-from aam.model.predictor import category_codes
 
 MINIMUM_CATEGORY = 2  # samples that a category needs for a mean and deviation of its own
 
@@ -141,7 +140,10 @@ def encode_categories(samples: Samples, classes: dict[str, list[str]]) -> np.nda
     """Codes (samples, columns) int64; 0 for unknown or missing."""
     if samples.metadata is None:
         return np.zeros((len(samples.ids), len(classes)), dtype=np.int64)
-    codes = [category_codes(samples.metadata.text(name), own) for name, own in classes.items()]
+    codes = []
+    for column, names in classes.items():
+        code: dict[str | None, int] = {name: i for i, name in enumerate(names, start=1)}
+        codes.append([code.get(value, 0) for value in samples.metadata.text(column)])
     return np.array(codes, dtype=np.int64).T
 
 

@@ -9,7 +9,6 @@ never below its cheap part. Everything is ragged: no sequence is padded.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,16 +18,12 @@ from aam_kernels import Ragged
 from aam_kernels.modules import AttentionPool, TransformerEncoder
 
 VOCABULARY = 7  # pad, A, C, G, T, START, MASK
-BASES = slice(1, 5)  # A, C, G, T among the tokens
 MASK = 6
 
 
 @dataclass(frozen=True)
 class EncoderShape:
-    """What fixes the weights' shapes; saved with every model.
-
-    Attributes mean what the options of the same name in `aam.config.ModelOptions` mean.
-    """
+    """What fixes the weights' shapes, as in `aam.config.ModelOptions`; saved with every model."""
 
     encoder: str = "transformer"
     embedding_dim: int = 128
@@ -48,15 +43,16 @@ class EncodedAsvs:
     hidden: Tensor | None  # (nucleotides, dim), the stack's output; None without a stack
 
 
-def make_stack(shape: EncoderShape, kernels: dict[str, Any], dropout: float) -> TransformerEncoder:
+def make_stack(shape: EncoderShape, impl: str, recompute: bool) -> TransformerEncoder:
     """A pre-norm transformer stack of the shape's width."""
     return TransformerEncoder(
         shape.embedding_dim,
         shape.num_heads,
         shape.num_layers,
         ffn_dim=shape.ffn_dim,
-        dropout=dropout,
-        **kernels,
+        dropout=shape.dropout,
+        impl=impl,
+        recompute=recompute,
     )
 
 
@@ -74,36 +70,35 @@ class WidePath(nn.Module):
 
     def forward(self, tokens: Ragged) -> Tensor:
         """Tokens of some ASVs, one row each, to (asvs, dim)."""
-        sites = positions_in_rows(tokens) * VOCABULARY + tokens.values
-        hidden = F.embedding_bag(sites, self.sites, tokens.offsets[:-1].long(), mode="sum")
+        offsets = tokens.offsets[:-1].long()
+        hidden = F.embedding_bag(sites_of(tokens), self.sites, offsets, mode="sum")
         return self.project(F.gelu(self.norm(hidden)))
 
 
 class AsvEncoder(nn.Module):
-    """The pretrained base: nucleotides of an ASV to one vector."""
+    """The pretrained base: nucleotides of an ASV to one vector.
+
+    Args:
+        shape: widths and variants.
+        impl: attention implementation, as in `aam_kernels`.
+        recompute: keep only layer inputs for the backward pass.
+    """
 
     def __init__(self, shape: EncoderShape, *, impl: str = "auto", recompute: bool = True) -> None:
-        """Build the encoder.
-
-        Args:
-            shape: widths and variants.
-            impl: attention implementation, as in `aam_kernels`.
-            recompute: keep only layer inputs for the backward pass.
-        """
         super().__init__()
-        self.shape, self.impl = shape, impl
+        self.shape = shape
         dim, positions = shape.embedding_dim, shape.max_bp + 1
         self.wide = WidePath(shape)
         # What base stands at a position, given the ASV's vector: a line for each base and place.
         self.site_head = nn.Parameter(torch.zeros(positions, 4, dim))
         self.site_bias = nn.Parameter(torch.zeros(positions, 4))
-        if shape.encoder == "transformer":
+        if self.has_stack:
             self.token_embedding = nn.Embedding(VOCABULARY, dim)
             self.position_embedding = nn.Embedding(positions, dim)
             # A sum of token and position embeddings, averaged over a sequence, says how many of
             # each base there are, not where: the stack would first have to learn to tell.
             self.site_embedding = nn.Embedding(positions * VOCABULARY, dim)
-            self.stack = make_stack(shape, {"impl": impl, "recompute": recompute}, shape.dropout)
+            self.stack = make_stack(shape, impl, recompute)
             self.pool = AttentionPool(dim, impl=impl)
             self.gate = nn.Parameter(torch.zeros(dim))
             self.nucleotide_head = nn.Linear(dim, 4)
@@ -119,15 +114,14 @@ class AsvEncoder(nn.Module):
         Args:
             tokens: values (nucleotides,) uint8, one row an ASV.
             first_row: where these tokens begin among all those of a step: its dropout is that of
-                the whole, whatever the parts.
+                the whole, whatever the micro-batches.
             stack: False leaves the transformer out.
         """
         vectors = self.wide(tokens)
         if not (stack and self.has_stack):
             return EncodedAsvs(vectors, None)
-        sites = positions_in_rows(tokens) * VOCABULARY + tokens.values
-        embedded = F.embedding(sites, self.nucleotide_vectors())
-        hidden = self.stack(Ragged(embedded, tokens.offsets, tokens.max_length), first_row)
+        embedded = F.embedding(sites_of(tokens), self.nucleotide_vectors())
+        hidden = self.stack(tokens.with_values(embedded), first_row)
         return EncodedAsvs(vectors + self.gate * self.pool(hidden), hidden.values)
 
     def nucleotide_vectors(self) -> Tensor:
@@ -140,29 +134,25 @@ class AsvEncoder(nn.Module):
         return (token + position[:, None]).flatten(0, 1) + self.site_embedding.weight
 
     def nucleotide_logits(self, encoded: EncodedAsvs, tokens: Ragged, places: Tensor) -> Tensor:
-        """Logits of A, C, G and T at some places.
+        """Logits of A, C, G and T, (masked, 4), at some places.
 
         Args:
             encoded: of the tokens.
             tokens: the rows that hold the places.
             places: (masked,) int64, ascending, in the values of the tokens.
-
-        Returns:
-            (masked, 4).
         """
         row = torch.searchsorted(tokens.offsets[1:].long(), places, right=True)
         position = places - tokens.offsets[row].long()
-        vectors = encoded.vectors[row]
-        logits = torch.einsum("md,mbd->mb", vectors, self.site_head[position])
+        logits = torch.einsum("md,mbd->mb", encoded.vectors[row], self.site_head[position])
         logits = logits + self.site_bias[position]
         if encoded.hidden is not None:
             logits = logits + self.nucleotide_head(encoded.hidden[places])
         return logits
 
 
-def positions_in_rows(ragged: Ragged) -> Tensor:
-    """Position of every value in its row, (total,) int64."""
-    lengths = ragged.lengths.long()
-    total = ragged.values.shape[0]
-    start = torch.repeat_interleave(ragged.offsets[:-1].long(), lengths, output_size=total)
-    return torch.arange(total, device=ragged.values.device) - start
+def sites_of(tokens: Ragged) -> Tensor:
+    """Number of each token at its position in its row, (nucleotides,) int64."""
+    total, starts = tokens.values.shape[0], tokens.offsets[:-1].long()
+    start = torch.repeat_interleave(starts, tokens.lengths.long(), output_size=total)
+    position = torch.arange(total, device=tokens.values.device) - start
+    return position * VOCABULARY + tokens.values

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from aam.model.encoder import AsvEncoder, EncoderShape, make_stack
-from aam.model.fusion import FUSIONS, CategoricalEmbedding
-from aam.model.heads import HEADS
 from aam_kernels import Ragged
 from aam_kernels.modules import AttentionPool
+
+CATEGORY_DROPOUT = 0.1
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,6 @@ class PredictorShape:
     categorical_embed_dim: int = 16
     categorical_fusion: str = "concat"
     target_head: str = "linear"
-    target_norm: bool = True
     predict_counts: bool = False
 
 
@@ -40,16 +38,13 @@ class SampleEncoder(nn.Module):
     mean: Tensor
     spread: Tensor
 
-    def __init__(self, shape: EncoderShape, count_embedding: str, kernels: dict[str, Any]) -> None:
+    def __init__(
+        self, shape: EncoderShape, count_embedding: str, impl: str = "auto", recompute: bool = True
+    ) -> None:
         super().__init__()
         dim = shape.embedding_dim
-        self.count_embedding = count_embedding
-        width = {"none": 0, "add": dim, "concat": dim, "film": 2 * dim}[count_embedding]
-        if width:
-            self.count_projection = nn.Linear(1, width)
-        if count_embedding == "concat":
-            self.count_merge = nn.Linear(2 * dim, dim)
-        self.stack = make_stack(shape, kernels, shape.dropout)
+        self.count_projection = nn.Linear(1, dim) if count_embedding == "add" else None
+        self.stack = make_stack(shape, impl, recompute)
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("spread", torch.ones(dim))
 
@@ -62,28 +57,78 @@ class SampleEncoder(nn.Module):
         self.spread.copy_(variance.sqrt().clamp_min(1e-6))
 
     def forward(self, vectors: Tensor, slots: Ragged, counts: Tensor, first_row: int = 0) -> Ragged:
-        """Encode samples.
+        """Encode samples, to values (slots, dim).
 
         Args:
             vectors: (asvs, dim) of the base encoder.
             slots: values (slots,) int64, the row of `vectors` in each slot of a sample.
             counts: (slots,) reads.
             first_row: where these slots begin among all those of a step.
-
-        Returns:
-            Values (slots, dim).
         """
         x = ((vectors - self.mean) / self.spread)[slots.values]
-        if self.count_embedding != "none":
-            count = self.count_projection(torch.log1p(counts.to(x.dtype))[:, None])
-            if self.count_embedding == "add":
-                x = x + count
-            elif self.count_embedding == "concat":
-                x = self.count_merge(torch.cat([x, count], dim=-1))
-            else:
-                scale, shift = count.chunk(2, dim=-1)
-                x = x * (1 + scale) + shift
+        if self.count_projection is not None:
+            x = x + self.count_projection(torch.log1p(counts.to(x.dtype))[:, None])
         return self.stack(slots.with_values(x), first_row)
+
+
+class CategoricalEmbedding(nn.Module):
+    """One embedding a categorical column, concatenated; category 0 is unknown or missing."""
+
+    def __init__(self, sizes: Sequence[int], dim: int) -> None:
+        super().__init__()
+        self.columns = nn.ModuleList(nn.Embedding(size + 1, dim) for size in sizes)
+        self.dropout = nn.Dropout(CATEGORY_DROPOUT)
+
+    def forward(self, categories: Tensor) -> Tensor:
+        """(samples, columns) int64 to covariates (samples, columns * dim)."""
+        parts = [column(categories[:, i]) for i, column in enumerate(self.columns)]
+        return self.dropout(torch.cat(parts, dim=-1))
+
+
+class Fusion(nn.Module):
+    """A sample's covariates c join each of its slots h: W[h; c] (concat) or h + Wc (add)."""
+
+    def __init__(self, kind: str, dim: int, width: int) -> None:
+        super().__init__()
+        self.kind = kind
+        if kind == "concat":
+            self.merge = nn.Linear(dim + width, dim)
+        else:
+            self.project = nn.Linear(width, dim)
+
+    def forward(self, samples: Ragged, covariates: Tensor) -> Ragged:
+        """Values (slots, dim) and covariates (samples, width) to values (slots, dim)."""
+        own = covariates if self.kind == "concat" else self.project(covariates)
+        total, times = samples.values.shape[0], samples.lengths.long()
+        own = torch.repeat_interleave(own, times, dim=0, output_size=total)
+        if self.kind == "concat":
+            return samples.with_values(self.merge(torch.cat([samples.values, own], dim=-1)))
+        return samples.with_values(samples.values + own)
+
+
+class ResidualHead(nn.Module):
+    """Linear plus MLP: the line that fits, and what bends around it."""
+
+    def __init__(self, dim: int, outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, outputs)
+        self.mlp = mlp(dim, outputs)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(samples, dim) to (samples, outputs)."""
+        return self.linear(pooled) + self.mlp(pooled)
+
+
+def mlp(dim: int, outputs: int) -> nn.Module:
+    """Two layers with a GELU between them."""
+    return nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, outputs))
+
+
+HEADS: dict[str, Callable[[int, int], nn.Module]] = {
+    "linear": nn.Linear,
+    "mlp": mlp,
+    "linear+mlp": ResidualHead,
+}
 
 
 class Predictor(nn.Module):
@@ -98,22 +143,19 @@ class Predictor(nn.Module):
         recompute: bool = True,
     ) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.shape = shape
-        kernels = {"impl": impl, "recompute": recompute}
-        dim, dropout = encoder.shape.embedding_dim, encoder.shape.dropout
-        self.sample_encoder = SampleEncoder(encoder.shape, shape.count_embedding, kernels)
+        self.encoder, self.shape = encoder, shape
+        dim = encoder.shape.embedding_dim
+        self.sample_encoder = SampleEncoder(encoder.shape, shape.count_embedding, impl, recompute)
         if shape.category_sizes:
-            self.categories = CategoricalEmbedding(
-                shape.category_sizes, shape.categorical_embed_dim
-            )
-            self.fusion = FUSIONS[shape.categorical_fusion](dim, self.categories.width)
-        self.stack = make_stack(encoder.shape, kernels, dropout)
+            width = shape.categorical_embed_dim
+            self.categories = CategoricalEmbedding(shape.category_sizes, width)
+            self.fusion = Fusion(shape.categorical_fusion, dim, width * len(shape.category_sizes))
+        self.stack = make_stack(encoder.shape, impl, recompute)
         self.pool = AttentionPool(dim, impl=impl)
-        self.norm = nn.LayerNorm(dim) if shape.target_norm else nn.Identity()
+        self.norm = nn.LayerNorm(dim)
         self.head = HEADS[shape.target_head](dim, shape.outputs)
         if shape.predict_counts:
-            self.count_stack = make_stack(encoder.shape, kernels, dropout)
+            self.count_stack = make_stack(encoder.shape, impl, recompute)
             self.count_head = nn.Linear(dim, 1)
 
     def forward(
@@ -124,7 +166,7 @@ class Predictor(nn.Module):
         *,
         first_row: int = 0,
     ) -> Tensor:
-        """Predict the target.
+        """Predict the target, (samples, outputs): a transformed number, or class logits.
 
         Args:
             hidden: values (slots, dim), the sample encoder's output for some samples of a step.
@@ -132,9 +174,6 @@ class Predictor(nn.Module):
                 Of all samples of the step: the dropout of its parts is then that of the whole.
             samples: which of the step's samples these are.
             first_row: where their slots begin among all those of the step.
-
-        Returns:
-            (samples, outputs): a transformed number, or class logits.
         """
         if self.shape.category_sizes:
             assert categories is not None
@@ -144,9 +183,3 @@ class Predictor(nn.Module):
     def count_logits(self, samples: Ragged, first_row: int = 0) -> Tensor:
         """Logits of the relative abundances, (slots,): their softmax over a sample predicts it."""
         return self.count_head(self.count_stack(samples, first_row).values)[:, 0]
-
-
-def category_codes(values: Sequence[str | None], classes: Sequence[str]) -> list[int]:
-    """Codes 1..N of the sorted classes; 0 for unknown or missing."""
-    code = {name: i + 1 for i, name in enumerate(classes)}
-    return [0 if value is None else code.get(value, 0) for value in values]

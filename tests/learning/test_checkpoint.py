@@ -81,7 +81,7 @@ MODELS = {
     "nucleotides": lambda: PretrainedModel(AsvEncoder(SHAPE)),
     "predictor": lambda: Predictor(
         AsvEncoder(SHAPE),
-        PredictorShape(outputs=3, count_embedding="film", category_sizes=(2, 4),
+        PredictorShape(outputs=3, count_embedding="add", category_sizes=(2, 4),
                        target_head="mlp", predict_counts=True),
     ),
 }  # fmt: skip

@@ -73,7 +73,7 @@ def sample_objective(kind, encoder, table, tree):
         return PairObjective(encoder, pairs, penalties, DistanceLoss(unifrac)), dataset
     own = PredictorShape(
         outputs=3 if kind == "classes" else 1,
-        count_embedding="film",
+        count_embedding="add",
         category_sizes=(3, 1),
         target_head="linear+mlp",
         predict_counts=kind == "finetune",

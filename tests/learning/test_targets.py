@@ -1,6 +1,7 @@
 """Targets: transforms and their inverses, classes and their weights."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aam.errors import InputError
-from aam.learning.targets import TargetInfo, TargetTransform, class_weights
+from aam.learning.targets import TargetInfo, TargetTransform, class_weights, encode_categories
 
 NAMES = ("none", "minmax", "zscore", "zscore-category", "log-minmax", "log-zscore")
 
@@ -65,3 +66,11 @@ def test_class_weights_are_inverse_frequencies_with_mean_one():
     weights = class_weights(codes, 3)
     assert weights == pytest.approx([10 / 18, 10 / 9, 10 / 3])
     assert weights[codes].mean() == pytest.approx(1)
+
+
+def test_a_category_that_is_missing_or_new_is_unknown():
+    column = SimpleNamespace(text=lambda _: ["b", None, "new", "a"])
+    samples = SimpleNamespace(ids=("s1", "s2", "s3", "s4"), metadata=column)
+    assert encode_categories(samples, {"site": ["a", "b"]}).tolist() == [[2], [0], [0], [1]]
+    samples.metadata = None
+    assert encode_categories(samples, {"site": ["a", "b"]}).tolist() == [[0]] * 4

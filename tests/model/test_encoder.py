@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from aam.model import AsvEncoder, CladeHead, EncoderShape, FreeClades
-from aam.model.encoder import positions_in_rows
 from aam_kernels import Ragged
 
 SHAPE = EncoderShape(embedding_dim=32, wide_dim=24, num_heads=2, num_layers=1, max_bp=20)
@@ -106,11 +105,6 @@ def test_a_sequence_does_not_depend_on_the_others_and_there_may_be_none(kind):
     assert encoder(empty).vectors.shape == (0, 32)
 
 
-def test_positions_in_rows():
-    ragged = Ragged(torch.zeros(6), torch.tensor([0, 2, 2, 6], dtype=torch.int32), 4)
-    assert positions_in_rows(ragged).tolist() == [0, 1, 0, 1, 2, 3]
-
-
 def test_a_clade_head_begins_at_the_shares_and_answers_for_some_clades():
     torch.manual_seed(0)
     head = CladeHead(32, 3)
@@ -162,8 +156,7 @@ def test_free_clades_compute_their_formulas(abundance):
 def test_distances_are_symmetric_zero_to_oneself_and_blind_to_order():
     pairs, vectors = free_clades(True, 0.5), torch.randn(5, 8)
     profiles = pairs.profiles(vectors, SLOTS, COUNTS).detach()
-    far = torch.eye(12)[:2]  # share nothing
-    everything = torch.cat([profiles, far])
+    everything = torch.cat([profiles, torch.eye(12)[:2]])  # the last two share nothing
     found = pairs.distances(everything, everything).detach()
     torch.testing.assert_close(found, found.T)
     assert found.diagonal().abs().max() < 1e-5 and found.min() > -1e-5
@@ -173,12 +166,13 @@ def test_distances_are_symmetric_zero_to_oneself_and_blind_to_order():
     torch.testing.assert_close(pairs.profiles(vectors, other, COUNTS[order]), profiles)
 
 
-def test_free_clades_see_counts_only_where_they_may():
-    vectors, other = torch.randn(5, 8), COUNTS.flip(0)
-    for pairs, same in ((free_clades(False, 0.5), True), (free_clades(True, 0.5), False),
-                        (free_clades(True), True)):  # fmt: skip
-        one, two = (pairs.profiles(vectors, SLOTS, counts) for counts in (COUNTS, other))
-        assert torch.allclose(one, two, atol=1e-6) == same
+@pytest.mark.parametrize(
+    ("abundance", "exponent", "same"), [(False, 0.5, True), (True, 0.5, False), (True, 0, True)]
+)
+def test_free_clades_see_counts_only_where_they_may(abundance, exponent, same):
+    pairs, vectors = free_clades(abundance, exponent), torch.randn(5, 8)
+    one, two = (pairs.profiles(vectors, SLOTS, counts) for counts in (COUNTS, COUNTS.flip(0)))
+    assert torch.allclose(one, two, atol=1e-6) == same
 
 
 def test_gradients_of_free_clades_are_finite_even_between_equal_samples():
