@@ -150,9 +150,13 @@ class AsvEncoder(nn.Module):
         return logits
 
 
+def positions_in_rows(ragged: Ragged) -> Tensor:
+    """Position of every value in its row, (total,) int64."""
+    total, starts = ragged.values.shape[0], ragged.offsets[:-1].long()
+    start = torch.repeat_interleave(starts, ragged.lengths.long(), output_size=total)
+    return torch.arange(total, device=ragged.values.device) - start
+
+
 def sites_of(tokens: Ragged) -> Tensor:
     """Number of each token at its position in its row, (nucleotides,) int64."""
-    total, starts = tokens.values.shape[0], tokens.offsets[:-1].long()
-    start = torch.repeat_interleave(starts, tokens.lengths.long(), output_size=total)
-    position = torch.arange(total, device=tokens.values.device) - start
-    return position * VOCABULARY + tokens.values
+    return positions_in_rows(tokens) * VOCABULARY + tokens.values
