@@ -18,8 +18,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from aam.commands.pretrain import FREE_CLADES, PAIR_EPOCHS, PAIR_LEARNING_RATE
-from aam.commands.train_and_report import usual_options
+from aam.commands.pretrain_pairs import EPOCHS, FREE_CLADES, LEARNING_RATE
+from aam.commands.training import usual_options
 from aam.config import OptimizerOptions, PenaltyOptions
 from aam.data.clades import Clades
 from aam.data.dataset import AsvDataset, SampleDataset
@@ -127,7 +127,7 @@ def make_trainer(
         options: of `OptimizerOptions`.
     """
     rows = np.arange(len(dataset)) if rows is None else rows
-    usual = usual_options(OptimizerOptions(**options), PAIR_EPOCHS, PAIR_LEARNING_RATE)
+    usual = usual_options(OptimizerOptions(**options), EPOCHS, LEARNING_RATE)
     device = torch.device("cpu")
     batching = Batching(rows, dataset, objective, usual, device, seed)
     return Trainer(
@@ -201,7 +201,7 @@ def padded_step(
         dropout: everywhere.
     """
     data, model = problem(folder, token_limit, batch_size), padded_model(checkpointed, dropout)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PAIR_LEARNING_RATE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
 
     def known(rows: np.ndarray) -> Labelled:
         true = torch.from_numpy(data.distances.pairwise(rows)).float()

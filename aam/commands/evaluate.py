@@ -207,7 +207,7 @@ def _evaluate_predictor(
     outputs = predict_outputs(model, dataset, rows)
     own = None if keys is None else [keys[row] for row in rows]
     predicted = in_units(outputs, target, own)
-    truth = _truth(samples, target)
+    truth = target.truth(samples.metadata)
     measured = target_metrics(predicted, truth[rows], len(target.classes))
     train = train[np.isfinite(truth[train])]
     simple: dict[str, dict[str, float | None]] = {}
@@ -226,14 +226,3 @@ def _evaluate_predictor(
         )
         for name, value in measured.items()
     ]
-
-
-def _truth(samples: Samples, target: TargetInfo) -> np.ndarray:
-    """True values or class codes of all samples as float64; NaN where missing or unknown."""
-    assert samples.metadata is not None
-    if not target.classes:
-        return samples.metadata.numeric(target.column)
-    code = {name: float(i) for i, name in enumerate(target.classes)}
-    return np.array(
-        [code.get(value or "", np.nan) for value in samples.metadata.text(target.column)]
-    )

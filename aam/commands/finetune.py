@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,35 +10,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aam.commands.inputs import data_description, split
-from aam.commands.train_and_report import Job, train_and_report, usual_options
+from aam.commands.inputs import split
+from aam.commands.training import Metrics, Task, make_encoder, train, usual_options
 from aam.config import FinetuneConfig
 from aam.data.clades import known_arrays
 from aam.data.dataset import SampleDataset
 from aam.data.metadata import require_values
 from aam.data.samples import Samples, make_dataset, read_samples
-from aam.errors import DataFact, InputError, log, log_facts, name_some
+from aam.errors import InputError, log, log_facts
 from aam.evaluation import baselines
 from aam.evaluation.outputs import encode_asvs, predict_outputs, target_metrics
 from aam.evaluation.predictions import in_units, prediction_cells, prediction_header
-from aam.evaluation.results import print_results, result
+from aam.evaluation.results import result
 from aam.files import refuse_breaks
 from aam.learning.checkpoint import load_encoder, read_model
 from aam.learning.distributed import RankGroup
-from aam.learning.launch import start
 from aam.learning.losses import TargetLoss
 from aam.learning.objective import FinetuneObjective
-from aam.learning.resume import compatible_state, fingerprint
-from aam.learning.run import Run, check_output
-from aam.learning.targets import (
-    TargetInfo,
-    TargetTransform,
-    category_keys,
-    class_weights,
-    encode_categories,
-    is_classification,
-)
-from aam.model import AsvEncoder, EncoderShape, Predictor
+from aam.learning.resume import fingerprint
+from aam.learning.run import Run
+from aam.learning.targets import TargetInfo, class_weights, is_classification
+from aam.model import Predictor
 from aam.model.predictor import PredictorShape
 from aam.option_files import flag
 
@@ -47,145 +38,10 @@ BASELINE_SEED = 0
 EPOCHS, LEARNING_RATE = 20, 6e-4  # where none are given
 
 
-@dataclass
-class Task:
-    """What validation and the final measurements look at."""
-
-    predictor: Predictor
-    dataset: SampleDataset
-    target: TargetInfo
-    truth: np.ndarray  # (samples,) in the user's units, or class codes
-    keys: list[str] | None  # categories of each sample, for zscore-category
-    train_rows: np.ndarray
-    validation_rows: np.ndarray
-    target_loss: TargetLoss
-    scaled: np.ndarray  # (samples,) what the model learns
-    frozen_asvs: Tensor | None
-
-    def predict(
-        self, rows: np.ndarray, exchange: RankGroup | None = None
-    ) -> tuple[np.ndarray, Tensor]:
-        """Predictions (numbers in the user's units, or probabilities) and raw outputs."""
-        outputs = predict_outputs(
-            self.predictor, self.dataset, rows, frozen_asvs=self.frozen_asvs, exchange=exchange
-        )
-        keys = None if self.keys is None else [self.keys[row] for row in rows]
-        return in_units(outputs, self.target, keys), outputs
-
-    def validate(self) -> dict[str, float | None]:
-        """Validation metrics of the current weights, in evaluation mode; all ranks call it."""
-        rows = self.validation_rows
-        predicted, outputs = self.predict(rows, RankGroup())
-        true = torch.as_tensor(self.scaled[rows])
-        true = true.long() if self.target.classes else true.float()
-        loss = float(self.target_loss(outputs, true))
-        return {
-            "loss": loss,
-            "target_loss": loss,
-            **target_metrics(predicted, self.truth[rows], len(self.target.classes)),
-        }
-
-
 def finetune(config: FinetuneConfig) -> Path:
-    """Run `aam finetune`.
-
-    Returns:
-        The run folder.
-    """
-    started = time.time()
-    check_output(config.run)
+    """Run `aam finetune`; returns the run folder."""
     check_options(config)
-    state = compatible_state(config)
-    if state is None:
-        adopt_pretrained(config)
-    device = start(config.run)
-    samples = read_samples(config.data, config.run.seed, metadata=config.metadata.metadata)
-    keep_samples_with_target(samples, config)
-    classes = target_classes(samples, config)
-    assert samples.metadata is not None
-    column = config.target.metadata_column
-    labels = [str(one) for one in samples.metadata.text(column)] if classes else None
-    parts = split(samples, config.metadata, config.run.seed, labels=labels)
-    train_rows = samples.rows(parts.train)
-    target, truth, scaled, keys = prepare_target(samples, config, classes, train_rows)
-    categories, category_classes = prepare_categories(samples, config, train_rows)
-    dataset = make_dataset(
-        samples,
-        config.data,
-        targets=scaled.astype(np.int64 if classes else np.float32),
-        categories=categories,
-    ).to(device)
-    log_facts(samples.facts, samples.warnings)
-    description = {
-        "command": "finetune",
-        "data": data_description(config),
-        "target": target.to_dict(),
-        "categories": category_classes,
-        "fingerprint": fingerprint(samples.table.digest(), parts, truth, categories),
-    }
-
-    torch.manual_seed(config.run.seed)
-    predictor = make_predictor(config, target, category_classes, state).to(device)
-    frozen = frozen_vectors(predictor, dataset) if config.freeze_base else None
-    if config.pretrained_encoder is not None and state is None:
-        standardise(predictor, dataset, train_rows, frozen)
-    weights = None
-    if classes and config.target.class_weights:
-        weights = torch.as_tensor(class_weights(truth[train_rows].astype(np.int64), len(classes)))
-    target_loss = TargetLoss(config.target, weights, bool(classes))
-    objective = FinetuneObjective(predictor, config.losses, target_loss, frozen_asvs=frozen)
-    task = Task(
-        predictor,
-        dataset,
-        target,
-        truth,
-        keys,
-        train_rows,
-        samples.rows(parts.validation),
-        target_loss,
-        scaled,
-        frozen,
-    )
-    job = Job(
-        objective=objective,
-        model=predictor,
-        dataset=dataset,
-        rows=train_rows,
-        parts=parts,
-        options=usual_options(config.optimizer, EPOCHS, LEARNING_RATE),
-        validate=task.validate,
-        best_metric="balanced_accuracy" if classes else "r2",
-        description=description,
-        arrays=lambda: known_arrays(dataset.sequences_of(dataset.asvs_of(train_rows))),
-        write_results=lambda run, summary: write_results(run, task, samples, summary),
-        facts=samples.facts,
-        warnings=samples.warnings,
-    )
-    return train_and_report(config, device, state, job, started)
-
-
-def frozen_vectors(predictor: Predictor, dataset: SampleDataset) -> Tensor:
-    """Freeze the base, and encode each distinct ASV of the table once."""
-    predictor.encoder.requires_grad_(False)
-    log(f"encoding {len(dataset.sequences)} distinct ASVs once (--freeze-base)")
-    everything = np.arange(len(dataset.sequences))
-    return encode_asvs(predictor.encoder, dataset, everything, RankGroup())
-
-
-def standardise(
-    predictor: Predictor, dataset: SampleDataset, train_rows: np.ndarray, frozen: Tensor | None
-) -> None:
-    """Standardise what the base hands over, by the slots of the training samples."""
-    starts, asvs = dataset.entries()
-    slots = np.concatenate([asvs[starts[row] : starts[row + 1]] for row in train_rows])
-    times = np.bincount(slots, minlength=len(dataset.sequences))
-    used = np.flatnonzero(times)
-    if frozen is None:
-        vectors = encode_asvs(predictor.encoder, dataset, used, RankGroup())
-    else:
-        vectors = frozen[torch.from_numpy(used).to(frozen.device)]
-    weights = torch.from_numpy(times[used]).to(vectors)
-    predictor.sample_encoder.standardise_by(vectors, weights)
+    return train(config, Finetuning)
 
 
 def check_options(config: FinetuneConfig) -> None:
@@ -202,216 +58,226 @@ def check_options(config: FinetuneConfig) -> None:
         raise InputError("--freeze-base leaves nothing for --nucleotide-penalty to train")
     if not config.losses.target_penalty:
         raise InputError("--target-penalty 0: nothing would learn to predict the column")
+    if config.target.metadata_column in config.categorical.categorical_columns:
+        raise InputError(
+            f"--categorical-columns: {config.target.metadata_column!r} is the target itself"
+        )
 
 
-def adopt_pretrained(config: FinetuneConfig) -> None:
-    """Take the encoder's shape from the pretrained run, so that its weights fit.
+def adopt_shape(config: FinetuneConfig, run: Path) -> None:
+    """Take the encoder's shape from a pretrained run, so that its weights fit.
 
     Raises:
         InputError: an option asks for another shape.
     """
-    if config.pretrained_encoder is None:
-        return
-    described = read_model(config.pretrained_encoder).description
-    for name, value in described["encoder"].items():
+    for name, value in read_model(run).description["encoder"].items():
         if name == "dropout":
             continue
         options: Any = config.data if name == "max_bp" else config.model
         asked, default = getattr(options, name), getattr(type(options), name)
         if asked not in (default, value):
             raise InputError(
-                f"{flag(name)} {asked}: the encoder of {config.pretrained_encoder} has {value}; "
-                "leave the option out, it is taken over"
+                f"{flag(name)} {asked}: the encoder of {run} has {value}; leave the option out, "
+                "it is taken over"
             )
         setattr(options, name, value)
 
 
-def keep_samples_with_target(samples: Samples, config: FinetuneConfig) -> None:
-    """Drop and count samples without a value of the target, where that is allowed.
+class Finetuning(Task):
+    """Learn to predict a metadata column, from a pretrained encoder or from scratch."""
 
-    Raises:
-        InputError: the column is missing, has no values, one class, or is not numeric; or some
-            samples have no value and --allow-missing is not given.
-    """
-    metadata = samples.metadata
-    assert metadata is not None
-    column = config.target.metadata_column
-    values = metadata.text(column)
-    require_values(metadata, column, numeric=not is_classification(metadata, config.target))
-    lacking = [name for name, value in zip(samples.ids, values, strict=True) if value is None]
-    if lacking:
-        if not config.data.allow_missing:
-            raise InputError(
-                f"{metadata.source}: column {column!r} has no value for {len(lacking)} of "
-                f"{len(values)} samples ({name_some(lacking)}): fill them in or leave these "
-                "samples out with --allow-missing"
+    config: FinetuneConfig
+    model: Predictor
+    dataset: SampleDataset
+
+    def __init__(self, config: FinetuneConfig, device: torch.device) -> None:
+        """Read the table, the target and the covariates."""
+        self.config, self.device, seed = config, device, config.run.seed
+        # The base that a new run begins with; a continued one has its own in the checkpoint.
+        self.base = None if config.run.resume_from else config.pretrained_encoder
+        if self.base is not None:
+            adopt_shape(config, self.base)
+        samples = read_samples(config.data, seed, metadata=config.metadata.metadata)
+        classes = target_classes(samples, config)
+        assert samples.metadata is not None
+        column = config.target.metadata_column
+        labels = [str(one) for one in samples.metadata.text(column)] if classes else None
+        self.samples, self.parts = samples, split(samples, config.metadata, seed, labels=labels)
+        self.rows = samples.rows(self.parts.train)
+        self.validation_rows = samples.rows(self.parts.validation)
+        truth = TargetInfo(column, classes).truth(samples.metadata)
+        self.truth = truth.astype(np.int64) if classes else truth
+        self.keys = None if classes else scaling_keys(samples, config)
+        own = self.truth[self.rows], self.keys_of(self.rows)
+        self.target = TargetInfo.fit(config.target, classes, *own)
+        self.learned = self.target.learned(self.truth, self.keys)
+        self.categories = category_classes(samples, config, self.rows)
+        codes = samples.category_codes(self.categories) if self.categories else None
+        dataset = make_dataset(samples, config.data, targets=self.learned, categories=codes)
+        self.dataset = dataset.to(device)
+        self.facts, self.warnings = samples.facts, samples.warnings
+        log_facts(self.facts, self.warnings)
+        self.optimizer = usual_options(config.optimizer, EPOCHS, LEARNING_RATE)
+        self.best_metric = "balanced_accuracy" if classes else "r2"
+        self.description = {"target": asdict(self.target), "categories": self.categories}
+        digest = samples.table.digest()
+        self.fingerprint = fingerprint(digest, self.parts, self.truth, codes)
+
+    def build(self, state: dict[str, Any] | None) -> FinetuneObjective:
+        """With a frozen base each distinct ASV of the table is encoded once."""
+        config, classes = self.config, len(self.target.classes)
+        self.model = self.make_predictor(state).to(self.device)
+        self.frozen: Tensor | None = None
+        if config.freeze_base:
+            self.model.encoder.requires_grad_(False)
+            everything = np.arange(len(self.dataset.sequences))
+            log(f"encoding {len(everything)} distinct ASVs once (--freeze-base)")
+            self.frozen = encode_asvs(self.model.encoder, self.dataset, everything, RankGroup())
+        if self.base is not None:
+            self.standardise()
+        weights = None
+        if classes and config.target.class_weights:
+            weights = torch.as_tensor(class_weights(self.learned[self.rows], classes))
+        self.loss = TargetLoss(config.target, weights, bool(classes))
+        return FinetuneObjective(self.model, config.losses, self.loss, frozen_asvs=self.frozen)
+
+    def make_predictor(self, state: dict[str, Any] | None) -> Predictor:
+        """The predictor with the weights of the pretrained run, or of a checkpoint."""
+        config, encoder = self.config, make_encoder(self.config)
+        if self.base is not None:
+            log(f"encoder from {self.base}:")
+            for part, what, size in load_encoder(encoder, self.base):
+                log(f"  {part:20}{what:10}{size:>12,} parameters")
+        shape = PredictorShape(
+            outputs=self.target.outputs,
+            count_embedding=config.count_embedding,
+            category_sizes=tuple(len(one) for one in self.categories.values()),
+            categorical_embed_dim=config.categorical.categorical_embed_dim,
+            categorical_fusion=config.categorical.categorical_fusion,
+            target_head=config.target.target_head,
+            predict_counts=bool(config.losses.count_penalty),
+        )
+        run = config.run
+        predictor = Predictor(
+            encoder, shape, impl=run.attn_implementation, recompute=run.gradient_checkpointing
+        )
+        if state is not None:  # now, because a frozen base encodes before the training resumes
+            weights = state["objective"].items()
+            try:
+                predictor.load_state_dict({k.removeprefix("predictor."): v for k, v in weights})
+            except RuntimeError as error:
+                raise InputError(
+                    f"{run.resume_from}: the checkpoint is of another model; use the run's own "
+                    "options"
+                ) from error
+        return predictor
+
+    def standardise(self) -> None:
+        """Standardise what the base hands over, by the slots of the training samples."""
+        starts, asvs = self.dataset.entries()
+        slots = np.concatenate([asvs[starts[row] : starts[row + 1]] for row in self.rows])
+        times = np.bincount(slots, minlength=len(self.dataset.sequences))
+        used = np.flatnonzero(times)
+        if self.frozen is None:
+            vectors = encode_asvs(self.model.encoder, self.dataset, used, RankGroup())
+        else:
+            vectors = self.frozen[torch.from_numpy(used).to(self.frozen.device)]
+        weights = torch.from_numpy(times[used]).to(vectors)
+        self.model.sample_encoder.standardise_by(vectors, weights)
+
+    def keys_of(self, rows: np.ndarray) -> list[str] | None:
+        """Categories of some samples, where their target is scaled by category."""
+        return None if self.keys is None else [self.keys[row] for row in rows]
+
+    def predict(
+        self, rows: np.ndarray, ranks: RankGroup | None = None
+    ) -> tuple[np.ndarray, Tensor]:
+        """Predictions (numbers in the user's units, or probabilities) and raw outputs."""
+        outputs = predict_outputs(
+            self.model, self.dataset, rows, frozen_asvs=self.frozen, exchange=ranks
+        )
+        return in_units(outputs, self.target, self.keys_of(rows)), outputs
+
+    def validate(self) -> Metrics:
+        """The loss of the validation samples, and their metrics in the user's units."""
+        rows = self.validation_rows
+        predicted, outputs = self.predict(rows, RankGroup())
+        loss = float(self.loss(outputs, torch.as_tensor(self.learned[rows])))
+        measured = target_metrics(predicted, self.truth[rows], len(self.target.classes))
+        return {"loss": loss, "target_loss": loss, **measured}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The sequences of training."""
+        return known_arrays(self.dataset.sequences_of(self.dataset.asvs_of(self.rows)))
+
+    def results(self, run: Run) -> dict[str, Any]:
+        """Predictions of both parts, and the metrics beside their baselines."""
+        target, rows, classes = self.target, [], self.target.classes
+        for part, chosen in (("train", self.rows), ("validation", self.validation_rows)):
+            predicted, _ = self.predict(chosen)
+            for row, cells in zip(chosen, prediction_cells(predicted, target), strict=True):
+                true = self.truth[row]
+                shown = classes[int(true)] if classes else repr(float(true))
+                rows.append([self.samples.ids[row], part, shown, *cells])
+        run.write_table(
+            "predictions.tsv", ["sample-id", "part", "true", *prediction_header(target)], rows
+        )
+        measured = target_metrics(predicted, self.truth[self.validation_rows], len(classes))
+        simple = baselines.target_baselines(
+            self.samples.table.counts, self.truth, self.rows, self.validation_rows,
+            kind=target.kind, number_of_classes=len(classes) or None, seed=BASELINE_SEED,
+        )  # fmt: skip
+        names = {"r2": "R2", "mae": "MAE", "auc": "AUC", "balanced_accuracy": "balanced accuracy"}
+        results = [
+            result(
+                f"{target.column} {names.get(name, name)}", value, simple.get(name, {}),
+                higher_is_better=name != "mae",
             )
-        what = f"samples without a value of {column!r}"
-        samples.facts.append(DataFact(what, len(lacking), name_some(lacking), "dropped"))
-        samples.keep([n for n, v in zip(samples.ids, values, strict=True) if v is not None])
+            for name, value in measured.items()
+        ]  # fmt: skip
+        described = {"column": target.column, "kind": target.kind, "classes": classes, "unit": ""}
+        return {"results": results, "target": described}
 
 
 def target_classes(samples: Samples, config: FinetuneConfig) -> tuple[str, ...]:
-    """The target's classes among the samples, sorted; none for a number.
+    """The target's classes, sorted; none for a number. Samples without a value are dropped.
 
     Raises:
-        InputError: a class has a tab or a line break, which no table of predictions can hold.
+        InputError: the column cannot be the target, or some samples have no value and
+            --allow-missing is not given.
     """
     metadata, column = samples.metadata, config.target.metadata_column
     assert metadata is not None
-    if not is_classification(metadata, config.target):
+    by_class = is_classification(metadata, config.target)
+    require_values(metadata, column, numeric=not by_class)
+    samples.keep_with(column, allow_missing=config.data.allow_missing)
+    if not by_class:
         return ()
-    classes = tuple(sorted({str(one) for one in metadata.text(column)}))
+    classes = tuple(sorted({str(one) for one in metadata.text(column) if one is not None}))
     refuse_breaks(classes, metadata.source, f"values of column {column!r}")
     return classes
 
 
-def prepare_target(
-    samples: Samples, config: FinetuneConfig, classes: tuple[str, ...], train_rows: np.ndarray
-) -> tuple[TargetInfo, np.ndarray, np.ndarray, list[str] | None]:
-    """The target, its true values, what the model learns, and the samples' category keys."""
-    metadata, column = samples.metadata, config.target.metadata_column
-    assert metadata is not None
-    if classes:
-        code = {name: i for i, name in enumerate(classes)}
-        codes = np.array([code[str(one)] for one in metadata.text(column)])
-        return TargetInfo(column, classes), codes, codes, None
-    values = metadata.numeric(column)
-    keys = None
-    if config.target.target_transform == "zscore-category":
-        columns = config.categorical.categorical_columns
-        keys = category_keys(metadata, columns, samples.ids) if columns else None
-    own = None if keys is None else [keys[row] for row in train_rows]
-    transform = TargetTransform.fit(config.target.target_transform, values[train_rows], own)
-    scaled = transform.apply(values, keys)
-    if not np.isfinite(scaled).all():
-        raise InputError(
-            f"--target-transform {transform.name}: {int((~np.isfinite(scaled)).sum())} values of "
-            f"{column!r} cannot be transformed; use zscore"
-        )
-    return TargetInfo(column, (), transform), values, scaled, keys
-
-
-def prepare_categories(
-    samples: Samples, config: FinetuneConfig, train_rows: np.ndarray
-) -> tuple[np.ndarray | None, dict[str, list[str]]]:
-    """Codes (samples, columns) of the categorical columns, and each column's classes.
-
-    Classes are those of the training part; a value that only validation has is unknown (0).
-    """
+def scaling_keys(samples: Samples, config: FinetuneConfig) -> list[str] | None:
+    """Categories of each sample, where the target is scaled by category."""
     columns = config.categorical.categorical_columns
-    metadata = samples.metadata
+    if config.target.target_transform != "zscore-category" or not columns:
+        return None
+    return samples.category_keys(columns)
+
+
+def category_classes(
+    samples: Samples, config: FinetuneConfig, train_rows: np.ndarray
+) -> dict[str, list[str]]:
+    """Classes of each categorical column: those of the training part."""
+    metadata, found = samples.metadata, {}
     assert metadata is not None
-    if not columns:
-        return None, {}
-    if config.target.metadata_column in columns:
-        raise InputError(
-            f"--categorical-columns: {config.target.metadata_column!r} is the target itself"
-        )
-    classes: dict[str, list[str]] = {}
-    for column in columns:
+    for column in config.categorical.categorical_columns:
         values = metadata.text(column)
-        classes[column] = sorted(
-            {str(values[row]) for row in train_rows if values[row] is not None}
-        )
-        if not classes[column]:
+        found[column] = sorted({str(values[row]) for row in train_rows if values[row] is not None})
+        if not found[column]:
             raise InputError(
                 f"{metadata.source}: column {column!r} has no values in the training part; "
                 "leave it out of --categorical-columns"
             )
-    codes = encode_categories(samples, classes)
-    unknown = codes == 0
-    for place, column in enumerate(columns):
-        if unknown[:, place].any():
-            what = f"samples whose {column!r} is missing or not in the training part"
-            samples.facts.append(DataFact(what, int(unknown[:, place].sum()), "taken as unknown"))
-    return codes, classes
-
-
-def make_predictor(
-    config: FinetuneConfig,
-    target: TargetInfo,
-    category_classes: dict[str, list[str]],
-    state: dict[str, Any] | None,
-) -> Predictor:
-    """The predictor, its base loaded from the pretrained run, or all of it from a checkpoint."""
-    shape = EncoderShape(**asdict(config.model), max_bp=config.data.max_bp)
-    impl, recompute = config.run.attn_implementation, config.run.gradient_checkpointing
-    encoder = AsvEncoder(shape, impl=impl, recompute=recompute)
-    if config.pretrained_encoder is not None and state is None:
-        print_loaded(load_encoder(encoder, config.pretrained_encoder), config.pretrained_encoder)
-    own = PredictorShape(
-        outputs=target.outputs,
-        count_embedding=config.count_embedding,
-        category_sizes=tuple(len(one) for one in category_classes.values()),
-        categorical_embed_dim=config.categorical.categorical_embed_dim,
-        categorical_fusion=config.categorical.categorical_fusion,
-        target_head=config.target.target_head,
-        predict_counts=bool(config.losses.count_penalty),
-    )
-    predictor = Predictor(encoder, own, impl=impl, recompute=recompute)
-    if state is not None:
-        load_weights(predictor, state, config)
-    return predictor
-
-
-def load_weights(predictor: Predictor, state: dict[str, Any], config: FinetuneConfig) -> None:
-    """Load a checkpoint's weights, before a frozen base encodes anything."""
-    weights = {name.removeprefix("predictor."): value for name, value in state["objective"].items()}
-    try:
-        predictor.load_state_dict(weights)
-    except RuntimeError as error:
-        raise InputError(
-            f"{config.run.resume_from}: the checkpoint is of another model; use the run's own "
-            "options"
-        ) from error
-
-
-def print_loaded(rows: list[tuple[str, str, int]], run: Path) -> None:
-    """Print which parts of the encoder were loaded, are new, or were skipped."""
-    log(f"encoder from {run}:")
-    for part, what, size in rows:
-        log(f"  {part:20}{what:10}{size:>12,} parameters")
-
-
-def write_results(run: Run, task: Task, samples: Samples, summary: dict[str, Any]) -> None:
-    """Predictions of both parts, the metrics beside their baselines, and the summary."""
-    header, rows = prediction_header(task.target), []
-    measured: dict[str, float | None] = {}
-    for part, chosen in (("train", task.train_rows), ("validation", task.validation_rows)):
-        predicted, _ = task.predict(chosen)
-        if part == "validation":
-            measured = target_metrics(predicted, task.truth[chosen], len(task.target.classes))
-        for row, cells in zip(chosen, prediction_cells(predicted, task.target), strict=True):
-            true = task.truth[row]
-            shown = task.target.classes[int(true)] if task.target.classes else repr(float(true))
-            rows.append([samples.ids[row], part, shown, *cells])
-    run.write_table("predictions.tsv", ["sample-id", "part", "true", *header], rows)
-    simple = baselines.target_baselines(
-        samples.table.counts,
-        task.truth,
-        task.train_rows,
-        task.validation_rows,
-        kind=task.target.kind,
-        number_of_classes=len(task.target.classes) or None,
-        seed=BASELINE_SEED,
-    )
-    names = {"r2": "R2", "mae": "MAE", "auc": "AUC", "balanced_accuracy": "balanced accuracy"}
-    results = [
-        result(
-            f"{task.target.column} {names.get(name, name)}",
-            value,
-            simple.get(name, {}),
-            higher_is_better=name != "mae",
-        )
-        for name, value in measured.items()
-    ]
-    summary["results"] = results
-    summary["target"] = {
-        "column": task.target.column,
-        "kind": task.target.kind,
-        "classes": list(task.target.classes),
-        "unit": "",
-    }
-    run.write_summary(summary)
-    print_results(results)
+    return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,19 +16,14 @@ from aam.data.table_distances import TableDistances
 from aam.data.tree import Phylogeny, read_tree
 from aam.errors import DataFact, InputError, name_some
 
-JUDGED_SAMPLES = 2000
-"""Most validation samples of which all pairs are compared."""
+MOST_COMPARED = 2000  # validation samples of which all pairs are compared
 
 
 def attach_tree(samples: Samples, tree: Phylogeny, drop_missing: bool) -> UniFrac:
-    """Unweighted UniFrac of the samples by a tree.
-
-    Raises:
-        InputError: the tree does not hold the table's features.
-    """
-    source = UniFrac(samples.table, tree, "unweighted", drop_missing=drop_missing)
-    samples.facts += source.facts
-    return source
+    """Unweighted UniFrac of the samples by a tree, which must hold the table's features."""
+    unifrac = UniFrac(samples.table, tree, drop_missing=drop_missing)
+    samples.facts += unifrac.facts
+    return unifrac
 
 
 def attach_distances(
@@ -47,11 +41,11 @@ def attach_distances(
         raise InputError(
             "give one of --tree, --unifrac-matrix and --distance: what samples are compared by"
         )
+    if options.distance is not None:
+        return TableDistances.of(samples.table, options.distance)
     if options.tree is not None:
         tree = read_tree(options.tree, sequences=table_options.sequences)
         return attach_tree(samples, tree, options.drop_missing_tips)
-    if options.distance is not None:
-        return TableDistances.of(samples.table, options.distance)
     assert options.unifrac_matrix is not None
     matrix = read_distances(
         options.unifrac_matrix,
@@ -66,19 +60,11 @@ def attach_distances(
 
 
 def split(
-    samples: Samples,
-    options: MetadataOptions,
-    seed: int,
-    *,
-    labels: Sequence[str] | None = None,
+    samples: Samples, options: MetadataOptions, seed: int, *, labels: Sequence[str] | None = None
 ) -> Split:
-    """Split the samples as the options say; warns where a subject crosses the split.
+    """Split the samples as the options say, stratified by labels (classes) where given.
 
-    Args:
-        samples: the samples; a warning is added to them.
-        options: group column, fraction or id files.
-        seed: of the drawn split.
-        labels: classes, to stratify by.
+    A warning is added to the samples where a subject crosses the split.
     """
     groups = samples.groups(options.group_column)
     if options.train_ids is None and options.validation_ids is None:
@@ -90,49 +76,30 @@ def split(
             groups=groups,
         )
     else:
-        parts = _given_split(samples, options)
+        parts = given_split(samples, options.train_ids, options.validation_ids)
     if len(parts.train) < 2 or len(parts.validation) < 2:
         raise InputError(
             f"{len(parts.train)} training and {len(parts.validation)} validation samples: each "
             "part needs 2; use more samples or another --validation-fraction"
         )
-    if samples.metadata is not None:
-        leaks = leaking_columns(samples.metadata, parts)
-        if leaks:
-            warning = (
-                f"values of {', '.join(repr(one) for one in leaks)} are in both the training and "
-                "the validation part: if these are subjects, validation numbers are too good; "
-                f"use --group-column {leaks[0]}"
-            )
-            samples.warnings.append(warning)
+    leaks = [] if samples.metadata is None else leaking_columns(samples.metadata, parts)
+    if leaks:
+        samples.warnings.append(
+            f"values of {', '.join(repr(one) for one in leaks)} are in both the training and "
+            "the validation part: if these are subjects, validation numbers are too good; "
+            f"use --group-column {leaks[0]}"
+        )
     return parts
 
 
-def evaluation_rows(samples: Samples, parts: Split) -> np.ndarray:
-    """Rows of the validation samples whose distances are compared; what is left out is a fact.
-
-    All pairs of very many samples fit no memory, and say no more than those of some thousands.
-    """
-    rows = samples.rows(parts.validation)
-    if len(rows) <= JUDGED_SAMPLES:
-        return rows
-    what = f"validation samples not looked at: {JUDGED_SAMPLES} are compared"
-    samples.facts.append(DataFact(what, len(rows) - JUDGED_SAMPLES, "drawn at random", "cut"))
-    order = np.random.default_rng(JUDGED_SAMPLES).permutation(rows)
-    return np.sort(order[:JUDGED_SAMPLES])
-
-
-def _given_split(samples: Samples, options: MetadataOptions) -> Split:
-    """The split that id files give."""
+def given_split(samples: Samples, train_ids: Path | None, validation_ids: Path | None) -> Split:
+    """The split that id files give; where one is missing, all other samples are its part."""
     known = set(samples.ids)
-    parts = {}
-    for option, path in (("train", options.train_ids), ("validation", options.validation_ids)):
-        parts[option] = None if path is None else read_ids(path, known)
-    train, validation = parts["train"], parts["validation"]
-    if train is None:
-        train = tuple(name for name in samples.ids if name not in set(validation or ()))
-    if validation is None:
-        validation = tuple(name for name in samples.ids if name not in set(train))
+    train = None if train_ids is None else read_ids(train_ids, known)
+    validation = None if validation_ids is None else read_ids(validation_ids, known)
+    given = set(train or ()) | set(validation or ())
+    others = tuple(name for name in samples.ids if name not in given)
+    train, validation = (others if part is None else part for part in (train, validation))
     both = sorted(set(train) & set(validation))
     if both:
         raise InputError(
@@ -154,25 +121,25 @@ def read_ids(path: Path, known: set[str]) -> tuple[str, ...]:
         raise InputError(f"{path}: cannot be read ({reason}); expected one id a line") from error
     ids = tuple(line.strip() for line in lines if line.strip())
     unknown = [name for name in ids if name not in known]
-    if not ids or unknown or len(set(ids)) < len(ids):
-        problem = (
-            f"{len(unknown)} ids are not among the samples ({name_some(unknown)})"
-            if unknown
-            else "an id is given twice"
-            if ids
-            else "no ids"
-        )
+    problem = "" if ids else "no ids"
+    if len(set(ids)) < len(ids):
+        problem = "an id is given twice"
+    if unknown:
+        problem = f"{len(unknown)} ids are not among the samples ({name_some(unknown)})"
+    if problem:
         raise InputError(f"{path}: {problem}; expected ids of the table's samples, one a line")
     return ids
 
 
-def data_description(config: Any) -> dict[str, Any]:
-    """What a later command must do to a table, to treat it as this run did."""
-    data = config.data
-    return {
-        "rarefy_depth": data.rarefy_depth,
-        "max_bp": data.max_bp,
-        "token_limit": data.token_limit,
-        "asv_sampling": data.asv_sampling,
-        "seed": config.run.seed,
-    }
+def evaluation_rows(samples: Samples, parts: Split) -> np.ndarray:
+    """Rows of the validation samples whose distances are compared; what is left out is a fact.
+
+    All pairs of very many samples fit no memory, and say no more than those of some thousands.
+    """
+    rows = samples.rows(parts.validation)
+    if len(rows) <= MOST_COMPARED:
+        return rows
+    what = f"validation samples not looked at: {MOST_COMPARED} are compared"
+    samples.facts.append(DataFact(what, len(rows) - MOST_COMPARED, "drawn at random", "cut"))
+    drawn = np.random.default_rng(MOST_COMPARED).permutation(rows)[:MOST_COMPARED]
+    return np.sort(drawn)

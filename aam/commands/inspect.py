@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from aam.commands.inputs import attach_distances, split
-from aam.commands.pretrain import FREE_CLADES
+from aam.commands.pretrain_pairs import FREE_CLADES
 from aam.config import InspectConfig, OptimizerOptions, PenaltyOptions
 from aam.data.dataset import SampleDataset
 from aam.data.metadata import require_values
 from aam.data.samples import Samples, make_dataset, read_samples
-from aam.errors import DataFact, InputError, log, log_facts, name_some
+from aam.errors import InputError, log, log_facts
 from aam.evaluation.applicability import add_applicability
 from aam.learning.batches import GB, Batching
 from aam.learning.checkpoint import read_model
@@ -64,12 +64,8 @@ def _describe_target(table: Any, samples: Samples, config: InspectConfig) -> lis
     values = metadata.text(column)
     numeric = metadata.is_numeric(column)
     require_values(metadata, column, numeric=numeric)
+    samples.keep_with(column, allow_missing=True)
     present = [value for value in values if value is not None]
-    lacking = [name for name, value in zip(samples.ids, values, strict=True) if value is None]
-    if lacking:
-        what = f"samples without a value of {column!r}"
-        samples.facts.append(DataFact(what, len(lacking), name_some(lacking), "dropped"))
-        samples.keep([n for n, v in zip(samples.ids, values, strict=True) if v is not None])
     if numeric:
         numbers = np.array([float(value) for value in present])
         table.add_row(

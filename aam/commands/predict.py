@@ -10,14 +10,14 @@ import numpy as np
 from aam.config import PredictConfig, TableOptions
 from aam.data.dataset import SampleDataset
 from aam.data.samples import Samples, make_dataset, read_samples
-from aam.errors import DataFact, InputError, log, log_facts
+from aam.errors import InputError, log, log_facts
 from aam.evaluation.applicability import add_applicability
 from aam.evaluation.outputs import predict_outputs
 from aam.evaluation.predictions import in_units, prediction_cells, prediction_header
 from aam.files import check_file_output, write_table
 from aam.learning.checkpoint import read_model
 from aam.learning.device import pick_device
-from aam.learning.targets import TargetInfo, category_keys, encode_categories
+from aam.learning.targets import TargetInfo
 from aam.model import Predictor
 
 
@@ -93,13 +93,8 @@ def covariates_as_trained(
 ) -> tuple[SampleDataset, list[str] | None]:
     """The dataset with the model's categorical columns, and keys of zscore-category."""
     classes = described["categories"]
-    codes = encode_categories(samples, classes) if classes else None
-    for place, column in enumerate(classes):
-        unknown = int((codes[:, place] == 0).sum()) if codes is not None else 0
-        if unknown:
-            what = f"samples whose {column!r} is missing or was not in training"
-            samples.facts.append(DataFact(what, unknown, "taken as unknown"))
+    codes = samples.category_codes(classes) if classes else None
     keys = None
     if target.transform.by_category and samples.metadata is not None:
-        keys = category_keys(samples.metadata, list(classes), samples.ids)
+        keys = samples.category_keys(list(classes))
     return make_dataset(samples, options, categories=codes), keys

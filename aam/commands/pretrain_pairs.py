@@ -1,94 +1,115 @@
-"""Pretraining that distances between samples teach: validation, and the final measurements."""
+"""Pretraining that distances between samples teach, where there is no tree."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
-from aam.config import PretrainConfig
-from aam.data.dataset import SampleDataset
-from aam.data.samples import Samples
-from aam.evaluation.measurements import (
+from aam.commands.inputs import attach_distances, evaluation_rows, split
+from aam.commands.training import (
     CHECK_SEED,
-    distance_results,
-    nucleotide_results,
-    write_pairs,
+    Metrics,
+    Task,
+    make_encoder,
+    pretraining_metrics,
+    usual_options,
 )
-from aam.evaluation.outputs import check_nucleotides, distance_metrics, predicted_distances
-from aam.evaluation.results import print_results
+from aam.config import PretrainConfig, TableOptions
+from aam.data.clades import known_arrays
+from aam.data.dataset import SampleDataset
+from aam.data.samples import make_dataset, read_samples
+from aam.errors import log_facts
+from aam.evaluation import metrics
+from aam.evaluation.measurements import distance_results, nucleotide_results, write_pairs
+from aam.evaluation.outputs import distance_metrics, predicted_distances
 from aam.learning.distributed import RankGroup
-from aam.learning.losses import DistanceSource
+from aam.learning.losses import DistanceLoss
+from aam.learning.objective import PairObjective
+from aam.learning.resume import fingerprint
 from aam.learning.run import Run
 from aam.model import PretrainedModel
 
+FREE_CLADES = 512
+EPOCHS, LEARNING_RATE = 40, 1e-3  # where none are given
+UNIT_SAMPLES = 64  # whose distances say what a distance of 1 is
+USUAL_DISTANCE = 0.7  # of two samples, in units of the largest
 VALIDATION_ASVS = 2000  # sequences whose masked nucleotides are checked at each validation
 
 
-@dataclass
-class PairTask:
-    """Everything that validation and the final measurements look at."""
+class PairPretraining(Task):
+    """Learn distances between samples and masked nucleotides."""
 
+    config: PretrainConfig
     model: PretrainedModel
     dataset: SampleDataset
-    distances: DistanceSource
-    train_rows: np.ndarray
-    validation_rows: np.ndarray
-    config: PretrainConfig
 
-    @property
-    def metric(self) -> str:
-        """The validation metric that chooses the best weights."""
-        return "mantel_r" if self.config.losses.unifrac_penalty else "nucleotide_accuracy"
-
-    def validate(self) -> dict[str, float | None]:
-        """Validation metrics of the current weights, in evaluation mode; all ranks call it."""
-        measured: dict[str, float | None] = {}
-        penalties, exchange = self.config.losses, RankGroup()
-        if penalties.unifrac_penalty:
-            rows = self.validation_rows
-            predicted = predicted_distances(self.model, self.dataset, rows, exchange)
-            measured |= distance_metrics(predicted, self.distances.pairwise(rows))
-        if penalties.nucleotide_penalty:
-            check = check_nucleotides(
-                self.model.encoder, self.dataset, self.validation_asvs(), penalties,
-                seed=CHECK_SEED, exchange=exchange,
-            )  # fmt: skip
-            measured |= {"nucleotide_loss": check.loss, "nucleotide_accuracy": check.accuracy}
-        weights = {
-            "unifrac_loss": penalties.unifrac_penalty,
-            "nucleotide_loss": penalties.nucleotide_penalty,
-        }
-        total = sum(weight * (measured.get(name) or 0.0) for name, weight in weights.items())
-        return {"loss": total, **measured}
-
-    def validation_asvs(self, most: int = VALIDATION_ASVS) -> np.ndarray:
-        """Distinct ASVs of the validation samples, the same ones every time."""
-        asv_ids = self.dataset.asvs_of(self.validation_rows)
-        if len(asv_ids) <= most:
-            return asv_ids
-        return np.sort(np.random.default_rng(CHECK_SEED).choice(asv_ids, most, replace=False))
-
-
-def write_pair_results(run: Run, task: PairTask, samples: Samples, summary: dict[str, Any]) -> None:
-    """Final measurements beside their baselines: tables, summary, and a printed table."""
-    config, results = task.config, []
-    if config.losses.unifrac_penalty:
-        rows = task.validation_rows
-        groups = samples.groups(config.metadata.group_column)
-        predicted = predicted_distances(task.model, task.dataset, rows)
-        true = task.distances.pairwise(rows)
-        own = None if groups is None else [groups[row] for row in rows]
-        write_pairs(run, [samples.ids[row] for row in rows], true, predicted, own)
-        results += distance_results(
-            samples, task.distances.pairwise, predicted, true, task.train_rows, rows, groups
+    def __init__(self, config: PretrainConfig, device: torch.device) -> None:
+        """Read the table and its distances."""
+        assert config.data.table is not None
+        table_options: TableOptions = config.data
+        self.config, self.device, seed = config, device, config.run.seed
+        samples = read_samples(table_options, seed, metadata=config.metadata.metadata)
+        self.samples = samples
+        self.distances = attach_distances(samples, table_options, config.distances)
+        self.parts = split(samples, config.metadata, seed)
+        self.dataset = make_dataset(samples, table_options).to(device)
+        self.rows = samples.rows(self.parts.train)
+        self.evaluated = evaluation_rows(samples, self.parts)
+        self.facts, self.warnings = samples.facts, samples.warnings
+        log_facts(self.facts, self.warnings)
+        self.optimizer = usual_options(config.optimizer, EPOCHS, LEARNING_RATE)
+        self.best_metric = "mantel_r" if config.losses.unifrac_penalty else "nucleotide_accuracy"
+        self.description = {"distance": config.distances.distance or "matrix"}
+        self.fingerprint = fingerprint(
+            samples.table.digest(), self.parts, self.distances.pairwise(self.rows[:16])
         )
-    if config.losses.nucleotide_penalty:
-        results += nucleotide_results(
-            task.model.encoder, task.dataset, task.validation_asvs(len(task.dataset.sequences)),
-            task.dataset, task.dataset.asvs_of(task.train_rows), config.losses,
-        )  # fmt: skip
-    summary["results"] = results
-    run.write_summary(summary)
-    print_results(results)
+
+    def build(self, state: dict[str, Any] | None) -> PairObjective:
+        """The model's unit of distance is that of some training samples."""
+        abundance = self.config.distances.distance != "jaccard"
+        encoder = make_encoder(self.config)
+        self.model = PretrainedModel(encoder, free_clades=FREE_CLADES, abundance=abundance)
+        assert self.model.pairs is not None
+        order = np.random.default_rng(self.config.run.seed).permutation(self.rows)
+        mean = metrics.condensed(self.distances.pairwise(order[:UNIT_SAMPLES])).mean()
+        self.model.pairs.unit.fill_(max(float(mean), 1e-6) / USUAL_DISTANCE)
+        self.model.to(self.device)
+        loss = DistanceLoss(self.distances)
+        return PairObjective(encoder, self.model.pairs, self.config.losses, loss)
+
+    def validate(self) -> Metrics:
+        """Distances of the validation samples, and masked nucleotides."""
+        measured: Metrics = {}
+        if self.config.losses.unifrac_penalty:
+            predicted = predicted_distances(self.model, self.dataset, self.evaluated, RankGroup())
+            measured = distance_metrics(predicted, self.distances.pairwise(self.evaluated))
+        asvs = self.dataset.asvs_of(self.evaluated)
+        if len(asvs) > VALIDATION_ASVS:
+            drawn = np.random.default_rng(CHECK_SEED).choice(asvs, VALIDATION_ASVS, replace=False)
+            asvs = np.sort(drawn)
+        return pretraining_metrics(measured, self, self.dataset, asvs)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The sequences of training."""
+        return known_arrays(self.dataset.sequences_of(self.dataset.asvs_of(self.rows)))
+
+    def results(self, run: Run) -> dict[str, Any]:
+        """Distances and masked nucleotides beside their baselines."""
+        results, rows = [], self.evaluated
+        if self.config.losses.unifrac_penalty:
+            groups = self.samples.groups(self.config.metadata.group_column)
+            predicted = predicted_distances(self.model, self.dataset, rows)
+            true = self.distances.pairwise(rows)
+            own = None if groups is None else [groups[row] for row in rows]
+            write_pairs(run, [self.samples.ids[row] for row in rows], true, predicted, own)
+            results += distance_results(
+                self.samples, self.distances.pairwise, predicted, true, self.rows, rows, groups
+            )
+        if self.config.losses.nucleotide_penalty:
+            results += nucleotide_results(
+                self.model.encoder, self.dataset, self.dataset.asvs_of(rows),
+                self.dataset, self.dataset.asvs_of(self.rows), self.config.losses,
+            )  # fmt: skip
+        return {"results": results}

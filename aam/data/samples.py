@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,8 +47,7 @@ class Samples:
 
     def rows(self, ids: Sequence[str]) -> np.ndarray:
         """Row of each id in the table."""
-        place = {name: row for row, name in enumerate(self.ids)}
-        return np.array([place[name] for name in ids], dtype=np.int64)
+        return self.table.rows_of(ids)
 
     def keep(self, ids: Sequence[str]) -> None:
         """Go on with some of the samples."""
@@ -56,6 +55,27 @@ class Samples:
             self.table = self.table.select(ids)
         if self.metadata is not None:
             self.metadata = self.metadata.select(self.ids)
+
+    def keep_with(self, column: str, *, allow_missing: bool) -> None:
+        """Drop and count the samples without a value in a metadata column, where that is allowed.
+
+        Raises:
+            InputError: there are some, and it is not.
+        """
+        assert self.metadata is not None
+        values = dict(zip(self.ids, self.metadata.text(column), strict=True))
+        lacking = [name for name, value in values.items() if value is None]
+        if not lacking:
+            return
+        if not allow_missing:
+            raise InputError(
+                f"{self.metadata.source}: column {column!r} has no value for {len(lacking)} of "
+                f"{len(values)} samples ({name_some(lacking)}): fill them in or leave these "
+                "samples out with --allow-missing"
+            )
+        what = f"samples without a value of {column!r}"
+        self.facts.append(DataFact(what, len(lacking), name_some(lacking), "dropped"))
+        self.keep([name for name, value in values.items() if value is not None])
 
     def groups(self, column: str | None) -> list[str] | None:
         """Each sample's group, or None without a group column.
@@ -75,6 +95,31 @@ class Samples:
                 f"({name_some(lacking)}): fill it in or leave --group-column out"
             )
         return [str(value) for value in values]
+
+    def category_codes(self, classes: Mapping[str, Sequence[str]]) -> np.ndarray:
+        """Codes (samples, columns) int64 of categorical columns, 1 for a column's first class.
+
+        0 stands for a missing value and for one that is no class; these are counted.
+        """
+        codes = np.zeros((len(self.ids), len(classes)), dtype=np.int64)
+        for place, (column, names) in enumerate(classes.items()):
+            if self.metadata is not None:
+                code_of: dict[str | None, int] = {
+                    name: code for code, name in enumerate(names, start=1)
+                }
+                values = self.metadata.text(column)
+                codes[:, place] = [code_of.get(value, 0) for value in values]
+            unknown = int((codes[:, place] == 0).sum())
+            if unknown:
+                what = f"samples whose {column!r} is missing or was not in training"
+                self.facts.append(DataFact(what, unknown, "taken as unknown"))
+        return codes
+
+    def category_keys(self, columns: Sequence[str]) -> list[str]:
+        """One string a sample that names its values in all categorical columns."""
+        assert self.metadata is not None
+        values = [self.metadata.text(column) for column in columns]
+        return ["\x1f".join(value or "" for value in row) for row in zip(*values, strict=True)]
 
 
 def read_samples(

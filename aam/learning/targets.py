@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from aam.config import TargetOptions
 from aam.data.metadata import Metadata
-from aam.data.samples import Samples
 from aam.errors import InputError
 
 MINIMUM_CATEGORY = 2  # samples that a category needs for a mean and deviation of its own
@@ -18,7 +17,7 @@ MINIMUM_CATEGORY = 2  # samples that a category needs for a mean and deviation o
 
 @dataclass(frozen=True)
 class TargetTransform:
-    """y -> (f(y) - centre) / scale with f = log(1 + y) where asked; invertible, saved.
+    """y -> (f(y) - centre) / scale, where f is log(1 + y) in the transforms named log-.
 
     With ``zscore-category`` centre and scale are those of the sample's categories, where the
     training part had at least two samples of them.
@@ -33,19 +32,14 @@ class TargetTransform:
     def fit(
         cls, name: str, values: np.ndarray, categories: Sequence[str] | None = None
     ) -> TargetTransform:
-        """Fit on the training part.
-
-        Args:
-            name: none, minmax, zscore, zscore-category, log-minmax or log-zscore.
-            values: (n,) training targets in the user's units.
-            categories: (n,) key of each sample's categories, for ``zscore-category``.
+        """Fit on training targets (n,) in the user's units, and the key of their categories.
 
         Raises:
             InputError: a logarithm of numbers <= -1, or categories are missing.
         """
-        values = np.asarray(values, dtype=np.float64)
         if name == "none":
             return cls()
+        values = np.asarray(values, dtype=np.float64)
         if name.startswith("log-"):
             if values.min() <= -1:
                 raise InputError(
@@ -66,30 +60,24 @@ class TargetTransform:
         return cls(name, float(values.mean()), _positive(values.std()), by_category)
 
     def apply(self, values: np.ndarray, categories: Sequence[str] | None = None) -> np.ndarray:
-        """From the user's units to what the model learns."""
+        """From the user's units to what the model learns; not finite where a logarithm is not."""
         values = np.asarray(values, dtype=np.float64)
-        if self.name.startswith("log-"):
-            values = np.log1p(values)
-        centre, scale = self._centre_scale(len(values), categories)
-        return (values - centre) / scale
+        centre, scale = self._centre_and_scale(len(values), categories)
+        with np.errstate(divide="ignore", invalid="ignore"):  # `learned` refuses what is not finite
+            return ((np.log1p(values) if self.name.startswith("log-") else values) - centre) / scale
 
     def invert(self, values: np.ndarray, categories: Sequence[str] | None = None) -> np.ndarray:
-        """From what the model says to the user's units."""
-        values = np.asarray(values, dtype=np.float64)
-        centre, scale = self._centre_scale(len(values), categories)
-        values = values * scale + centre
+        """From the model's outputs to the user's units."""
+        centre, scale = self._centre_and_scale(len(values), categories)
+        values = np.asarray(values, dtype=np.float64) * scale + centre
         return np.expm1(values) if self.name.startswith("log-") else values
 
-    def _centre_scale(
-        self, count: int, categories: Sequence[str] | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        default = (self.centre, self.scale)
-        if not self.by_category:
-            pairs = [default] * count
-        else:
-            pairs = [self.by_category.get(key, default) for key in categories or [""] * count]
-        centre, scale = np.array(pairs, dtype=np.float64).reshape(count, 2).T
-        return centre, scale
+    def _centre_and_scale(self, count: int, categories: Sequence[str] | None) -> np.ndarray:
+        """(2, count)."""
+        keys: Sequence[str | None] = [None] * count if categories is None else categories
+        both = (self.centre, self.scale)
+        pairs = [both if key is None else self.by_category.get(key, both) for key in keys]
+        return np.array(pairs, dtype=np.float64).reshape(count, 2).T
 
 
 @dataclass(frozen=True)
@@ -110,41 +98,56 @@ class TargetInfo:
         """Width of the model's last layer."""
         return len(self.classes) or 1
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
+    @classmethod
+    def fit(
+        cls,
+        options: TargetOptions,
+        classes: tuple[str, ...],
+        truth: np.ndarray,
+        categories: Sequence[str] | None,
+    ) -> TargetInfo:
+        """The options' target, a number's transform fitted on the training part's truth (n,)."""
+        name = "none" if classes else options.target_transform
+        transform = TargetTransform.fit(name, truth, categories)
+        return cls(options.metadata_column, classes, transform)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TargetInfo:
-        """Inverse of :meth:`to_dict`."""
+        """What `dataclasses.asdict` made plain values of."""
         transform = dict(values["transform"])
         transform["by_category"] = {k: tuple(v) for k, v in transform["by_category"].items()}
         return cls(values["column"], tuple(values["classes"]), TargetTransform(**transform))
 
+    def truth(self, metadata: Metadata) -> np.ndarray:
+        """True numbers, or class codes, (samples,) float64; NaN where missing or no known class."""
+        if not self.classes:
+            return metadata.numeric(self.column)
+        codes: dict[str | None, float] = {name: n for n, name in enumerate(self.classes)}
+        return np.array([codes.get(one, np.nan) for one in metadata.text(self.column)])
+
+    def learned(self, truth: np.ndarray, categories: Sequence[str] | None) -> np.ndarray:
+        """What the model learns of all samples' truth: (n,) float32, or int64 class codes.
+
+        Raises:
+            InputError: a value cannot be transformed.
+        """
+        if self.classes:
+            return truth
+        scaled = self.transform.apply(truth, categories)
+        lost = int((~np.isfinite(scaled)).sum())
+        if lost:
+            raise InputError(
+                f"--target-transform {self.transform.name}: {lost} values of {self.column!r} "
+                "cannot be transformed; use zscore"
+            )
+        return scaled.astype(np.float32)
+
 
 def is_classification(metadata: Metadata, options: TargetOptions) -> bool:
-    """Say whether the column is predicted as classes."""
+    """Whether the column is predicted as classes."""
     if options.task == "auto":
         return not metadata.is_numeric(options.metadata_column)
     return options.task == "classification"
-
-
-def category_keys(metadata: Metadata, columns: Sequence[str], ids: Sequence[str]) -> list[str]:
-    """One string a sample that names its values in all categorical columns."""
-    chosen = metadata.select(ids)
-    values = [chosen.text(column) for column in columns]
-    return ["\x1f".join(value or "" for value in row) for row in zip(*values, strict=True)]
-
-
-def encode_categories(samples: Samples, classes: dict[str, list[str]]) -> np.ndarray:
-    """Codes (samples, columns) int64; 0 for unknown or missing."""
-    if samples.metadata is None:
-        return np.zeros((len(samples.ids), len(classes)), dtype=np.int64)
-    codes = []
-    for column, names in classes.items():
-        code: dict[str | None, int] = {name: i for i, name in enumerate(names, start=1)}
-        codes.append([code.get(value, 0) for value in samples.metadata.text(column)])
-    return np.array(codes, dtype=np.int64).T
 
 
 def class_weights(codes: np.ndarray, classes: int) -> np.ndarray:

@@ -1,22 +1,32 @@
 """What is known and what is left out of a tree, and how much the network counts."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from aam.commands import pretrain_tree
-from aam.commands.pretrain import communities, limit_facts
-from aam.commands.pretrain_tree import TreeTask, calibration_tips, distinct_sequences, tree_options
-from aam.config import OptimizerOptions, OptionalTableOptions, PretrainConfig, RunOptions
-from aam.data.clades import split_tree
+from aam.commands import tree_inputs
+from aam.commands.pretrain_tree import TreePretraining, calibration_asvs, tree_options
+from aam.commands.tree_inputs import clade_facts, distinct_sequences
+from aam.config import (
+    DistanceOptions,
+    MetadataOptions,
+    ModelOptions,
+    OptimizerOptions,
+    OptionalTableOptions,
+    PretrainConfig,
+    RunOptions,
+)
 from aam.data.dataset import AsvDataset
+from aam.data.metadata import read_metadata
 from aam.data.phylogeny import UniFrac
 from aam.data.samples import Samples
 from aam.data.simulate import simulate_community
 from aam.data.table import read_table
+from aam.data.texts import Texts
 from aam.data.tree import read_tree
-from aam.evaluation.tree_results import EvaluationSubset, colours, on_tree
-from aam.model import AsvEncoder, EncoderShape, PretrainedModel
+from aam.evaluation.tree_results import colours, on_tree
 
 
 @pytest.fixture(scope="module")
@@ -25,18 +35,18 @@ def study(tmp_path_factory):
                               asvs_per_sample=30)  # fmt: skip
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def task(study):
-    tree = read_tree(study.tree)
-    known = np.random.default_rng(0).random(len(tree.tip_names)) < 0.8
-    split = split_tree(tree, known)
-    shape = EncoderShape(encoder="wide", embedding_dim=8, wide_dim=8)
-    model = PretrainedModel(AsvEncoder(shape), clades=len(split.clades))
     config = PretrainConfig(
-        data=OptionalTableOptions(table=study.table), run=RunOptions(output_dir=study.table.parent)
+        data=OptionalTableOptions(table=study.table, rarefy_depth=0),
+        distances=DistanceOptions(tree=study.tree),
+        metadata=MetadataOptions(validation_fraction=0.5),
+        model=ModelOptions(encoder="wide", embedding_dim=8, wide_dim=8),
+        run=RunOptions(output_dir=Path("run")),
     )
-    tips = calibration_tips(len(split.clades.sequences), 0)
-    return TreeTask(model, split, AsvDataset(split.unseen, 150), tips, config, None)
+    made = TreePretraining(config, torch.device("cpu"))
+    made.build(None)
+    return made
 
 
 def test_sequences_are_left_out_where_they_are_no_dna_or_repeat_another():
@@ -47,80 +57,83 @@ def test_sequences_are_left_out_where_they_are_no_dna_or_repeat_another():
 
 
 def test_epochs_follow_the_tokens_and_what_is_given_stays():
-    few, many = (AsvDataset(_texts(count), 150) for count in (10, 60_000))
+    few, many = (AsvDataset(Texts.of(["ACGTACGTACGT" * 7] * n), 150) for n in (10, 60_000))
     assert tree_options(OptimizerOptions(), few).epochs == 60
     assert tree_options(OptimizerOptions(), many).epochs == 6  # 30 of 5 million tokens each
     given = tree_options(OptimizerOptions(epochs=7, lr=0.1, validate_every=3), few)
     assert (given.epochs, given.lr, given.validate_every) == (7, 0.1, 3)
 
 
-def _texts(count):
-    from aam.data.texts import Texts
-
-    return Texts.of(["ACGTACGTACGT" * 7] * count)
-
-
 def test_the_network_counts_only_as_much_as_it_knows(task, monkeypatch):
-    """Of its logits: right ones, noise of the same size, and none."""
-    clades, tips = task.split.clades, torch.from_numpy(task.calibration)
-    start, stop = torch.from_numpy(clades.start), torch.from_numpy(clades.stop)
-    true = (tips[:, None] >= start) & (tips[:, None] < stop)
-    logits = 10.0 * true.float().numpy() - 5
-    said = {"right": logits, "wrong": -logits, "noise": np.random.default_rng(0).permuted(logits)}
+    """Of its logits: right ones, wrong ones, and noise of the same size."""
+    monkeypatch.setattr(task, "calibration", np.arange(0, len(task.dataset), 4))
+    clades, tips = task.known.clades, task.calibration
+    true = (tips[:, None] >= clades.start) & (tips[:, None] < clades.stop)
+    logits = 10 * true.astype(np.float32) - 5
     weights = {}
-    for name, own in said.items():
+    for name, own in {
+        "right": logits, "wrong": -logits, "noise": np.random.default_rng(0).permuted(logits)
+    }.items():  # fmt: skip
         monkeypatch.setattr(task.placer, "network_logits", lambda near, clades=None, own=own: own)
         task.calibrate()
         weights[name] = task.placer.network_weight
     assert weights["right"] == 1.0 and weights["wrong"] == 0.0 and weights["noise"] < 1.0
 
 
-def test_pairs_are_no_clade_without_one_of_the_two(task):
-    clades = task.split.clades
+def test_pairs_are_no_clade_without_one_of_the_two(task, monkeypatch):
+    clades = task.known.clades
     pair = next(k for k in range(len(clades)) if clades.stop[k] - clades.start[k] == 2)
-    task.calibration = np.array([clades.start[pair], clades.start[pair], clades.stop[pair]])
+    tips = np.array([clades.start[pair], clades.start[pair], clades.stop[pair]])
+    monkeypatch.setattr(task, "calibration", tips)
     lowest = np.array([pair, clades.parent[pair], pair])
     expected = [clades.parent[pair], clades.parent[pair], pair]
     assert task.without_pairs(lowest).tolist() == expected
 
 
-def test_calibration_is_few_known_asvs_the_same_ones_every_time():
-    assert len(calibration_tips(10_000, 0)) == 250 and len(calibration_tips(10**6, 0)) == 300
-    np.testing.assert_array_equal(calibration_tips(500, 3), calibration_tips(500, 3))
-    assert len(calibration_tips(3, 0)) == 0
+def test_calibration_is_few_known_asvs_that_do_not_train(task):
+    assert len(calibration_asvs(10_000, 0)) == 250 and len(calibration_asvs(10**6, 0)) == 300
+    np.testing.assert_array_equal(calibration_asvs(500, 3), calibration_asvs(500, 3))
+    assert len(calibration_asvs(3, 0)) == 0
+    assert set(task.rows) | set(task.calibration) == set(range(len(task.dataset)))
+    assert len(task.calibration) and not set(task.rows) & set(task.calibration)
 
 
-def test_communities_are_the_training_samples_by_known_asv(study):
-    table, tree = read_table(study.table), read_tree(study.tree)
-    truth, rows = UniFrac(table, tree), np.arange(0, 30, 2)
-    samples = Samples(table)
-    split = pretrain_tree.split_by_samples(samples, truth, rows)
-    judged = EvaluationSubset(samples, truth, np.arange(1, 30, 2), rows, None)
-    found = communities(split.clades, judged)
-    for row, sample in enumerate(rows):
-        own = {
-            table.feature_ids[c]: v for c, v in zip(*_entries(table.counts, sample), strict=True)
-        }
-        names = split.clades.sequences
-        assert own == {names[int(c)]: v for c, v in zip(*_entries(found, row), strict=True)}
-    new = set(split.unseen)
-    assert new == set(table.feature_ids) - set(split.clades.sequences) and new
+def test_communities_are_the_training_samples_by_known_asv(task):
+    found, known = task.communities(), task.known.clades.sequences
+    table = task.subset.samples.table
+    for row, sample in enumerate(sorted(task.subset.train_rows)):
+        assert reads(table.counts, sample, table.feature_ids) == reads(found, row, known)
+    new = set(task.known.unseen)
+    assert new == set(table.feature_ids) - set(known) and new
 
 
-def _entries(counts, row):
+def reads(counts, row, names):
     part = slice(counts.indptr[row], counts.indptr[row + 1])
-    return counts.indices[part], counts.data[part]
+    entries = zip(counts.indices[part], counts.data[part], strict=True)
+    return {names[int(column)]: int(count) for column, count in entries}
+
+
+def test_what_is_too_much_becomes_a_fact(task, monkeypatch):
+    assert clade_facts(task.known, 150) == []
+    monkeypatch.setattr(tree_inputs, "LEFT_OUT", 5)
+    monkeypatch.setattr(tree_inputs, "MOST_CLADES", len(task.known.clades))
+    cut, few, unseen = clade_facts(task.known, 99)
+    assert cut.kind == few.kind == unseen.kind == "cut" and few.count > 0
+    assert unseen.count == len(task.known.unseen) - 5
+    samples, rows = task.subset.samples, task.subset.rows
+    monkeypatch.setattr(tree_inputs, "MOST_PLACED", 1)
+    seen = np.zeros(len(samples.table.feature_ids), dtype=bool)
+    assert len(tree_inputs.placed_rows(samples, rows, seen)) == 2
+    assert samples.facts[-1].count == len(rows) - 2 and samples.facts[-1].kind == "cut"
 
 
 def test_colours_are_the_first_column_with_few_classes_else_numbers(study):
-    from aam.data.metadata import read_metadata
-
-    metadata = read_metadata(study.metadata)
-    samples = Samples(read_table(study.table), metadata.select(read_table(study.table).sample_ids))
-    found = colours(samples, np.arange(30))
+    table = read_table(study.table)
+    metadata = read_metadata(study.metadata).select(table.sample_ids)
+    found = colours(Samples(table, metadata), np.arange(30))
     assert found["kind"] == "classification" and found["column"] == "site"
-    assert found["values"][samples.ids[3]] == metadata.select(samples.ids).text("site")[3]
-    assert colours(Samples(samples.table), np.arange(30)) is None
+    assert found["values"][table.sample_ids[3]] == metadata.text("site")[3]
+    assert colours(Samples(table), np.arange(30)) is None
 
 
 def test_features_that_the_tree_lacks_are_not_compared(study):
@@ -134,12 +147,3 @@ def test_features_that_the_tree_lacks_are_not_compared(study):
     whole = UniFrac(table, tree)
     assert on_tree(table, whole) is table
     np.testing.assert_allclose(UniFrac(found, tree).all_pairs(), truth.all_pairs(), atol=1e-12)
-
-
-def test_what_is_too_much_is_said(task, monkeypatch):
-    assert limit_facts(task.split) == []
-    monkeypatch.setattr("aam.commands.pretrain.LEFT_OUT", 5)
-    monkeypatch.setattr("aam.commands.pretrain.MOST_CLADES", len(task.split.clades))
-    few, unseen = limit_facts(task.split)
-    assert few.kind == unseen.kind == "cut" and few.count > 0
-    assert unseen.count == len(task.split.unseen) - 5

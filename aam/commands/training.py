@@ -1,0 +1,226 @@
+"""What pretraining and fine-tuning do alike: build, train, save, measure and report."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from aam import __version__
+from aam.config import FinetuneConfig, OptimizerOptions, PretrainConfig, to_dict
+from aam.data.dataset import AsvDataset, SampleDataset
+from aam.data.splits import Split
+from aam.errors import DataFact, log
+from aam.evaluation.outputs import check_nucleotides
+from aam.evaluation.results import print_results
+from aam.learning import distributed
+from aam.learning.batches import Batching
+from aam.learning.checkpoint import MODEL_FILE, save_model
+from aam.learning.device import compile_stacks
+from aam.learning.distributed import RankGroup
+from aam.learning.launch import start
+from aam.learning.loop import Trainer
+from aam.learning.objective import Objective
+from aam.learning.resume import check_same_data, compatible_state
+from aam.learning.run import Run, check_output
+from aam.model import AsvEncoder, EncoderShape, Predictor, PretrainedModel
+
+Metrics = dict[str, float | None]
+CHECK_SEED = 20_231  # of the ASVs and masks that validations look at
+
+
+class Task(ABC):
+    """Something to learn: its data, read when it is made, its model, and how that is measured.
+
+    Attributes:
+        model: what is saved; there after `build`.
+        dataset: samples or ASVs, on the device.
+        rows: (n,) which of them train.
+        parts: names of those that train and those that validate.
+        unit: what `parts` name.
+        optimizer: options with every value given.
+        best_metric: the validation metric that chooses the best weights, if no option does.
+        fingerprint: of the data, so that a run is only continued with the same.
+        description: what `predict` must know beside the options.
+        facts: what was read, dropped and cut.
+        warnings: what a reader should know before trusting a number.
+    """
+
+    config: Any
+    model: PretrainedModel | Predictor
+    dataset: SampleDataset | AsvDataset
+    rows: np.ndarray
+    parts: Split
+    unit = "samples"
+    optimizer: OptimizerOptions
+    best_metric: str
+    fingerprint: str
+    description: dict[str, Any]
+    facts: list[DataFact]
+    warnings: list[str]
+
+    @abstractmethod
+    def build(self, state: dict[str, Any] | None) -> Objective:
+        """Make the model, and what it is to learn; `state` is the checkpoint to continue from."""
+
+    @abstractmethod
+    def validate(self) -> Metrics:
+        """Validation metrics of the current weights, in evaluation mode; all ranks call it."""
+
+    @abstractmethod
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What the trained model knows beside its weights."""
+
+    @abstractmethod
+    def results(self, run: Run) -> dict[str, Any]:
+        """Final measurements: writes tables, returns ``results`` and more of summary.json."""
+
+
+def train(
+    config: PretrainConfig | FinetuneConfig, make_task: Callable[[Any, torch.device], Task]
+) -> Path:
+    """Train a task as the options say; the best model, its results and the report stay in a folder.
+
+    Args:
+        config: all options of the command.
+        make_task: reads the data of the task, for a device.
+
+    Returns:
+        The run folder.
+    """
+    started, seed = time.time(), config.run.seed
+    check_output(config.run)
+    state = compatible_state(config)
+    device = start(config.run)
+    task = make_task(config, device)
+    description = {
+        "command": config.command,
+        "data": data_description(config),
+        "fingerprint": task.fingerprint,
+        **task.description,
+    }
+    check_same_data(state, config, description)
+
+    torch.manual_seed(seed)
+    objective = task.build(state)
+    if config.run.compile_model:
+        compile_stacks(task.model)
+    batching = Batching(task.rows, task.dataset, objective, task.optimizer, device, seed)
+    run = Run(config.run, config, keep_steps=None if state is None else state["progress"]["step"])
+    run.write_split(task.parts)
+    trainer = Trainer(
+        device,
+        objective,
+        task.dataset,
+        batching,
+        task.optimizer,
+        run,
+        validate=task.validate,
+        best_metric=task.optimizer.best_metric or task.best_metric,
+        description=description,
+        config=to_dict(config),
+        seed=seed,
+    )
+    trainer.train(state)
+    if distributed.is_rank_zero():
+        save_model(run.path / MODEL_FILE, task.model, description, task.arrays())
+        report(run, summary(config, task, trainer, started) | task.results(run))
+    return run.path
+
+
+def data_description(config: PretrainConfig | FinetuneConfig) -> dict[str, Any]:
+    """What a later command must do to a table, to treat it as this run did."""
+    names = ("rarefy_depth", "max_bp", "token_limit", "asv_sampling")
+    return {name: getattr(config.data, name) for name in names} | {"seed": config.run.seed}
+
+
+def summary(
+    config: PretrainConfig | FinetuneConfig, task: Task, trainer: Trainer, started: float
+) -> dict[str, Any]:
+    """What summary.json says of a run before its results; `started` in seconds since the epoch."""
+    ranks, device = distributed.world_size(), trainer.device
+    typed = Path(sys.argv[0]).name in ("aam", "train.py") and len(sys.argv) > 1
+    return {
+        "title": f"{config.command} {config.run.output_dir.name}",
+        "command": shlex.join(["aam", *sys.argv[1:]]) if typed else f"aam {config.command}",
+        "aam_version": __version__,
+        "torch_version": torch.__version__,
+        "device": str(device) if ranks == 1 else f"{ranks} x {device.type}",
+        "threads": torch.get_num_threads(),
+        "started": datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds"),
+        "seconds": round(time.time() - started, 1),
+        "steps": trainer.progress.step,
+        "epochs": trainer.progress.epoch,
+        "best_step": trainer.progress.best_step,
+        f"{task.unit}_train": len(task.parts.train),
+        f"{task.unit}_validation": len(task.parts.validation),
+        "parameters": sum(one.numel() for one in task.model.parameters()),
+        "data": [asdict(fact) for fact in task.facts],
+        "warnings": task.warnings,
+        "config": to_dict(config),
+        "target": None,
+    }
+
+
+def report(run: Run, summary: dict[str, Any]) -> None:
+    """Write summary.json and report.html, and print the results."""
+    from aam.report import write_report
+
+    run.write_summary(summary)
+    print_results(summary["results"])
+    run.close()
+    log(f"report: {write_report(run.path)}")
+
+
+def make_encoder(config: PretrainConfig | FinetuneConfig) -> AsvEncoder:
+    """The ASV encoder that the options ask for."""
+    return AsvEncoder(
+        EncoderShape(**asdict(config.model), max_bp=config.data.max_bp),
+        impl=config.run.attn_implementation,
+        recompute=config.run.gradient_checkpointing,
+    )
+
+
+def usual_options(options: OptimizerOptions, epochs: int, lr: float) -> OptimizerOptions:
+    """Options of a run that samples teach: epochs and learning rate where none are given."""
+    return replace(
+        options,
+        epochs=options.epochs or epochs,
+        lr=lr if options.lr is None else options.lr,
+        validate_every=options.validate_every or 1,
+    )
+
+
+def pretraining_metrics(
+    measured: Metrics,
+    task: Task,
+    dataset: SampleDataset | AsvDataset,
+    asvs: np.ndarray,
+) -> Metrics:
+    """Add masked nucleotides of some ASVs, and the sum of all losses, each times its penalty.
+
+    Args:
+        measured: what the tree or the distances teach.
+        task: of pretraining.
+        dataset: holds the ASVs.
+        asvs: (n,) which of them.
+    """
+    penalties = task.config.losses
+    if penalties.nucleotide_penalty:
+        check = check_nucleotides(
+            task.model.encoder, dataset, asvs, penalties, seed=CHECK_SEED, exchange=RankGroup()
+        )
+        measured |= {"nucleotide_loss": check.loss, "nucleotide_accuracy": check.accuracy}
+    taught = measured.get("clade_loss", measured.get("unifrac_loss")) or 0.0
+    total = penalties.unifrac_penalty * taught
+    total += penalties.nucleotide_penalty * (measured.get("nucleotide_loss") or 0.0)
+    return {"loss": total, **measured}
