@@ -139,14 +139,13 @@ def step(samples: int, pieces: int, **setting: Any) -> Callable[[], dict[str, fl
     from aam.learning.memory_profile import kept_a_token
     from aam.learning.memory_watch import StepWatch
     from aam.learning.meter import Meter
-    from aam.learning.schedule import make_optimizer, make_state
+    from aam.learning.optimizer import make_optimizer
     from aam.learning.step import Step
 
     torch.manual_seed(0)
     device = setting["device"]
     dataset, objective = prepare(**setting)
     optimizer = make_optimizer(objective, 1e-4, 0.01)
-    make_state(optimizer)
     compute, meter = Step(objective, RankGroup()), Meter.for_device(device)
 
     def change(rows: np.ndarray) -> None:

@@ -23,8 +23,8 @@ from aam.learning.device import pick_device
 from aam.learning.distributed import RankGroup
 from aam.learning.losses import DistanceLoss
 from aam.learning.objective import PairObjective
+from aam.learning.optimizer import make_optimizer
 from aam.learning.planner import EpochPlan
-from aam.learning.schedule import make_optimizer, make_state
 from aam.learning.step import Step
 from aam.model import AsvEncoder, EncoderShape, PretrainedModel
 
@@ -107,7 +107,6 @@ def _plan(
     objective.to(device).train()
     batching = Batching(rows, dataset, objective, options, device, config.seed)
     optimizer = make_optimizer(objective, lr=0.0, weight_decay=0.0)
-    make_state(optimizer)
     step = Step(objective, RankGroup())
 
     def compute(rows: np.ndarray, pieces: int) -> dict[str, float]:

@@ -370,8 +370,10 @@ class AsvDataset:
         other.tokens = self.tokens.to(device)
         return other
 
-    def batch(self, rows: Sequence[int] | NDArray[np.int64]) -> AsvBatch:
-        """Gather ASVs by their number in the dataset."""
+    def batch(
+        self, rows: Sequence[int] | NDArray[np.int64], *, generator: torch.Generator | None = None
+    ) -> AsvBatch:
+        """Gather ASVs by their number in the dataset; nothing of it is random."""
         wanted = np.asarray(rows, dtype=np.int64)
         tokens = self.gather_tokens(wanted)
         return AsvBatch(torch.from_numpy(wanted), tokens).to(tokens.values.device)

@@ -142,7 +142,7 @@ def start(options: RunOptions) -> torch.device:
     import torch.distributed as dist
 
     from aam.learning import distributed
-    from aam.learning.device import check_attention, find_device
+    from aam.learning.device import check_attention, check_precision, find_device
 
     device = find_device(options.device)
     layout = find_layout(_local_devices(options, device))
@@ -150,6 +150,7 @@ def start(options: RunOptions) -> torch.device:
         _check_several(options, device, layout)
         device = torch.device("cuda", layout.local_rank) if device.type == "cuda" else device
     check_attention(options.attn_implementation, device)
+    check_precision(options, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if layout.size > 1:

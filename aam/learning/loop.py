@@ -3,7 +3,7 @@
 All randomness of a step (masks, dropout, ASV sampling) is drawn from seeds that are a function
 of (seed, step), and the order of an epoch is a function of (seed, epoch). A resumed run
 therefore continues bit for bit without any saved generator, and a step that ran out of memory is
-the same step when it is computed again in smaller pieces.
+the same step when it is computed again in smaller micro-batches.
 """
 
 from __future__ import annotations
@@ -24,19 +24,22 @@ from aam.errors import InputError, log
 from aam.learning import distributed
 from aam.learning.batches import Batching
 from aam.learning.checkpoint import FORMAT, load_state, save_state
+from aam.learning.device import autocast_dtype
 from aam.learning.distributed import RankGroup
 from aam.learning.fsdp import clip_gradients, load_module, load_optimizer, sharded_copy, whole
 from aam.learning.memory_profile import write_memory_profile
 from aam.learning.objective import Objective
+from aam.learning.optimizer import make_optimizer, set_learning_rate, warmup_cosine
+from aam.learning.prefetch import Prefetch
 from aam.learning.progress import ProgressDisplay
 from aam.learning.run import CHECKPOINTS, Run, resume_checkpoint
-from aam.learning.schedule import make_optimizer, make_state, set_learning_rate, warmup_cosine
 from aam.learning.step import Step, StepTooLarge, is_out_of_memory
 from aam.learning.stopping import Stopped, StopSignals
 
 LOWER_IS_BETTER = ("loss", "mae", "mse")
 LAST, BEST = "last.pt", "best.pt"
 REGULAR_BEST = "best-before-end.pt"  # the best, where the validation at the end was better
+MOST_SKIPPED = 50  # float16 steps in a row whose gradients overflow
 
 
 @dataclass
@@ -51,6 +54,7 @@ class Progress:
     best_step: int = 0
     not_better: int = 0  # validations since the best
     validated: int = 0  # step of the last validation that was due
+    skipped: int = 0  # last steps, in a row, that changed nothing: their gradients overflowed
 
 
 class Trainer:
@@ -77,8 +81,8 @@ class Trainer:
             device: of this rank.
             objective: the loss, in stages.
             dataset: the samples, or ASVs.
-            batching: which of them share a step, and in how many pieces it fits the memory.
-            options: how weights change.
+            batching: which of them share a step, and in how many micro-batches it fits the memory.
+            options: how weights change; epochs, lr and validate_every are given.
             run: where it is logged.
             validate: validation metrics of the current weights; all ranks call it.
             best_metric: the metric that chooses the best checkpoint.
@@ -86,26 +90,25 @@ class Trainer:
             config: all options, kept in every checkpoint.
             seed: of masks and dropout.
         """
-        self.device = device
+        assert options.epochs and options.lr is not None and options.validate_every
+        self.device, self.seed = device, seed
         self.dataset, self.batching = dataset, batching
         self.options, self.run, self.validate = options, run, validate
         self.best_metric, self.description, self.config = best_metric, description, config
-        self.seed = seed
-        self.exchange = RankGroup()
-        self.objective = objective.to(self.device)
-        self.exchange.broadcast_weights(self.objective)
-        # With fsdp the module that trains is another one, in parts; `objective` is filled from it.
-        self.sharded = (
-            config.get("run", {}).get("strategy") == "fsdp" and distributed.world_size() > 1
-        )
-        self.trained = sharded_copy(objective, self.device) if self.sharded else objective
-        self.optimizer = make_optimizer(self.trained, options.lr or 0.0, options.weight_decay)
-        make_state(self.optimizer)
-        self._step = Step(self.trained, self.exchange, equal_calls=self.sharded)
-        assert options.epochs and options.lr is not None and options.validate_every
         self.epochs, self.lr = options.epochs, options.lr
         self.validate_every = options.validate_every
         self.scheduled_samples = self.epochs * len(batching.rows)
+        group, settings = RankGroup(), config.get("run", {})
+        self.objective = objective.to(self.device)
+        group.broadcast_weights(self.objective)
+        # With fsdp the module that trains is another one, in parts; `objective` is filled from it.
+        self.sharded = settings.get("strategy") == "fsdp" and group.size > 1
+        self.trained = sharded_copy(objective, self.device) if self.sharded else objective
+        self.optimizer = make_optimizer(self.trained, options.lr, options.weight_decay)
+        half = autocast_dtype(settings.get("precision", "32"))
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half == torch.float16)
+        self._step = Step(self.trained, group, equal_calls=self.sharded, autocast=half)
+        self.prefetch = Prefetch(dataset, self.device)
         self.progress = Progress()
         self.signals = StopSignals()
         self._saved = time.monotonic()
@@ -137,6 +140,8 @@ class Trainer:
                 f"aam {self.description['command']} --resume-from {self.run.path}"
             )
             raise
+        finally:
+            self.prefetch.close()
         best = self.run.path / CHECKPOINTS / BEST
         if distributed.is_rank_zero() and best.is_file():
             self.objective.load_state_dict(load_state(best)["objective"])
@@ -150,6 +155,7 @@ class Trainer:
         try:
             load_module(self.trained, state["objective"])
             load_optimizer(self.optimizer, state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
             self.progress = Progress(**state["progress"])
             self.batching.load_state(state["memory"])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
@@ -166,23 +172,18 @@ class Trainer:
         """Put the checkpoint of the best step known so far where this run expects it."""
         at = self.progress
         assert self.run.source is not None
-        own = self.run.path / CHECKPOINTS
-        theirs = resume_checkpoint(self.run.source).parent
-        if at.best is not None:
-            for name in (REGULAR_BEST, BEST):
-                found = theirs / name
-                if not found.is_file():
-                    continue
-                state = load_state(found)
-                if state["progress"]["step"] == at.best_step:
-                    save_state(own / BEST, state)
-                    break
-            else:
-                log(
-                    f"warning: the best checkpoint (step {at.best_step}) is not in {theirs}; the "
-                    "best is chosen among the validations to come"
-                )
-                at.best, at.best_step, at.not_better = None, 0, 0
+        own, theirs = self.run.path / CHECKPOINTS, resume_checkpoint(self.run.source).parent
+        found = [theirs / name for name in (REGULAR_BEST, BEST) if (theirs / name).is_file()]
+        states = (load_state(path) for path in found)
+        best = next((one for one in states if one["progress"]["step"] == at.best_step), None)
+        if at.best is not None and best is not None:
+            save_state(own / BEST, best)
+        elif at.best is not None:
+            log(
+                f"warning: the best checkpoint (step {at.best_step}) is not in {theirs}; the "
+                "best is chosen among the validations to come"
+            )
+            at.best, at.best_step, at.not_better = None, 0, 0
         if at.best is None:
             (own / BEST).unlink(missing_ok=True)
         (own / REGULAR_BEST).unlink(missing_ok=True)
@@ -214,7 +215,8 @@ class Trainer:
                 if not stop and (ended or self._stopped_early()):
                     break
                 if not stop:
-                    display.update(at.step + 1, at.epoch, self.step(batches[at.batch]))
+                    measured = self.step(*batches[at.batch : at.batch + 2])
+                    display.update(at.step, at.epoch, measured)
                     stop, late = self._asked()
                 if stop or late:
                     self.save(LAST)
@@ -224,10 +226,8 @@ class Trainer:
 
     def _asked(self) -> tuple[int, bool]:
         """The signal that asks to stop (0: none), and whether a checkpoint is due, on all ranks."""
-        late = (
-            distributed.is_rank_zero()
-            and time.monotonic() - self._saved > self.run.checkpoint_seconds
-        )
+        elapsed = time.monotonic() - self._saved
+        late = distributed.is_rank_zero() and elapsed > self.run.checkpoint_seconds
         asked = distributed.all_reduce_max(2 * self.signals.number + late)
         return asked // 2, asked % 2 == 1
 
@@ -238,11 +238,8 @@ class Trainer:
             most is not None and self.progress.step >= most
         )
 
-    def step(self, rows: np.ndarray) -> dict[str, float]:
-        """One change of the weights.
-
-        Args:
-            rows: the step's samples, as rows of the dataset.
+    def step(self, rows: np.ndarray, coming: np.ndarray | None = None) -> dict[str, float]:
+        """One change of the weights by some rows of the dataset; `coming` are those of the next.
 
         Returns:
             What was measured: loss terms, learning rate, gradient norm, samples a second, memory.
@@ -253,14 +250,22 @@ class Trainer:
             at.samples, len(rows), self.scheduled_samples, self.options.warmup_fraction
         )
         set_learning_rate(self.optimizer, rate)
+        self.prefetch.begin(rows, step_seed(self.seed, at.step))
+        if coming is not None:
+            self.prefetch.begin(coming, step_seed(self.seed, at.step + 1))
         terms, memory = self.batching.run(rows, self.compute)
+        self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self._step.parameters, self.options.clip)
-        if not math.isfinite(terms["loss"]) or not math.isfinite(norm):
+        finite = math.isfinite(norm)
+        at.skipped = 0 if finite else at.skipped + 1
+        may_skip = self.scaler.is_enabled() and at.skipped <= MOST_SKIPPED
+        if not math.isfinite(terms["loss"]) or not (finite or may_skip):
             raise InputError(
                 f"step {at.step + 1}: loss {terms['loss']:g}, gradient norm {norm:g}: not finite; "
                 "continue from the last checkpoint with a lower --lr"
             )
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)  # with float16: nothing where a gradient overflowed
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         at.step += 1
         at.batch += 1
@@ -272,30 +277,34 @@ class Trainer:
             f"{self.dataset.unit.lower()}_per_second": len(rows) / (time.perf_counter() - started),
             **memory,
         }
+        if self.scaler.is_enabled():
+            measured |= {"loss_scale": self.scaler.get_scale(), "skipped": float(at.skipped)}
         self.run.log(at.step, at.epoch, "train", measured)
         return measured
 
     def compute(
-        self, rows: np.ndarray, pieces: int, progress: float | None = None
+        self, rows: np.ndarray, micro_batches: int, progress: float | None = None
     ) -> dict[str, float]:
         """Loss terms of a step, its gradients left in the weights; random as the step's number.
 
         Args:
             rows: the step's samples.
-            pieces: in how many each stage is computed.
+            micro_batches: in how many each stage is computed.
             progress: share of the run that is behind; where it is, if not given.
 
         Raises:
             StepTooLarge: the memory does not hold it; no gradients are left.
-            InputError: nor does it hold what no piece makes smaller.
+            InputError: nor does it hold what no micro-batch makes smaller.
         """
         self.trained.train()
         done = self.progress.samples / self.scheduled_samples
         self.trained.progress = done if progress is None else progress
         self.optimizer.zero_grad(set_to_none=True)
-        torch.manual_seed(step_seed(self.seed, self.progress.step))
+        seed = step_seed(self.seed, self.progress.step)
+        torch.manual_seed(seed)
         try:
-            return self._step(self.dataset.batch(rows).to(self.device), pieces)
+            batch = self.prefetch.take(rows, seed)
+            return self._step(batch, micro_batches, self.scaler.get_scale())
         except StepTooLarge:
             raise
         except (MemoryError, RuntimeError) as error:
@@ -306,9 +315,9 @@ class Trainer:
                 "give more memory or smaller steps (--effective-batch-size, --batch-size)"
             ) from error
 
-    def compute_all(self, rows: np.ndarray, pieces: int) -> dict[str, float]:
+    def compute_all(self, rows: np.ndarray, micro_batches: int) -> dict[str, float]:
         """`compute` with everything that the run will train: for measuring memory."""
-        return self.compute(rows, pieces, progress=1.0)
+        return self.compute(rows, micro_batches, progress=1.0)
 
     def _validate(self, due: bool) -> dict[str, float | None]:
         """Measure the validation part, keep the best weights, save.
@@ -327,12 +336,10 @@ class Trainer:
             raise InputError(
                 f"--best-metric {self.best_metric}: not measured here; choose {', '.join(measured)}"
             )
-        value = measured[self.best_metric]
-        better = (
-            value is not None
-            and not math.isnan(value)
-            and (at.best is None or self._better(value, at.best))
-        )
+        value, better = measured[self.best_metric], False
+        if value is not None and not math.isnan(value):
+            lower = self.best_metric.endswith(LOWER_IS_BETTER)
+            better = at.best is None or (value < at.best if lower else value > at.best)
         regular = replace(at)
         if better:
             folder = self.run.path / CHECKPOINTS
@@ -347,10 +354,6 @@ class Trainer:
         self.save(LAST, None if due else regular)
         return measured
 
-    def _better(self, value: float, than: float) -> bool:
-        lower = self.best_metric.endswith(LOWER_IS_BETTER)
-        return value < than if lower else value > than
-
     def _stopped_early(self) -> bool:
         patience = self.options.early_stopping
         return bool(patience) and self.progress.not_better >= patience
@@ -358,19 +361,18 @@ class Trainer:
     def save(self, name: str, progress: Progress | None = None) -> None:
         """Write a checkpoint, with another progress than the run's if one is given."""
         self.run.flush()
-        folder = self.run.path / CHECKPOINTS
-        objective, optimizer = self.trained.state_dict(), self.optimizer.state_dict()
         state = {
             "format": FORMAT,
-            "objective": whole(objective),
-            "optimizer": whole(optimizer),
+            "objective": whole(self.trained.state_dict()),
+            "optimizer": whole(self.optimizer.state_dict()),
+            "scaler": self.scaler.state_dict(),
             "progress": asdict(progress or self.progress),
             "memory": self.batching.state(),
             "description": self.description,
             "config": self.config,
         }
         if distributed.is_rank_zero():
-            save_state(folder / name, state)
+            save_state(self.run.path / CHECKPOINTS / name, state)
         self._saved = time.monotonic()
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import re
+import threading
 import subprocess
 import sys
 from dataclasses import replace
@@ -199,7 +200,7 @@ def test_memory_that_no_piece_saves_ends_the_run_with_a_line(aam, tmp_path, monk
 
     def batch(self, rows, **more):
         calls.append(rows)
-        if len(calls) > 2 and not more:
+        if len(calls) > 2 and threading.current_thread().name.startswith("next batch"):
             raise MemoryError
         return gather(self, rows, **more)
 

@@ -11,10 +11,9 @@ from torch import nn
 
 from aam.commands.pretrain_tree import STACK_JOINS
 from aam.learning.loop import step_seed
-from aam.learning.schedule import (
+from aam.learning.optimizer import (
     SCALE_LR_FACTOR,
     make_optimizer,
-    make_state,
     set_learning_rate,
     warmup_cosine,
 )
@@ -45,21 +44,23 @@ def test_the_rate_follows_the_samples_seen_whatever_the_sizes_of_the_steps():
         seen += size
 
 
-def test_state_made_before_the_first_step_changes_nothing():
+def test_state_is_there_before_the_first_step_and_changes_nothing():
     torch.manual_seed(0)
-    models = [nn.Linear(4, 3), nn.Linear(4, 3)]
-    models[1].load_state_dict(models[0].state_dict())
-    optimizers = [make_optimizer(model, 1e-2, 0.1) for model in models]
-    make_state(optimizers[1])
-    assert torch.equal(models[0].weight, models[1].weight)
-    assert models[1].weight.grad is None
+    model, other = nn.Linear(4, 3), nn.Linear(4, 3)
+    other.load_state_dict(model.state_dict())
+    optimizers = {make_optimizer(model, 1e-2, 0.1): model}
+    assert all(len(one) == 3 for one in next(iter(optimizers)).state.values())
+    assert torch.equal(model.weight, other.weight) and model.weight.grad is None
+    groups = [{"params": [other.weight], "weight_decay": 0.1}, {"params": [other.bias]}]
+    optimizers[torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.0)] = other
     for _ in range(3):
-        for model, optimizer in zip(models, optimizers, strict=True):
-            set_learning_rate(optimizer, 1e-2)
+        for optimizer, one in optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-2
             optimizer.zero_grad()
-            model(torch.ones(2, 4)).square().sum().backward()
+            one(torch.ones(2, 4)).square().sum().backward()
             optimizer.step()
-    assert torch.equal(models[0].weight, models[1].weight)
+    assert torch.equal(model.weight, other.weight) and torch.equal(model.bias, other.bias)
 
 
 def test_only_weight_matrices_decay_and_the_scale_is_faster():
@@ -112,10 +113,10 @@ PAIRS = ("--distance", "bray-curtis")
 def test_the_stack_joins_for_the_last_part_of_a_run(aam, tmp_path, monkeypatch):
     compute, seen = Step.__call__, []
 
-    def noted(self, batch, pieces=1):
+    def noted(self, batch, pieces=1, scale=1.0):
         gate = self.objective.encoder.gate.abs().max().item()
         seen.append((self.objective.progress, len(batch), gate))
-        return compute(self, batch, pieces)
+        return compute(self, batch, pieces, scale)
 
     monkeypatch.setattr(Step, "__call__", noted)
     run = tmp_path / "run"

@@ -15,8 +15,8 @@ from aam.learning.cost_model import CostModel
 from aam.learning.memory_profile import Fit, batch_rows, fitting_batches, kept_a_token, peak_rows
 from aam.learning.memory_watch import OWN, Phase, StepWatch, group_of
 from aam.learning.meter import Meter
+from aam.learning.optimizer import make_optimizer
 from aam.learning.planner import Contents
-from aam.learning.schedule import make_optimizer, make_state
 from profiling import memory_curve
 
 COLUMNS = ["section", "name", "part", "bytes", "detail"]
@@ -228,7 +228,6 @@ def test_the_recommended_batch_fits_by_hand():
 def test_the_peak_is_taken_apart_by_hand():
     chain = Chain()
     optimizer = make_optimizer(chain, 1e-3, 0.0)
-    make_state(optimizer)
     chain.frozen_asvs = torch.zeros(10, 4)
     watch = StepWatch(chain, Peaks())
     watch.phases = [

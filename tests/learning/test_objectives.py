@@ -327,7 +327,7 @@ def frozen_objective(encoder, dataset):
 
 
 def test_a_frozen_base_gives_the_forward_of_the_unfrozen_one_and_does_not_move(dataset, encoder):
-    from aam.learning.schedule import make_optimizer
+    from aam.learning.optimizer import make_optimizer
 
     objective = frozen_objective(encoder, dataset)
     batch = dataset.batch(np.arange(6))
