@@ -40,6 +40,7 @@ def make_optimizer(module: nn.Module, lr: float, weight_decay: float) -> torch.o
     for state in optimizer.state.values():
         state["step"].zero_()
     optimizer.zero_grad(set_to_none=True)
+    set_learning_rate(optimizer, lr)
     return optimizer
 
 

@@ -106,10 +106,10 @@ def interrupt_at(monkeypatch, step: int, number: int = signal.SIGINT) -> None:
 
     take = Trainer.step
 
-    def step_and_stop(self, batches):
+    def step_and_stop(self, *batches):
         if self.progress.step == step - 1:
             os.kill(os.getpid(), number)
-        return take(self, batches)
+        return take(self, *batches)
 
     monkeypatch.setattr(Trainer, "step", step_and_stop)
 
