@@ -8,6 +8,7 @@ import shutil
 import torch
 from torch import nn
 
+from aam.config import RunOptions
 from aam.errors import InputError
 from aam_kernels import available_impls
 from aam_kernels.modules import TransformerEncoder

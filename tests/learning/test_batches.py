@@ -2,9 +2,9 @@
 
 import csv
 import re
-import threading
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 
 import numpy as np
