@@ -25,11 +25,11 @@ import torch
 
 from aam.data.clades import places_by_tree
 from aam.data.metadata import read_metadata
-from aam.data.phylogeny import UniFrac
 from aam.data.splits import split_samples
 from aam.data.table import FeatureTable, read_table
 from aam.data.texts import Texts
 from aam.data.tree import Phylogeny, read_tree
+from aam.data.unifrac import UniFrac
 from aam.evaluation import metrics
 from aam.evaluation.placer import Placer, load_placer, unifrac_by_model
 from benchmarks import machine

@@ -6,9 +6,9 @@ import h5py
 import numpy as np
 import pytest
 
-from aam.data.phylogeny import UniFrac
 from aam.data.table import read_table
 from aam.data.tree import read_tree
+from aam.data.unifrac import UniFrac
 
 SCIKIT_BIO = {"unweighted": "unweighted_unifrac", "weighted-normalized": "weighted_unifrac"}
 SSU = {"unweighted": "unweighted_fp64", "weighted-normalized": "weighted_normalized_fp64"}
@@ -39,7 +39,7 @@ def test_unifrac_from_files(compare, timing, real_data, require_tool, tmp_path, 
     sample_ids = read_table(table).sample_ids
 
     def ours():
-        return UniFrac(read_table(table), read_tree(tree), metric).all_pairs()
+        return UniFrac(read_table(table), read_tree(tree), metric).pairwise()
 
     def unifrac_tools():
         command = [ssu, "-i", table, "-t", tree, "-o", output, "-m", SSU[metric]]
@@ -65,7 +65,7 @@ def test_unifrac_in_memory(compare, full, real_data, data, metric):
     results, _ = compare(
         f"UniFrac {metric}, {data}, {len(table.sample_ids)} samples, in memory",
         {
-            "aam": lambda: UniFrac(table, tree, metric).all_pairs(),
+            "aam": lambda: UniFrac(table, tree, metric).pairwise(),
             "scikit-bio": scikit_bio(tree_path, table, metric),
         },
         reference="scikit-bio",

@@ -230,10 +230,10 @@ def test_pitfall_sequences_were_cut_silently(aam, tmp_path, capsys):
 
 
 def test_pitfall_samples_missing_from_the_distance_matrix(aam, community, tmp_path, capsys):
-    from aam.data.distances import compute_unifrac
+    from tests.data.trees import write_unifrac
 
     whole, fewer = tmp_path / "whole.tsv", tmp_path / "fewer.tsv"
-    compute_unifrac(community.table, community.tree, "unweighted", whole)
+    write_unifrac(community.table, community.tree, whole)
     rows = [line.split("\t") for line in whole.read_text().splitlines()]
     keep = [n for n in range(len(rows)) if n not in (3, 9)]
     fewer.write_text("\n".join("\t".join(rows[i][j] for j in keep) for i in keep) + "\n")

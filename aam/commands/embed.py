@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from aam.config import EmbedConfig
-from aam.data.distances import read_rarefied
 from aam.data.embedding import Embedding
 from aam.data.neighbours import Found
+from aam.data.samples import read_rarefied
 from aam.data.table import FeatureTable
 from aam.errors import InputError, log, log_facts
 from aam.evaluation.applicability import of_placed

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from aam.config import DistanceOptions, MetadataOptions, TableOptions
-from aam.data.distances import PrecomputedDistances, read_distances
-from aam.data.phylogeny import UniFrac
+from aam.data.distances import read_distances
 from aam.data.samples import Samples
 from aam.data.splits import Split, leaking_columns, split_samples
-from aam.data.table_distances import TableDistances
+from aam.data.table_distances import PrecomputedDistances, TableDistances
 from aam.data.tree import Phylogeny, read_tree
+from aam.data.unifrac import UniFrac
 from aam.errors import DataFact, InputError, name_some
 
 MOST_COMPARED = 2000  # validation samples of which all pairs are compared

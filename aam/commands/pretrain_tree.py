@@ -196,8 +196,7 @@ class TreePretraining(Task):
         lowest, weight = clades.clade_of_node[truth.node], torch.from_numpy(clades.weight).float()
         for part in self.placer.parts(len(near.index)):
             logits = torch.from_numpy(self.placer.network_logits(near.take(part)))
-            true = np.zeros(logits.shape, dtype=np.float32)
-            clades.spread(lowest[part], np.ones(len(true), dtype=np.float32), true)
+            true = clades.members(lowest[part]).astype(np.float32)
             loss += float(
                 F.binary_cross_entropy_with_logits(
                     logits, torch.from_numpy(true), weight=weight, reduction="sum"

@@ -4,60 +4,71 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
+
 from aam.config import UnifracConfig
-from aam.data.distances import (
-    UnifracSummary,
-    check_output,
-    compute_unifrac,
-    read_rarefied,
-    write_unifrac,
-)
+from aam.data.distances import write_distances
+from aam.data.samples import read_rarefied
+from aam.data.tree import read_tree
+from aam.data.unifrac import UniFrac
 from aam.errors import InputError, log, log_facts
 from aam.evaluation.applicability import of_placed
 from aam.evaluation.placer import load_placer, unifrac_by_model
+from aam.files import check_file_output, write_table
 from aam.learning.device import pick_device
 
 
 def unifrac(config: UnifracConfig) -> None:
     """Run `aam unifrac`."""
-    if (config.tree is None) == (config.model is None):
-        raise InputError("give either --tree or --model: what places the table's features")
-    if config.tree is None:
-        summary = unifrac_by_placing(config)
-    else:
-        summary = compute_unifrac(
-            config.table,
-            config.tree,
-            config.metric,
-            config.output,
-            sequences=config.sequences,
-            rarefy_depth=config.rarefy_depth,
-            seed=config.seed,
-            drop_missing_tips=config.drop_missing_tips,
-            overwrite=config.overwrite,
-        )
-    for fact in summary.facts:
-        log(f"{fact.kind}: {fact.count} {fact.what} ({fact.detail})")
-    parts = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in summary.seconds.items())
-    log(
-        f"{config.metric} of {summary.samples} samples and {summary.features} features: mean "
-        f"{summary.mean:.4f}, sd {summary.standard_deviation:.4f} ({parts}): {config.output}"
-    )
-
-
-def unifrac_by_placing(config: UnifracConfig) -> UnifracSummary:
-    """Distances by what a pretrained model knows; features that it does not know are placed."""
-    assert config.model is not None
-    check_output(config.output, config.metric, config.overwrite)
-    placer = load_placer(config.model, pick_device(config.device))
+    check_options(config)
+    placer = None if config.model is None else load_placer(config.model, pick_device(config.device))
     clock = [time.perf_counter()]
     table, facts = read_rarefied(config.table, config.sequences, config.rarefy_depth, config.seed)
     clock.append(time.perf_counter())
-    placed = placer.place(table.feature_ids)
-    known, warnings = of_placed(table, placed)
-    log_facts(facts + known, warnings)
-    unifrac = unifrac_by_model(table, placer.clades, placed)
-    if config.metric != "faith-pd":
-        unifrac = unifrac.by(config.metric)
+    if placer is not None:
+        placed = placer.place(table.feature_ids)
+        known, warnings = of_placed(table, placed)
+        log_facts(facts + known, warnings)
+        source = unifrac_by_model(table, placer.clades, placed)
+    else:
+        assert config.tree is not None
+        tree = read_tree(config.tree, sequences=config.sequences)
+        source = UniFrac(table, tree, drop_missing=config.drop_missing_tips)
+        log_facts(facts + source.facts)
     clock.append(time.perf_counter())
-    return write_unifrac(unifrac, config.metric, config.output, [], clock)
+    if config.metric == "faith-pd":
+        values = distances = source.faith_pd()
+    else:
+        distances = source.by(config.metric).pairwise()
+        values = distances[np.triu_indices(len(distances), 1)]
+    clock.append(time.perf_counter())
+    if config.metric == "faith-pd":
+        rows = ((name, f"{one:.9g}") for name, one in zip(table.sample_ids, values, strict=True))
+        write_table(config.output, ["sample-id", "faith_pd"], rows)
+    else:
+        write_distances(config.output, table.sample_ids, distances)
+    clock.append(time.perf_counter())
+    mean, sd = (values.mean(), values.std()) if values.size else (np.nan, np.nan)
+    steps = zip(("table", "tree", "distances", "write"), np.diff(clock), strict=True)
+    took = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in steps)
+    log(
+        f"{config.metric} of {len(source)} samples and {len(source.tree.tip_names)} features: mean "
+        f"{mean:.4f}, sd {sd:.4f} ({took}): {config.output}"
+    )
+
+
+def check_options(config: UnifracConfig) -> None:
+    """Refuse, before any work, options that cannot be.
+
+    Raises:
+        InputError: says which, and the remedy.
+    """
+    if (config.tree is None) == (config.model is None):
+        raise InputError("give either --tree or --model: what places the table's features")
+    kinds = (".tsv",) if config.metric == "faith-pd" else (".h5", ".tsv")
+    if config.output.suffix.lower() not in kinds:
+        raise InputError(
+            f"{config.output}: unknown extension {config.output.suffix!r} for {config.metric}; "
+            f"write to {' or '.join(kinds)}"
+        )
+    check_file_output(config.output, config.overwrite)

@@ -33,6 +33,29 @@ LONGEST_WEIGHT = 5.0
 """Most that one clade counts in the loss, in mean lengths."""
 
 
+@dataclass(frozen=True)
+class Grafts:
+    """Where new ASVs join the tree.
+
+    Attributes:
+        node: ``(n,)`` int64, whose branch each joins.
+        shared: ``(n,)`` float64, how much of that branch it shares, from the top.
+        own: ``(n,)`` float64, the length that is its own.
+    """
+
+    node: NDArray[np.int64]
+    shared: NDArray[np.float64]
+    own: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        """Number of new ASVs."""
+        return len(self.node)
+
+    def take(self, index: NDArray[Any]) -> Grafts:
+        """Some of them, by numbers or a mask."""
+        return Grafts(self.node[index], self.shared[index], self.own[index])
+
+
 @dataclass(frozen=True, eq=False)
 class Clades:
     """A tree sheared to the known ASVs, and its clades.
@@ -89,14 +112,11 @@ class Clades:
         """``(nodes,)`` the clade that each node is, or lies in; -1: none."""
         clade = np.full(len(self.tree), -1, dtype=np.int64)
         clade[self.nodes] = np.arange(len(self.nodes))
-        at = np.arange(len(self.tree))
-        parent = np.where(self.tree.parent < 0, at, self.tree.parent)
-        up = np.where(clade >= 0, at, parent)  # the root and clades lead to themselves
-        while True:  # twice as far each time
-            further = up[up]
-            if (further == up).all():
-                return clade[up]
+        at, parent = np.arange(len(self.tree)), self.tree.parent
+        up = np.where((clade >= 0) | (parent < 0), at, parent)  # these lead to themselves
+        while not np.array_equal(further := up[up], up):  # twice as far each time
             up = further
+        return clade[up]
 
     @cached_property
     def parent(self) -> NDArray[np.int64]:
@@ -104,24 +124,31 @@ class Clades:
         return self.clade_of_node[self.tree.parent[self.nodes]]
 
     @cached_property
-    def tip_nodes(self) -> NDArray[np.int64]:
-        """``(known ASVs,)`` node of each tip."""
-        return self.tree.tip_nodes
-
-    @cached_property
     def lowest(self) -> NDArray[np.int64]:
         """``(known ASVs,)`` the smallest clade of each; -1: none."""
-        return self.clade_of_node[self.tree.parent[self.tip_nodes]]
+        return self.clade_of_node[self.tree.parent[self.tree.tip_nodes]]
 
     @cached_property
     def pendant(self) -> NDArray[np.float64]:
         """``(known ASVs,)`` length above each that it shares with no other."""
-        return self.tree.length[self.tip_nodes]
+        return self.tree.length[self.tree.tip_nodes]
 
     @cached_property
     def levels(self) -> list[NDArray[np.int64]]:
         """The clades by how many hold them, outermost first; a clade's parent is a level before."""
         return levels_of(self.parent)
+
+    @cached_property
+    def root_distance(self) -> NDArray[np.float64]:
+        """``(nodes,)`` distance of each node to the root."""
+        return sums_to_root(self.tree.parent, self.tree.length)
+
+    @cached_property
+    def depth(self) -> NDArray[np.float64]:
+        """``(nodes,)`` length of clades from the root to each node, the node's own included."""
+        clade = np.zeros(len(self.tree))
+        clade[self.nodes] = self.length
+        return sums_to_root(self.tree.parent, clade)
 
     def on_paths(self, tips: NDArray[np.int64]) -> NDArray[np.int64]:
         """The clades of any of some known ASVs ``(n,)``, ascending."""
@@ -141,72 +168,45 @@ class Clades:
         return order, np.searchsorted(above[order], np.arange(len(self) + 2))
 
     def near(self, tips: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The clades of some known ASVs and the sisters of these clades, ascending.
-
-        Args:
-            tips: ``(n,)`` the ASVs.
-        """
-        on_path = np.zeros(len(self) + 1, dtype=bool)
-        on_path[self.on_paths(tips)] = True
-        on_path[-1] = True  # holds the outermost ones
+        """The clades of some known ASVs ``(n,)`` and the sisters of these clades, ascending."""
         order, starts = self._children
-        holding = np.flatnonzero(on_path)
-        below = order[ranges(starts[holding], starts[holding + 1] - starts[holding])]
-        on_path[below] = True
-        return np.flatnonzero(on_path[:-1])
+        holding = np.append(self.on_paths(tips), len(self))  # and what holds the outermost ones
+        return np.sort(order[ranges(starts[holding], starts[holding + 1] - starts[holding])])
 
-    @cached_property
-    def root_distance(self) -> NDArray[np.float64]:
-        """``(nodes,)`` distance of each node to the root; the root's own branch is not counted."""
-        length = self.tree.length.copy()
-        length[-1] = 0.0
-        return sums_to_root(self.tree.parent, length)
+    def members(self, lowest: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """``(n, clades)`` whether ASVs of these smallest clades ``(n,)`` (-1: none) are in each."""
+        start, stop = self.tree.tip_start, self.tree.tip_stop
+        node = self.node_of(lowest)[:, None]
+        return (self.start <= start[node]) & (self.stop >= stop[node])
 
     def node_of(self, clade: NDArray[np.int64]) -> NDArray[np.int64]:
         """``(n,)`` node of each clade ``(n,)``; the root for -1."""
-        root = len(self.tree) - 1
-        return (
-            np.where(clade >= 0, self.nodes[clade], root)
-            if len(self)
-            else np.full(len(clade), root)
-        )
+        return np.append(self.nodes, len(self.tree) - 1)[clade]
 
     def ends(self, clade: NDArray[np.int64]) -> Grafts:
         """Places at the lower ends of clades ``(n,)``; the root for -1."""
         node = self.node_of(clade)
         return Grafts(node, self.tree.length[node], np.zeros(len(node)))
 
-    @cached_property
-    def depth(self) -> NDArray[np.float64]:
-        """``(nodes,)`` length of clades from the root to each node, the node's own included."""
-        clade = np.zeros(len(self.tree))
-        clade[self.nodes] = self.length
-        return sums_to_root(self.tree.parent, clade)
-
     def jaccard(self, one: Grafts, other: Grafts) -> NDArray[np.float64]:
-        """``(n,)`` length of the clades that two places share, of what either holds; 1: none held.
+        """Similarity of the clades that the same n ASVs are members of by two opinions.
 
-        Args:
-            one: where ASVs join the tree.
-            other: where the same ASVs join it by another opinion.
+        Returns:
+            ``(n,)`` length of the clades that both places hold, of what either holds, parts of a
+            branch included; 1 where neither holds any.
         """
         held, theirs = self._held(one), self._held(other)
+        # Above the branch where the ways meet all is shared; on it the shorter part.
         meeting = self._meeting(one.node, other.node)
-        # On the same branch the shorter part is shared; else all above the branch where they meet.
-        same = one.node == other.node
-        below_one = (meeting == one.node) & ~same  # the other joins below: all of this one's part
-        below_other = (meeting == other.node) & ~same
-        shared = np.where(same, np.minimum(held, theirs), self.depth[meeting])
-        shared = np.where(below_one, held, np.where(below_other, theirs, shared))
+        shared = np.minimum(np.minimum(held, theirs), self.depth[meeting])
         whole = held + theirs - shared
         return np.divide(shared, whole, out=np.ones_like(whole), where=whole > 0)
 
     def _held(self, grafts: Grafts) -> NDArray[np.float64]:
-        """Length of the clades that each new ASV is a member of, parts of a branch included."""
-        is_clade = np.zeros(len(self.tree), dtype=bool)
-        is_clade[self.nodes] = True
+        """``(n,)`` length of the clades that each new ASV is a member of."""
+        is_clade = np.isin(grafts.node, self.nodes)
         missing = np.maximum(self.tree.length[grafts.node] - grafts.shared, 0.0)
-        return self.depth[grafts.node] - np.where(is_clade[grafts.node], missing, 0.0)
+        return self.depth[grafts.node] - np.where(is_clade, missing, 0.0)
 
     def _meeting(self, one: NDArray[np.int64], other: NDArray[np.int64]) -> NDArray[np.int64]:
         """The lowest node that holds both nodes of each pair."""
@@ -219,27 +219,10 @@ class Clades:
                 return high
             high = np.where(outside, self.tree.parent[high], high)
 
-    def spread(self, lowest: NDArray[np.int64], values: NDArray[np.float32], into: NDArray) -> None:
-        """Add each ASV's value to all clades on its path.
-
-        Args:
-            lowest: ``(n,)`` the smallest clade of each; -1: none.
-            values: ``(n,)``.
-            into: ``(n, clades)`` float32, changed in place.
-        """
-        rows, at = np.arange(len(lowest)), lowest
-        while (on := at >= 0).any():
-            into[rows[on], at[on]] += values[on]
-            at = np.where(on, self.parent[at], -1)
-
     def graft(self, grafts: Grafts, names: Sequence[str]) -> tuple[Phylogeny, NDArray[np.int64]]:
-        """The tree with new ASVs on it.
+        """The tree with new ASVs of some names on it.
 
         Each joins a branch at some height, through a node of its own; lower ones first.
-
-        Args:
-            grafts: where each joins, and its own length.
-            names: of the new tips.
 
         Returns:
             The tree, and for each of its nodes the node of the known tree whose branch its
@@ -254,79 +237,38 @@ class Clades:
         place = np.arange(len(tree)) + 2 * before  # of the old nodes
         tip = 2 * np.arange(count) + node + 1  # of the new ones, after the node whose branch it is
         joint = tip + 1
-        is_top = np.ones(count, dtype=bool)
-        is_top[:-1] = node[1:] != node[:-1]
+        is_top = np.append(node[1:] != node[:-1], True)[:count]
         is_lowest = np.roll(is_top, 1)
         total = len(tree) + 2 * count
         parent, length = np.full(total, -1, dtype=np.int64), np.zeros(total)
-        up = tree.parent
-        above = np.where(up >= 0, place[up], -1)
+        above = np.where(tree.parent >= 0, place[tree.parent], -1)
         parent[place], length[place] = above, tree.length
         parent[tip], length[tip] = joint, grafts.own[order]
-        parent[joint[~is_top]] = joint[np.flatnonzero(~is_top) + 1]
-        parent[joint[is_top]] = above[node[is_top]]
-        grafted = node[is_lowest]
-        parent[place[grafted]] = joint[is_lowest]
-        length[place[grafted]] -= shared[is_lowest]
+        higher = np.flatnonzero(~is_top) + 1  # the next one on the same branch
+        parent[joint[~is_top]], parent[joint[is_top]] = joint[higher], above[node[is_top]]
+        grafted = place[node[is_lowest]]
+        parent[grafted] = joint[is_lowest]
+        length[grafted] -= shared[is_lowest]
         length[joint] = shared
-        length[joint[~is_top]] -= shared[np.flatnonzero(~is_top) + 1]
-        # Tips below: a node's own, and the grafts on branches within its subtree.
-        first = self.tip_nodes[tree.tip_start]  # the first node of each subtree
-        start = tree.tip_start + before[first]
-        tip_start, tip_stop = np.empty(total, dtype=np.int64), np.empty(total, dtype=np.int64)
-        tip_start[place], tip_stop[place] = start, tree.tip_stop + before
-        own = tip_stop[place[node]] + np.arange(count) - before[node]
-        tip_start[tip], tip_stop[tip] = own, own + 1
-        tip_start[joint], tip_stop[joint] = start[node], own + 1
-        known, new = Texts.of(tree.tip_names), Texts.of(list(names))
-        number = np.empty(len(known) + count, dtype=np.int64)
-        number[tip_start[place[self.tip_nodes]]] = np.arange(len(known))
-        number[own] = len(known) + order
-        origin = np.full(total, -1, dtype=np.int64)
+        length[joint[~is_top]] -= shared[higher]
+        origin, number = np.full((2, total), -1, dtype=np.int64)
         origin[place], origin[joint] = np.arange(len(tree)), node
-        names = known.joined(new).take(number)
-        return Phylogeny(names, parent, length, tip_start, tip_stop, tree.source), origin
+        known, new = self.sequences, Texts.of(list(names))
+        number[place[tree.tip_nodes]] = np.arange(len(known))
+        number[tip] = len(known) + order
+        grown = known.joined(new).take(number[number >= 0])
+        return Phylogeny(grown, parent, length, tree.source), origin
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         """The tree as arrays that a file can hold; `from_arrays` reads them."""
-        tree = self.tree
-        return {
-            **known_arrays(self.sequences),
-            "tree.parent": tree.parent,
-            "tree.length": tree.length,
-            "tree.tip_start": tree.tip_start,
-            "tree.tip_stop": tree.tip_stop,
-        }
+        tree = {"tree.parent": self.tree.parent, "tree.length": self.tree.length}
+        return known_arrays(self.sequences) | tree
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], source: str) -> Clades:
         """Read what `to_arrays` gave."""
-        names = ("parent", "length", "tip_start", "tip_stop")
-        tree = {name: arrays[f"tree.{name}"] for name in names}
-        return cls(Phylogeny(known_sequences(arrays), **tree, source=source))
-
-
-@dataclass(frozen=True)
-class Grafts:
-    """Where new ASVs join the tree.
-
-    Attributes:
-        node: ``(n,)`` int64, whose branch each joins.
-        shared: ``(n,)`` float64, how much of that branch it shares, from the top.
-        own: ``(n,)`` float64, the length that is its own.
-    """
-
-    node: NDArray[np.int64]
-    shared: NDArray[np.float64]
-    own: NDArray[np.float64]
-
-    def __len__(self) -> int:
-        """Number of new ASVs."""
-        return len(self.node)
-
-    def take(self, index: NDArray[Any]) -> Grafts:
-        """Some of them, by numbers or a mask."""
-        return Grafts(self.node[index], self.shared[index], self.own[index])
+        parent, length = arrays["tree.parent"], arrays["tree.length"]
+        return cls(Phylogeny(known_sequences(arrays), parent, length, source))
 
 
 def known_arrays(sequences: Sequence[str]) -> dict[str, NDArray[Any]]:
@@ -357,11 +299,9 @@ class TreeSplit:
 
 
 def split_tree(tree: Phylogeny, known: NDArray[np.bool_]) -> TreeSplit:
-    """The clades of a tree's known tips, and where its other tips join.
+    """The clades of a tree's known tips ``(tips,)``, and where its other tips join.
 
-    Args:
-        tree: tips are named by their sequences.
-        known: ``(tips,)`` bool.
+    Tips are named by their sequences.
     """
     unseen = np.flatnonzero(~known)
     truth = true_grafts(tree, known, unseen)
@@ -369,13 +309,7 @@ def split_tree(tree: Phylogeny, known: NDArray[np.bool_]) -> TreeSplit:
 
 
 def true_grafts(tree: Phylogeny, kept: NDArray[np.bool_], tips: NDArray[np.int64]) -> Grafts:
-    """Where tips of a tree join what is left of it when only some others are kept.
-
-    Args:
-        tree: the whole tree.
-        kept: ``(tips of the tree,)`` bool, those that are left.
-        tips: ``(n,)`` others.
-    """
+    """Where tips ``(n,)`` of a tree join what is left of it when only ``kept`` ``(tips,)`` are."""
     runs = tree.runs(kept)
     # The lowest node above each tip that has kept tips below.
     at, own = tree.tip_nodes[tips], np.zeros(len(tips))
@@ -401,16 +335,14 @@ def places_by_tree(tree: Phylogeny, clades: Clades, sequences: Texts) -> Grafts 
     """
     names = Texts.of(tree.tip_names).upper()
     known, tips = match_names(clades.sequences, names), match_names(sequences, names)
-    if (known < 0).any() or (tips < 0).any():
+    if (known < 0).any() or (tips < 0).any() or (np.diff(known) < 0).any():
         return None
     kept = np.zeros(len(names), dtype=bool)
     kept[known] = True
     sheared, own = tree.shear(kept), clades.tree
-    if len(sheared) != len(own) or (np.diff(known) < 0).any():
+    if not np.array_equal(sheared.parent, own.parent):
         return None
-    if (sheared.parent != own.parent).any() or not np.allclose(sheared.length, own.length):
-        return None
-    return true_grafts(tree, kept, tips)
+    return true_grafts(tree, kept, tips) if np.allclose(sheared.length, own.length) else None
 
 
 def levels_of(parent: NDArray[np.int64]) -> list[NDArray[np.int64]]:

@@ -1,64 +1,30 @@
-"""Distances between samples: precomputed ones read from a file, UniFrac of a table written."""
+"""Distance matrices in files: read, checked and written.
+
+Formats, told apart by the extension: ``.h5`` with the datasets ``order`` (sample ids) and
+``matrix``, as ``ssu`` and the unifrac package write; ``.tsv``/``.txt``, the labelled square
+matrix of QIIME and scikit-bio; ``.qza`` with one; ``.npy`` with a file of ids.
+"""
 
 from __future__ import annotations
 
-import os
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from aam.data.distance_files import read_raw_distances
 from aam.data.metadata import match_ids
-from aam.data.phylogeny import METRICS, UniFrac, read_tree
-from aam.data.table import FeatureTable, rarefy, read_table
+from aam.data.sequences import read_qza_member
+from aam.data.table_distances import PrecomputedDistances
 from aam.errors import DataFact, InputError, name_some
+from aam.files import atomic_path
 
 _TOLERANCE = 1e-5
 """Largest asymmetry and diagonal that rounding in a file explains (float32, 6 digits)."""
 
 _CHECKED_ROWS = 512
 """Rows checked at once, so that checking a large matrix does not hold copies of it."""
-
-
-# ----------------------------------------------------------------------------------- reading
-@dataclass(frozen=True, eq=False)
-class PrecomputedDistances:
-    """Distances between samples, read from a file; used in the place of ``UniFrac``.
-
-    Attributes:
-        sample_ids: the samples that the rows of the methods number.
-        matrix: (samples, samples) float32 or float64, as the file holds it.
-        source: the file, for messages.
-        facts: what was left out, as counted facts.
-    """
-
-    sample_ids: tuple[str, ...]
-    matrix: NDArray[np.floating]
-    source: str
-    facts: list[DataFact] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        """Number of samples."""
-        return len(self.sample_ids)
-
-    def pairwise(self, rows: ArrayLike) -> NDArray[np.float64]:
-        """Distances between the samples ``rows`` (n,): (n, n) float64."""
-        return self.cross(rows, rows)
-
-    def cross(self, rows_a: ArrayLike, rows_b: ArrayLike) -> NDArray[np.float64]:
-        """Distances from the samples ``rows_a`` (n,) to ``rows_b`` (m,): (n, m) float64."""
-        a, b = np.asarray(rows_a, dtype=np.int64), np.asarray(rows_b, dtype=np.int64)
-        return self.matrix[np.ix_(a, b)].astype(np.float64)
-
-    def all_pairs(self) -> NDArray[np.float64]:
-        """Distances between all samples, (samples, samples) float64."""
-        return self.matrix.astype(np.float64)
 
 
 def read_distances(
@@ -86,7 +52,9 @@ def read_distances(
             values, asymmetry, a diagonal that is not zero, samples missing.
     """
     path = Path(path)
-    ids, matrix = read_raw_distances(path, None if ids_file is None else Path(ids_file))
+    ids, matrix = _read(path, None if ids_file is None else Path(ids_file))
+    if matrix.dtype not in (np.float32, np.float64):
+        matrix = matrix.astype(np.float64)
     _check_shape(path, ids, matrix)
     facts: list[DataFact] = []
     if sample_ids is not None:
@@ -102,32 +70,141 @@ def read_distances(
             rows = [row_of[name] for name in wanted]
             ids, matrix = list(wanted), matrix[np.ix_(rows, rows)]
     _check_values(path, ids, matrix)
-    return PrecomputedDistances(tuple(ids), matrix, str(path), facts)
+    return PrecomputedDistances(tuple(ids), matrix, facts)
 
 
-def _check_shape(path: Path, ids: list[str], matrix: NDArray[np.floating]) -> None:
+def _read(path: Path, ids_file: Path | None) -> tuple[list[str], NDArray]:
+    """Sample ids and the matrix as they stand in the file."""
+    kind = path.suffix.lower()
+    if kind not in (".h5", ".hdf5", ".tsv", ".txt", ".qza", ".npy"):
+        raise InputError(
+            f"{path}: unknown extension {kind!r}; expected a distance matrix as .h5, .tsv, .qza "
+            "or .npy with a file of ids"
+        )
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected a distance matrix")
+    if kind == ".npy":
+        return _read_npy(path, ids_file)
+    if ids_file is not None:
+        raise InputError(
+            f"{ids_file}: ids are given apart only for .npy; {path} holds its own: leave "
+            "--unifrac-matrix-ids out"
+        )
+    return _read_hdf5(path) if kind in (".h5", ".hdf5") else _read_tsv(path)
+
+
+def _read_npy(path: Path, ids_file: Path | None) -> tuple[list[str], NDArray]:
+    if ids_file is None:
+        raise InputError(
+            f"{path}: a .npy matrix holds no sample ids, and rows are never matched by position; "
+            "give the ids, one a line in the order of the rows, with --unifrac-matrix-ids FILE"
+        )
+    try:
+        ids = [line.strip() for line in ids_file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{ids_file}: cannot read the sample ids ({error})") from error
+    try:
+        matrix = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: not a readable .npy matrix ({error})") from error
+    if not isinstance(matrix, np.ndarray) or matrix.dtype.kind not in "fiu":
+        raise InputError(f"{path}: holds {getattr(matrix, 'dtype', 'no array')}, expected numbers")
+    return [one for one in ids if one], matrix
+
+
+def _read_hdf5(path: Path) -> tuple[list[str], NDArray]:
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            absent = [name for name in ("order", "matrix") if name not in file]
+            if absent:
+                raise InputError(
+                    f"{path}: no dataset {' and '.join(map(repr, absent))} in the file (it has "
+                    f"{name_some(list(file))}); expected 'order' and 'matrix', as ssu writes"
+                )
+            ids = [one.decode() if isinstance(one, bytes) else str(one) for one in file["order"]]
+            return ids, file["matrix"][()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path}: not a readable HDF5 file ({error}); make it again or copy it again"
+        ) from error
+
+
+def _read_tsv(path: Path) -> tuple[list[str], NDArray]:
+    """Rows may stand in another order than the columns."""
+    try:
+        if path.suffix.lower() == ".qza":
+            text = read_qza_member(path, "data/distance-matrix.tsv", "DistanceMatrix").decode()
+        else:
+            text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a readable text file ({error})") from error
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise InputError(f"{path}: the file is empty; expected a distance matrix")
+    columns = [name.strip() for name in lines[0].split("\t")[1:]]
+    row_of, values = {}, np.empty((len(lines) - 1, len(columns)))
+    for row, line in enumerate(lines[1:]):
+        name, *cells = line.split("\t")
+        if len(cells) != len(columns):
+            raise InputError(
+                f"{path}: row {name!r} has {len(cells)} values, expected {len(columns)}, one for "
+                "each id of the first line (separated by tabs)"
+            )
+        row_of[name.strip()] = row
+        numbers: list[float] = []
+        try:
+            for cell in cells:
+                numbers.append(float(cell))
+        except ValueError:
+            raise InputError(
+                f"{path}: row {name!r}, column {columns[len(numbers)]!r}: {cell!r} is not a number"
+            ) from None
+        values[row] = numbers
+    if row_of.keys() != set(columns) or len(values) != len(columns):
+        apart = sorted(row_of.keys() ^ set(columns)) or list(row_of)
+        raise InputError(
+            f"{path}: the ids of the rows are not those of the first line ({len(values)} and "
+            f"{len(columns)}; differing: {name_some(apart)}); expected a square matrix"
+        )
+    return columns, values[[row_of[name] for name in columns]]
+
+
+def _check_shape(path: Path, ids: list[str], matrix: NDArray) -> None:
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise InputError(f"{path}: the matrix has the shape {matrix.shape}; expected a square one")
     if len(ids) != len(matrix):
         raise InputError(
             f"{path}: {len(ids)} sample ids for a matrix of {len(matrix)} rows; expected as many"
         )
-    if len(set(ids)) < len(ids):
-        repeated = [name for name, times in Counter(ids).items() if times > 1]
+    repeated = [name for name, times in Counter(ids).items() if times > 1]
+    if repeated:
         raise InputError(
             f"{path}: {len(repeated)} sample ids stand more than once ({name_some(repeated)}); "
             "every sample needs its own id"
         )
 
 
-def _check_values(path: Path, ids: list[str], matrix: NDArray[np.floating]) -> None:
+def _check_values(path: Path, ids: list[str], matrix: NDArray) -> None:
     counts: Counter[str] = Counter()
     first: dict[str, tuple[int, int]] = {}
     for low in range(0, len(matrix), _CHECKED_ROWS):
-        for problem, bad in _find_problems(matrix, low):
-            counts[problem] += int(bad.sum())
-            row, column = np.argwhere(bad)[0]
-            first.setdefault(problem, (low + int(row), int(column)))
+        block, mirrored = matrix[low : low + _CHECKED_ROWS], matrix[:, low : low + _CHECKED_ROWS].T
+        with np.errstate(invalid="ignore"):  # infinite less infinite
+            apart = np.abs(block - mirrored) > _TOLERANCE * np.maximum(1.0, np.abs(block))
+        itself = np.eye(len(block), len(matrix), low, dtype=bool)
+        for problem, bad in (
+            ("not a number (NaN)", np.isnan(block)),
+            ("infinite", np.isinf(block)),
+            ("negative", block < -_TOLERANCE),
+            ("a distance of a sample to itself", itself & (np.abs(block) > _TOLERANCE)),
+            ("not equal in the two directions", apart & np.isfinite(mirrored)),
+        ):
+            if bad.any():
+                counts[problem] += int(np.count_nonzero(bad))
+                row, column = np.argwhere(bad)[0].tolist()
+                first.setdefault(problem, (low + row, column))
     if first:
         problem, (row, column) = next(iter(first.items()))
         raise InputError(
@@ -137,206 +214,23 @@ def _check_values(path: Path, ids: list[str], matrix: NDArray[np.floating]) -> N
         )
 
 
-def _find_problems(
-    matrix: NDArray[np.floating], low: int
-) -> Iterator[tuple[str, NDArray[np.bool_]]]:
-    """What is wrong with the rows from ``low`` on, and where (rows, samples)."""
-    block = matrix[low : low + _CHECKED_ROWS]
-    mirrored = matrix[:, low : low + _CHECKED_ROWS].T
-    finite = np.isfinite(block) & np.isfinite(mirrored)
-    difference = np.abs(np.subtract(block, mirrored, where=finite, out=np.zeros_like(block)))
-    on_diagonal = np.zeros(block.shape, dtype=bool)
-    on_diagonal[np.arange(len(block)), np.arange(low, low + len(block))] = True
-    for problem, bad in (
-        ("not a number (NaN)", np.isnan(block)),
-        ("infinite", np.isinf(block)),
-        ("negative", block < -_TOLERANCE),
-        ("a distance of a sample to itself", on_diagonal & (np.abs(block) > _TOLERANCE)),
-        (
-            "not equal in the two directions",
-            difference > _TOLERANCE * np.maximum(1.0, np.abs(block)),
-        ),
-    ):
-        if bad.any():
-            yield problem, bad
-
-
-# ----------------------------------------------------------------------------------- writing
-def write_distances(
-    path: str | Path, sample_ids: Sequence[str], matrix: NDArray[np.floating]
-) -> None:
+def write_distances(path: Path, sample_ids: Sequence[str], matrix: NDArray) -> None:
     """Write a square matrix of distances, whole or not at all.
 
     ``.h5``: the datasets ``order``, ``matrix`` (float32), ``format`` and ``version``, as ``ssu``
-    writes them. ``.tsv``: a labelled square matrix with 9 significant digits, as QIIME exports.
-
-    Raises:
-        InputError: another extension, or the file cannot be written.
+    writes them. Else a labelled square matrix with 9 significant digits, as QIIME exports.
     """
-    path = Path(path)
-    if path.suffix.lower() not in (".h5", ".tsv"):
-        raise InputError(f"{path}: unknown extension {path.suffix!r}; write to .h5 or .tsv")
-    with _replacing(path) as partial:
-        if path.suffix.lower() == ".h5":
-            _write_hdf5(partial, sample_ids, matrix)
-        else:
-            with partial.open("w", encoding="utf-8") as file:
-                file.write("\t" + "\t".join(sample_ids) + "\n")
-                for name, row in zip(sample_ids, matrix, strict=True):
-                    file.write(name + "\t" + "\t".join(f"{one:.9g}" for one in row) + "\n")
-
-
-def _write_hdf5(path: Path, sample_ids: Sequence[str], matrix: NDArray[np.floating]) -> None:
     import h5py
 
-    with h5py.File(path, "w") as file:
-        file.create_dataset("order", data=list(sample_ids), dtype=h5py.string_dtype())
-        file.create_dataset("matrix", data=matrix, dtype=np.float32)
-        file.create_dataset("format", data=np.array([b"BDSM"]))
-        file.create_dataset("version", data=np.array([b"2020.12"]))
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` to write to, which takes its place when all went well."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-# ------------------------------------------------------------------------------- whole tables
-@dataclass(frozen=True)
-class UnifracSummary:
-    """What ``compute_unifrac`` did.
-
-    Attributes:
-        samples: number of samples.
-        features: number of features on the tree.
-        mean: mean of the distances between different samples, or of Faith PD.
-        standard_deviation: their standard deviation.
-        seconds: wall time of the parts (``table``, ``tree``, ``distances``, ``write``).
-        facts: what was dropped.
-    """
-
-    samples: int
-    features: int
-    mean: float
-    standard_deviation: float
-    seconds: dict[str, float]
-    facts: list[DataFact]
-
-
-def compute_unifrac(
-    table_path: str | Path,
-    tree_path: str | Path,
-    metric: str,
-    output: str | Path,
-    *,
-    sequences: str | Path | None = None,
-    rarefy_depth: int = 0,
-    seed: int = 0,
-    drop_missing_tips: bool = False,
-    overwrite: bool = False,
-) -> UnifracSummary:
-    """Compute UniFrac between all samples of a table, or their Faith PD, and write it.
-
-    Args:
-        table_path: feature table, see ``read_table``.
-        tree_path: phylogeny, see ``read_tree``.
-        metric: ``unweighted``, ``weighted``, ``weighted-normalized`` or ``faith-pd``.
-        output: ``.h5`` or ``.tsv``; Faith PD, one value a sample, ``.tsv`` only.
-        sequences: FASTA or ``.qza`` that maps hashed feature ids to sequences.
-        rarefy_depth: reads to rarefy every sample to; 0: counts as they are.
-        seed: of the rarefaction.
-        drop_missing_tips: leave out features that are not in the tree.
-        overwrite: replace an output that is already there.
-
-    Raises:
-        InputError: any of the files or options cannot be used; nothing is written then.
-    """
-    output = Path(output)
-    check_output(output, metric, overwrite)
-    clock = [time.perf_counter()]
-    table, facts = read_rarefied(table_path, sequences, rarefy_depth, seed)
-    clock.append(time.perf_counter())
-    tree = read_tree(tree_path, sequences=sequences)
-    clock.append(time.perf_counter())
-    base = "unweighted" if metric == "faith-pd" else metric
-    unifrac = UniFrac(table, tree, base, drop_missing_tips)
-    return write_unifrac(unifrac, metric, output, facts + unifrac.facts, clock)
-
-
-def read_rarefied(
-    path: str | Path, sequences: str | Path | None, depth: int, seed: int
-) -> tuple[FeatureTable, list[DataFact]]:
-    """A table rarefied to a depth (0: as it is), and the samples that were dropped."""
-    table = read_table(path, sequences=sequences)
-    if not depth:
-        return table, []
-    table, dropped = rarefy(table, depth, seed)
-    what = f"samples with fewer than {depth} reads"
-    facts = [DataFact(what, len(dropped), name_some(dropped), "dropped")] if dropped else []
-    return table, facts
-
-
-def write_unifrac(
-    unifrac: UniFrac, metric: str, output: Path, facts: list[DataFact], clock: list[float]
-) -> UnifracSummary:
-    """Compute all distances, or Faith PD, and write them.
-
-    Args:
-        unifrac: of the table, by the metric; unweighted for Faith PD.
-        metric: what is written.
-        output: the file.
-        facts: what was dropped on the way.
-        clock: when reading the table began and ended, and the tree was there.
-    """
-    if metric == "faith-pd":
-        values = distances = unifrac.faith_pd(np.arange(len(unifrac)))
-    else:
-        distances = unifrac.all_pairs()
-        values = distances[np.triu_indices(len(distances), 1)]
-    clock.append(time.perf_counter())
-    if metric == "faith-pd":
-        with _replacing(output) as partial:
-            lines = [
-                f"{name}\t{value:.9g}\n"
-                for name, value in zip(unifrac.sample_ids, distances, strict=True)
-            ]
-            partial.write_text("sample-id\tfaith_pd\n" + "".join(lines), encoding="utf-8")
-    else:
-        write_distances(output, unifrac.sample_ids, distances)
-    clock.append(time.perf_counter())
-    return UnifracSummary(
-        samples=len(unifrac),
-        features=len(unifrac.tree.tip_names),
-        mean=float(values.mean()) if len(values) else float("nan"),
-        standard_deviation=float(values.std()) if len(values) else float("nan"),
-        seconds=dict(
-            zip(("table", "tree", "distances", "write"), np.diff(clock).tolist(), strict=True)
-        ),
-        facts=facts,
-    )
-
-
-def check_output(output: Path, metric: str, overwrite: bool) -> None:
-    """Everything about the output that can be known before the work."""
-    if metric not in (*METRICS, "faith-pd"):
-        raise InputError(f"unknown metric {metric!r}; choose {', '.join(METRICS)} or faith-pd")
-    kinds = (".tsv",) if metric == "faith-pd" else (".h5", ".tsv")
-    if output.suffix.lower() not in kinds:
-        raise InputError(
-            f"{output}: unknown extension {output.suffix!r} for {metric}; write to "
-            f"{' or '.join(kinds)}"
-        )
-    if output.exists() and not overwrite:
-        raise InputError(f"{output}: already there; choose another name or add --overwrite")
-    if not output.parent.is_dir():
-        raise InputError(f"{output}: no folder {output.parent}; make it first")
-    if not os.access(output.parent, os.W_OK):
-        raise InputError(f"{output}: the folder {output.parent} is not writable")
+    with atomic_path(path) as temporary:
+        if path.suffix.lower() == ".h5":
+            with h5py.File(temporary, "w") as file:
+                file.create_dataset("order", data=list(sample_ids), dtype=h5py.string_dtype())
+                file.create_dataset("matrix", data=matrix, dtype=np.float32)
+                file.create_dataset("format", data=np.array([b"BDSM"]))
+                file.create_dataset("version", data=np.array([b"2020.12"]))
+            return
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write("\t" + "\t".join(sample_ids) + "\n")
+            for name, row in zip(sample_ids, matrix, strict=True):
+                file.write(name + "\t" + "\t".join(f"{one:.9g}" for one in row) + "\n")

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.sparse
 from numpy.typing import NDArray
+from scipy.sparse import csr_array, diags_array, vstack
 
 from aam.data.clades import Clades
 from aam.data.table import FeatureTable
 from aam.data.texts import Texts, match_names
 from aam.data.tree import Phylogeny
-from aam.data.tree_walk import TreeWalk
+from aam.data.unifrac import TreeWalk
 
 DIRECTIONS = 256
 """Of the projection; a vector has as many numbers for the pendants."""
@@ -58,7 +58,7 @@ class Embedding:
         return 2 * len(self.directions)
 
     @classmethod
-    def fit(cls, clades: Clades, communities: scipy.sparse.csr_array, seed: int) -> Embedding:
+    def fit(cls, clades: Clades, communities: csr_array, seed: int) -> Embedding:
         """Find the leading directions of communities.
 
         Args:
@@ -71,26 +71,22 @@ class Embedding:
         generator = np.random.default_rng(seed)
         count, tips = communities.shape
         chosen = communities[np.sort(generator.permutation(count)[:COMMUNITIES])]
-        sets = max(0, LEAST_COMMUNITIES - count)
-        size = min(RANDOM_ASVS, tips)
+        sets, size = max(0, LEAST_COMMUNITIES - count), min(RANDOM_ASVS, tips)
         drawn = [np.sort(generator.choice(tips, size, replace=False)) for _ in range(sets)]
-        starts = np.arange(sets + 1) * size
-        indices = np.concatenate([*drawn, np.empty(0, dtype=np.int64)])
-        random = scipy.sparse.csr_array((np.ones(len(indices)), indices, starts), (sets, tips))
-        rows = scipy.sparse.vstack([chosen, random], format="csr")
-        rows.sort_indices()
+        indices = np.array(drawn, dtype=np.int64).ravel()
+        random = csr_array(
+            (np.ones(len(indices)), indices, np.arange(sets + 1) * size), (sets, tips)
+        )
+        rows = vstack([chosen, random], format="csr")
         inner, scale = _inner(clades)
-        keys = np.repeat(np.arange(rows.shape[0]), np.diff(rows.indptr)) * tips + rows.indices
-        walk = TreeWalk(clades.tree)
-        reached = walk.reach(keys, rows.data, rows.shape[0], False).branches
-        held = reached[:, inner].astype(np.float32) @ scipy.sparse.diags_array(scale)
+        reached = TreeWalk(clades.tree).branches(rows, np.arange(tips))
+        held = reached[:, inner].astype(np.float32) @ diags_array(scale)
         used = np.flatnonzero(np.bincount(held.indices, minlength=held.shape[1]))
         most = MOST_NUMBERS // max(1, len(inner)) + 1
         number = min(DIRECTIONS, most, held.shape[0], len(used))
-        if not number:  # a star has no inner branches
-            return cls(np.zeros((0, len(inner)), dtype=np.float32))
-        directions = np.zeros((number, held.shape[1]), dtype=np.float32)
-        directions[:, used] = randomized_svd(held[:, used], number, random_state=seed)[2]
+        directions = np.zeros((number, len(inner)), dtype=np.float32)
+        if number:  # a star has no inner branches
+            directions[:, used] = randomized_svd(held[:, used], number, random_state=seed)[2]
         return cls(directions)
 
     def rows(
@@ -114,16 +110,12 @@ class Embedding:
         project = _projection(clades, origin, directions)
         sketch = _sketch(tree, clades, origin, dimensions - len(directions))
         for low in range(0, len(table.sample_ids), _ROWS):
-            rows = table.counts[low : low + _ROWS]
-            tips = tip_of_column[rows.indices]
-            sample = np.repeat(np.arange(rows.shape[0]), np.diff(rows.indptr))
-            keys = np.sort((sample * len(tree.tip_names) + tips)[tips >= 0])
-            reached = walk.reach(keys, np.ones(len(keys), dtype=np.int64), rows.shape[0], False)
-            parts = [reached.branches @ project, (reached.branches @ sketch).toarray()]
-            yield np.concatenate(parts, axis=1).astype(np.float32), reached.faith_pd
+            reached = walk.branches(table.counts[low : low + _ROWS], tip_of_column)
+            vectors = np.concatenate([reached @ project, (reached @ sketch).toarray()], axis=1)
+            yield vectors.astype(np.float32), np.asarray(reached.sum(axis=1)).ravel()
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
-        """As a file can hold it."""
+        """As a file can hold it; `from_arrays` reads it."""
         return {"embedding.directions": self.directions}
 
     @classmethod
@@ -153,25 +145,20 @@ def _projection(
     return found
 
 
-def _sketch(
-    tree: Phylogeny, clades: Clades, origin: NDArray[np.int64], width: int
-) -> scipy.sparse.csr_array:
+def _sketch(tree: Phylogeny, clades: Clades, origin: NDArray[np.int64], width: int) -> csr_array:
     """``(branches, width)``: a length held of each pendant branch as numbers of the vector."""
     name, whole = np.zeros(len(origin), dtype=np.uint64), np.zeros(len(origin))
     tips = tree.tip_nodes
     name[tips], whole[tips] = Texts.of(tree.tip_names).hashes(), tree.length[tips]
     of_known = np.full(len(clades.tree) + 1, -1)
-    of_known[clades.tip_nodes] = np.arange(len(clades.tip_nodes))
+    of_known[clades.tree.tip_nodes] = np.arange(len(clades.sequences))
     tip = of_known[origin]
     pendant = tip >= 0  # also the upper parts of a known pendant that new ASVs share
     name[pendant] = clades.sequences.hashes()[tip[pendant]]
     whole[pendant] = clades.pendant[tip[pendant]]
     held = np.flatnonzero(((origin < 0) | pendant) & (whole > 0))
-    if not width or not len(held):
-        return scipy.sparse.csr_array((len(origin), width))
-    place = (name[held] >> np.uint64(1)) % np.uint64(width)
+    if not width:
+        return csr_array((len(origin), 0))
+    place = ((name[held] >> np.uint64(1)) % np.uint64(width)).astype(np.int64)
     sign = np.where(name[held] & np.uint64(1), 1.0, -1.0)
-    data = sign / np.sqrt(whole[held])
-    return scipy.sparse.csr_array(
-        (data, (held, place.astype(np.int64))), shape=(len(origin), width)
-    )
+    return csr_array((sign / np.sqrt(whole[held]), (held, place)), shape=(len(origin), width))

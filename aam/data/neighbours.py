@@ -15,12 +15,13 @@ the overlap's, plus half the share of 8-mers that are missing, which breaks ties
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 
 from aam.data.texts import Texts
 
@@ -75,7 +76,7 @@ class Found:
 
     def take(self, rows: Any) -> Found:
         """Some of the queries, by numbers, a mask or a slice."""
-        return Found(*(getattr(self, one.name)[rows] for one in fields(self)))
+        return Found(**{name: values[rows] for name, values in vars(self).items()})
 
     @property
     def weights(self) -> NDArray[np.float64]:
@@ -100,31 +101,18 @@ class Neighbours:
         # Of very many sequences a quarter of the words, drawn by a hash, finds candidates too.
         code = np.arange(_CODES + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         self._indexed = (code >> np.uint64(62) == 0) | (len(self.bases) <= MOST_INDEXED_WHOLE)
-        self._words = np.ones(len(self.bases), dtype=np.float32)
-        counts = np.zeros(_CODES, dtype=np.int64)
+        words, counts = [], []
         for low in range(0, len(self.bases), _BLOCK_SEQUENCES):
-            words, rows = self._distinct_words(low)
-            counts += np.bincount(words, minlength=_CODES)
-            held = np.bincount(rows)
-            self._words[: len(held)] = np.maximum(self._words[: len(held)], held)
-        self._stops = np.cumsum(counts)
-        self._starts = self._stops - counts
-        self._holders = np.empty(int(self._stops[-1]), dtype=np.int32)
-        place = self._starts.copy()  # of the next holder of each word
-        for low in range(0, len(self.bases), _BLOCK_SEQUENCES):
-            words, rows = self._distinct_words(low)
-            order = np.argsort(words, kind="stable")
-            words, counts = words[order], np.bincount(words, minlength=_CODES)
-            first = np.cumsum(counts) - counts
-            self._holders[place[words] + np.arange(len(words)) - first[words]] = rows[order]
-            place += counts
-
-    def _distinct_words(self, low: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Distinct words of a block of known sequences, and which sequence holds each."""
-        words = np.sort(_words(self.bases[low : low + _BLOCK_SEQUENCES]), axis=1)
-        first = (words < _CODES) & self._indexed[words]
-        first[:, 1:] &= words[:, 1:] != words[:, :-1]
-        return words[first], low + np.nonzero(first)[0]
+            block = np.sort(_words(self.bases[low : low + _BLOCK_SEQUENCES]), axis=1)
+            is_first = (block < _CODES) & self._indexed[block]
+            is_first[:, 1:] &= block[:, 1:] != block[:, :-1]
+            words.append(block[is_first])
+            counts.append(is_first.sum(axis=1))
+        stops = np.cumsum(np.concatenate(counts))
+        held = np.ones(stops[-1], dtype=bool), np.concatenate(words), np.append(0, stops)
+        by_word = csr_array(held, shape=(len(self.bases), _CODES)).tocsc()
+        self._holders, self._starts = by_word.indices, by_word.indptr
+        self._words = np.maximum(np.diff(stops, prepend=0), 1).astype(np.float32)
 
     def __len__(self) -> int:
         """Number of known sequences."""
@@ -146,14 +134,9 @@ class Neighbours:
         if len(far):
             turned = self._nearest(_turned(bases[far]), leave_out[far])[1][:, 0]
             reverse[far] = turned < np.minimum(distance[far, 0] / 2, FOREIGN * lengths[far])
-        return Found(
-            index,
-            distance,
-            diagonal,
-            self._align(bases, index[:, 0], diagonal[:, 0]),
-            reverse,
-            (distance[:, 0] > FOREIGN * lengths) & ~reverse,
-        )
+        foreign = (distance[:, 0] > FOREIGN * lengths) & ~reverse
+        aligned = self._align(bases, index[:, 0], diagonal[:, 0])
+        return Found(index, distance, diagonal, aligned, reverse, foreign)
 
     def _nearest(
         self, bases: NDArray[np.uint8], leave_out: NDArray[np.int64]
@@ -167,18 +150,17 @@ class Neighbours:
             part = slice(low, low + block)
             found, missing = self._candidates(bases[part], leave_out[part])
             rows, columns = np.nonzero(found >= 0)
-            held = found[rows, columns]
+            held, query = found[rows, columns], bases[part][rows]
             on, overlap = self._diagonals(bases[part], rows, held)
-            edits = _edits(bases[part][rows].T, self._windows(held, on, bases.shape[1]))
-            size = (bases[part][rows] > 0).sum(axis=1)
-            apart = np.full(found.shape, np.inf)
-            apart[rows, columns] = edits * size / overlap + missing[rows, columns] / 2
-            shifts = np.zeros(found.shape, dtype=np.int64)
+            for row in _edits(query.T, self._windows(held, on, bases.shape[1])):
+                last = row
+            edits = last.min(axis=0) * (query > 0).sum(axis=1) / overlap
+            apart, shifts = np.full(found.shape, np.inf), np.zeros(found.shape, dtype=np.int64)
+            apart[rows, columns] = edits + missing[rows, columns] / 2
             shifts[rows, columns] = on
             best = np.argsort(apart, axis=1, kind="stable")
-            index[part] = np.take_along_axis(found, best, axis=1)
-            distance[part] = np.take_along_axis(apart, best, axis=1)
-            diagonal[part] = np.take_along_axis(shifts, best, axis=1)
+            for whole, own in ((index, found), (distance, apart), (diagonal, shifts)):
+                whole[part] = np.take_along_axis(own, best, axis=1)
         return index, distance, diagonal
 
     def _candidates(
@@ -195,7 +177,7 @@ class Neighbours:
         missing = np.zeros(found.shape, dtype=np.float32)
         for row, words in enumerate(_words(bases)):
             words = np.unique(words[(words < _CODES) & self._indexed[words]])
-            lists = [self._holders[self._starts[word] : self._stops[word]] for word in words]
+            lists = [self._holders[self._starts[word] : self._starts[word + 1]] for word in words]
             if not lists:
                 continue
             shared = np.bincount(np.concatenate(lists), minlength=len(self)).astype(np.float32)
@@ -221,8 +203,7 @@ class Neighbours:
         place = np.full((len(bases), _CODES + 1), -1, dtype=np.int16)
         place[np.arange(len(bases))[:, None], words] = np.arange(words.shape[1])
         place[:, _CODES] = -1
-        theirs = _words(self.bases[held])
-        ours = place[rows[:, None], theirs]
+        ours = place[rows[:, None], _words(self.bases[held])]
         pair, at = np.nonzero(ours >= 0)
         shift = at - ours[pair, at] + width
         span = width + known_width
@@ -234,7 +215,7 @@ class Neighbours:
         overlap = np.minimum(size, known_size - shifts) - np.maximum(0, -shifts)
         votes[overlap < np.minimum(size, known_size) / 2] = -1
         best = votes.argmax(axis=1)
-        return shifts[best], np.take_along_axis(overlap, best[:, None], axis=1)[:, 0]
+        return shifts[best], overlap[np.arange(len(rows)), best]
 
     def _windows(
         self, held: NDArray[np.int64], diagonal: NDArray[np.int64], width: int
@@ -253,8 +234,7 @@ class Neighbours:
             rows = np.arange(low, min(low + _BLOCK_ALIGNED, len(bases)))
             rows = rows[held[rows] >= 0]
             query = bases[rows].T
-            window = self._windows(held[rows], diagonal[rows], len(query))
-            matched = _matched(query, window)
+            matched = _matched(query, self._windows(held[rows], diagonal[rows], len(query)))
             place = matched + diagonal[rows] - BAND
             inside = (matched >= 0) & (place >= 0) & (place < self.lengths[held[rows]])
             step, pair = np.nonzero(inside)
@@ -262,38 +242,25 @@ class Neighbours:
         return aligned
 
 
-def _band_step(
-    row: NDArray[np.int16], query: NDArray[np.uint8], window: NDArray[np.uint8]
-) -> NDArray[np.int16]:
-    """The next row of edit distances in the band, ``(2 BAND + 1, pairs)``.
+def _edits(query: NDArray[np.uint8], window: NDArray[np.uint8]) -> Iterator[NDArray[np.int16]]:
+    """Rows ``(2 BAND + 1, pairs)`` of edit distances in the band: before each base, and at the end.
 
     Where either has no base (0) they match for nothing, so overhanging ends are free.
-
-    Args:
-        row: ``(2 BAND + 1, pairs)`` distances before this base of the query.
-        query: ``(pairs,)`` the base.
-        window: ``(2 BAND + 1, pairs)`` the known bases on each diagonal.
-    """
-    mismatch = (window != query) & (window > 0) & (query > 0)
-    after = row + mismatch
-    np.minimum(after[:-1], row[1:] + 1, out=after[:-1])  # the query's base is an insertion
-    for diagonal in range(1, len(after)):  # known bases are left out
-        np.minimum(after[diagonal], after[diagonal - 1] + 1, out=after[diagonal])
-    return after
-
-
-def _edits(query: NDArray[np.uint8], window: NDArray[np.uint8]) -> NDArray[np.int16]:
-    """``(pairs,)`` edit distance of each pair in its band.
 
     Args:
         query: ``(length, pairs)`` bases.
         window: ``(length + 2 BAND, pairs)`` bases of the other sequence along the band.
     """
     row = np.zeros((2 * BAND + 1, query.shape[1]), dtype=np.int16)
-    for at in range(len(query)):
-        row = _band_step(row, query[at], window[at : at + len(row)])
-    least: NDArray[np.int16] = row.min(axis=0)
-    return least
+    yield row
+    for at, base in enumerate(query):
+        known = window[at : at + len(row)]
+        after = row + ((known != base) & (known > 0) & (base > 0))
+        np.minimum(after[:-1], row[1:] + 1, out=after[:-1])  # the query's base is an insertion
+        for diagonal in range(1, len(after)):  # known bases are left out
+            np.minimum(after[diagonal], after[diagonal - 1] + 1, out=after[diagonal])
+        row = after
+        yield row
 
 
 def _matched(query: NDArray[np.uint8], window: NDArray[np.uint8]) -> NDArray[np.int64]:
@@ -302,9 +269,7 @@ def _matched(query: NDArray[np.uint8], window: NDArray[np.uint8]) -> NDArray[np.
     The arguments are those of `_edits`.
     """
     width = 2 * BAND + 1
-    rows = [np.zeros((width, query.shape[1]), dtype=np.int16)]
-    for at in range(len(query)):
-        rows.append(_band_step(rows[-1], query[at], window[at : at + width]))
+    rows = list(_edits(query, window))
     # Among equal ends the middle of the band is taken: no gap is opened for nothing.
     ends = rows[-1] * width + np.abs(np.arange(width) - BAND)[:, None]
     diagonal = ends.argmin(axis=0)

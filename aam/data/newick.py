@@ -6,7 +6,7 @@ where these characters stand and how deep: whole arrays are looked at, node by n
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,43 +22,34 @@ _KIND[list(b"(),:;'")] = _MARK
 _KIND[[*range(33), *b"[]", *range(127, 256)]] = _ODD
 
 
-class NewickArrays(NamedTuple):
-    """A tree in post-order; the attributes are those of `Phylogeny`."""
+def parse_newick(
+    text: NDArray[np.uint8],
+) -> tuple[Texts, NDArray[np.int64], NDArray[np.float64]] | None:
+    """Names of tips, parents and lengths of a plain tree, as `Phylogeny` has them.
 
-    tip_names: Texts
-    parent: NDArray[np.int64]
-    length: NDArray[np.float64]
-    tip_start: NDArray[np.int64]
-    tip_stop: NDArray[np.int64]
-
-
-def parse_newick(text: NDArray[np.uint8]) -> NewickArrays | None:
-    """Parse a plain tree: one, whole, every tip named, every branch with a finite length >= 0.
+    Plain is one whole tree with every tip named and every branch with a finite length >= 0.
 
     Args:
-        text: ``(bytes,)`` uint8, the file; it may be memory-mapped, and tip names stay in it.
+        text: ``(bytes,)`` the file; it may be memory-mapped, and tip names stay in it.
 
     Returns:
-        The arrays, or None where the text is not so plain (comments, white space, quoted tips,
-        other than ASCII, any mistake): a general parser must look at it.
+        None where the text is not so plain (comments, white space, quoted tips, other than ASCII,
+        any mistake): a general parser must look at it.
     """
     marks = _marks(text)
-    if marks is None or len(marks) == 0:
+    if marks is None:
         return None
     kinds = text[marks]
-    if kinds[-1] != _END or np.count_nonzero(kinds == _END) > 1:  # ends in a quote, or two trees
-        return None
     is_colon = kinds == _COLON
-    if (is_colon[1:] & is_colon[:-1]).any() or is_colon[-1]:
+    if np.count_nonzero(kinds == _END) > 1 or (is_colon[1:] & is_colon[:-1]).any():
         return None
     # Ends of nodes, and opening brackets; a colon belongs to the one behind it.
     at = np.flatnonzero(~is_colon)
     ends, kinds = marks[at], kinds[at]
-    before = np.append(-1, ends[:-1])
-    colon = np.where(is_colon[at - 1] & (at > 0), marks[at - 1], ends)
+    colon = np.where(is_colon[at - 1], marks[at - 1], ends)
+    before, before_kind = np.append(-1, ends[:-1]), np.append(_OPEN, kinds[:-1])
     opens, closes = kinds == _OPEN, kinds == _CLOSE
     depth = np.cumsum(opens) - np.cumsum(closes) + closes  # before a ')', after a '('
-    before_kind = np.append(_OPEN, kinds[:-1])
     if (
         (depth[:-1] < 1).any()
         or depth[-1] != 0
@@ -67,23 +58,12 @@ def parse_newick(text: NDArray[np.uint8]) -> NewickArrays | None:
     ):
         return None
     node = np.flatnonzero(~opens)
-    is_tip = before_kind[node] != _CLOSE
-    tip_stop = np.cumsum(is_tip)
-    names = Texts(text, before[node[is_tip]] + 1, colon[node[is_tip]])
-    length = _lengths(text, colon[node[:-1]] + 1, ends[node[:-1]])
+    tip = node[before_kind[node] != _CLOSE]
+    names = Texts(text, before[tip] + 1, colon[tip])
+    length = _lengths(Texts(text, colon[node[:-1]] + 1, ends[node[:-1]]))
     if length is None or not _usable(names):
         return None
-    tips_before = np.zeros(len(at), dtype=np.int64)
-    tips_before[node] = is_tip
-    tips_before = np.cumsum(tips_before)
-    tip_start = tip_stop - 1
-    # Brackets of one depth open and close in turn; the node of a ')' ends behind it.
-    by_depth = [
-        np.flatnonzero(one)[np.argsort(depth[one], kind="stable")] for one in (opens, closes)
-    ]
-    number = np.cumsum(~opens) - 1
-    tip_start[number[by_depth[1] + 1]] = tips_before[by_depth[0]]
-    return NewickArrays(names, _parents(depth[node]), np.append(length, 0.0), tip_start, tip_stop)
+    return names, _parents(depth[node]), np.append(length, 0.0)
 
 
 def _marks(text: NDArray[np.uint8]) -> NDArray[np.int64] | None:
@@ -110,18 +90,14 @@ def _usable(names: Texts) -> bool:
     """Whether names are there, not quoted, and all different."""
     if (names.lengths == 0).any():
         return False
-    if (names.buffer[names.starts] == _QUOTE).any() or (
-        names.buffer[names.stops - 1] == _QUOTE
-    ).any():
-        return False
-    return len(np.unique(names.hashes())) == len(names)
+    ends = np.concatenate((names.starts, names.stops - 1))
+    return bool((names.buffer[ends] != _QUOTE).all()) and len(np.unique(names.hashes())) == len(
+        names
+    )
 
 
-def _lengths(
-    text: NDArray[np.uint8], starts: NDArray[np.int64], stops: NDArray[np.int64]
-) -> NDArray[np.float64] | None:
-    """The numbers between ``starts`` and ``stops``; None where one is missing or no length."""
-    numbers = Texts(text, starts, stops)
+def _lengths(numbers: Texts) -> NDArray[np.float64] | None:
+    """The numbers of a text; None where one is missing or no length."""
     if (numbers.lengths < 1).any() or (numbers.lengths > _LONGEST_NUMBER).any():
         return None
     length = np.empty(len(numbers))
@@ -137,9 +113,9 @@ def _lengths(
 def _parents(depth: NDArray[Any]) -> NDArray[np.int64]:
     """The parent of a node of depth d is the next node of depth d - 1."""
     count = len(depth)
-    own = np.arange(count)
     by_depth = np.argsort(depth, kind="stable")
     keys = depth[by_depth].astype(np.int64) * count + by_depth
-    parent = by_depth[np.minimum(np.searchsorted(keys, (depth - 1) * count + own), count - 1)]
+    above = np.searchsorted(keys, (depth - 1) * count + np.arange(count))
+    parent = by_depth[np.minimum(above, count - 1)]
     parent[-1] = -1
     return parent

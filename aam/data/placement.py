@@ -19,7 +19,7 @@ Jaccard of memberships by -.001 to +.007, and the lengths it gave improved no di
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -75,20 +75,20 @@ class Law:
             neighbours: index of its tips, in their order.
             seed: of the choice of tips that are taken out, where there are more than 3,000.
         """
-        tree, tip_nodes = clades.tree, clades.tip_nodes
+        tree, tip_nodes = clades.tree, clades.tree.tip_nodes
         tips = np.arange(len(tip_nodes))
         if len(tips) > CALIBRATED:
             tips = np.sort(np.random.default_rng(seed).choice(tips, CALIBRATED, replace=False))
         found = neighbours.find(clades.sequences.take(tips), leave_out=tips)
+        placed = np.isfinite(found.distance[:, 0])
+        if not placed.any():
+            return cls(np.zeros(5), np.zeros((2, 5)), np.zeros(2), 0.0, 1.0, np.zeros(len(STEPS)))
         # Without a tip its sister's branch and the one above them are one.
-        children = np.bincount(tree.parent[tree.parent >= 0], minlength=len(tree))
+        children = np.bincount(tree.parent[:-1], minlength=len(tree))
         above = tree.parent[tip_nodes]
         index = found.index[:, :NEAREST]
         sister = (above[index] == above[tips, None]) & (children[above[tips]] == 2)[:, None]
         pendant = clades.pendant[index] + sister * tree.length[above[tips], None]
-        placed = np.isfinite(found.distance[:, 0])
-        if not placed.any():
-            return cls(np.zeros(5), np.zeros((2, 5)), np.zeros(2), 0.0, 1.0, np.zeros(len(STEPS)))
         farthest = float(np.quantile(found.distance[placed, 0], FARTHEST))
         terms = _terms(found, pendant, farthest)[placed]
         depth = clades.root_distance
@@ -100,9 +100,9 @@ class Law:
         slopes = np.linalg.solve(gram, scaled.T @ (target - levels)).T / spread
         # A pair's branch belongs to no clade once one of the two is gone.
         pair = tree.tip_stop[above[tips]] - tree.tip_start[above[tips]] == 2
-        added = clades.pendant[tips] + np.where(pair, tree.length[above[tips]], 0.0)
+        added = (clades.pendant[tips] + pair * tree.length[above[tips]])[placed]
         step = _step_of(found.distance[placed, 0])
-        sums = np.bincount(step, added[placed], len(STEPS)) + added[placed].mean()
+        sums = np.bincount(step, added, len(STEPS)) + added.mean()
         means = sums / (np.bincount(step, minlength=len(STEPS)) + 1)
         return cls(centre, slopes, levels, float(clades.pendant.max()), farthest, means)
 
@@ -125,37 +125,19 @@ class Law:
         return self.added[_step_of(distance)]
 
     def to_arrays(self) -> dict[str, NDArray[np.float64]]:
-        """As a file can hold it."""
-        return {
-            "law.centre": self.centre,
-            "law.slopes": self.slopes,
-            "law.levels": self.levels,
-            "law.limits": np.array([self.longest, self.farthest]),
-            "law.added": self.added,
-        }
+        """As a file can hold it; `from_arrays` reads it."""
+        return {f"law.{name}": np.asarray(value) for name, value in vars(self).items()}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Law:
         """Read what `to_arrays` gave."""
-        longest, farthest = arrays["law.limits"]
-        return cls(
-            arrays["law.centre"],
-            arrays["law.slopes"],
-            arrays["law.levels"],
-            float(longest),
-            float(farthest),
-            arrays["law.added"],
-        )
+        values: dict[str, Any] = {one.name: arrays[f"law.{one.name}"][()] for one in fields(cls)}
+        return cls(**values)
 
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """Places sequences on the tree of the known ones; lengths are in the tree's units.
-
-    Attributes:
-        clades: the tree.
-        law: how distances become lengths in it.
-    """
+    """Places sequences on the tree of the known ones; lengths are in the tree's units."""
 
     clades: Clades
     law: Law
@@ -171,6 +153,12 @@ class Placement:
             tip = near.index[:, place, None]
             votes += weights[:, place, None] * ((start <= tip) & (tip < stop))
         return votes
+
+    def copied(self, near: Found) -> Grafts:
+        """Nearest-neighbour placement, the baseline: clades of the nearest one, and G(h)."""
+        nearest = near.index[:, 0]
+        ends = self.clades.ends(np.where(nearest >= 0, self.clades.lowest[nearest], -1))
+        return replace(ends, own=self.law.added_at(near.distance[:, 0]))
 
     def grafts(
         self,
@@ -188,24 +176,14 @@ class Placement:
             column: ``(clades,)`` where in `sure` a clade stands, -1: it has no chance; None: all
                 clades stand there in order.
         """
-        index = near.index[:, :NEAREST]
+        index, distance = near.index[:, :NEAREST], self.clades.root_distance
         own, rise = self.law.predict(near, self.clades.pendant[index])
-        distance = self.clades.root_distance
-        mean = (near.weights * distance[self.clades.tip_nodes[index]]).sum(axis=1)
-        depth = np.maximum(mean - rise, 0.0)
+        mean = (near.weights * distance[self.clades.tree.tip_nodes[index]]).sum(axis=1)
         tip, deepest = self._way(index, lowest)
-        depth = np.minimum(depth, deepest)
+        depth = np.minimum(np.maximum(mean - rise, 0.0), deepest)
         expected = self._expected(tip, depth, sure, column)
         node, shared = self._branch(tip, expected)
         return Grafts(node, shared, own + (1 - KEPT) * (depth - expected))
-
-    def copied(self, near: Found) -> Grafts:
-        """Nearest-neighbour placement, the baseline: clades of the nearest one, and G(h)."""
-        nearest = near.index[:, 0]
-        lowest = np.where(nearest >= 0, self.clades.lowest[nearest], -1)
-        node = self.clades.node_of(lowest)
-        own = self.law.added_at(near.distance[:, 0])
-        return Grafts(node, self.clades.tree.length[node], own)
 
     def _way(
         self, index: NDArray[np.int64], lowest: NDArray[np.int64]
@@ -218,7 +196,6 @@ class Placement:
         if not len(clades):
             return np.maximum(index[:, 0], 0), np.full(count, np.inf)
         inside = (index >= clades.start[lowest, None]) & (index < clades.stop[lowest, None])
-        inside &= (index >= 0) | (lowest < 0)[:, None]
         inside |= (lowest < 0)[:, None]
         place = inside.argmax(axis=1)
         tip, found = index[np.arange(count), place], inside.any(axis=1)
@@ -236,15 +213,13 @@ class Placement:
         """``(n,)`` length of the ways down to a depth, each branch counted by its probability."""
         clades, tree = self.clades, self.clades.tree
         rows, root = np.arange(len(tip)), len(tree) - 1
-        node, total = clades.tip_nodes[tip], np.zeros(len(tip))
+        node, total = tree.tip_nodes[tip], np.zeros(len(tip))
         while (going := node != root).any():
             above = np.where(going, tree.parent[node], root)
             clade = clades.clade_of_node[node]
             place = clade if column is None else np.where(clade >= 0, column[clade], -1)
-            chance = np.ones(len(rows))
-            inside = (clade >= 0) & (place >= 0)
-            chance[inside] = sure[rows[inside], place[inside]]
-            chance[(clade >= 0) & (place < 0)] = 0.0
+            chance = np.where(clade >= 0, 0.0, 1.0)
+            chance[place >= 0] = sure[rows[place >= 0], place[place >= 0]]
             length = np.clip(depth - clades.root_distance[above], 0.0, tree.length[node])
             total += np.where(going, chance * length, 0.0)
             node = above
@@ -254,20 +229,14 @@ class Placement:
         self, tip: NDArray[np.int64], depth: NDArray[np.float64]
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """The branch on each way at a depth, ``(n,)``, and how much of it lies above, ``(n,)``."""
-        tree, root, distance = (
-            self.clades.tree,
-            len(self.clades.tree) - 1,
-            self.clades.root_distance,
-        )
-        node = self.clades.tip_nodes[tip]
+        tree, distance = self.clades.tree, self.clades.root_distance
+        root, node = len(tree) - 1, tree.tip_nodes[tip]
         while True:
-            above = np.where(tree.parent[node] < 0, root, tree.parent[node])
+            above = np.where(node == root, root, tree.parent[node])
             rises = (depth < distance[above]) & (node != root)
             if not rises.any():
-                break
+                return node, np.clip(depth - distance[above], 0.0, tree.length[node])
             node = np.where(rises, above, node)
-        shared = np.clip(depth - distance[above], 0.0, tree.length[node])
-        return node, np.where(node == root, tree.length[root], shared)
 
 
 def _step_of(distance: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -237,3 +237,16 @@ def make_dataset(samples: Samples, options: Any, **known: Any) -> SampleDataset:
     )
     samples.facts += dataset.facts
     return dataset
+
+
+def read_rarefied(
+    path: str | Path, sequences: str | Path | None, depth: int, seed: int
+) -> tuple[FeatureTable, list[DataFact]]:
+    """A table rarefied to a depth (0: as it is), and the samples that were dropped."""
+    table = read_table(path, sequences=sequences)
+    if not depth:
+        return table, []
+    table, dropped = rarefy(table, depth, seed)
+    what = f"samples with fewer than {depth} reads"
+    facts = [DataFact(what, len(dropped), name_some(dropped), "dropped")] if dropped else []
+    return table, facts

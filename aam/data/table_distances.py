@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csr_array
 
 from aam.data.table import FeatureTable
+from aam.errors import DataFact
 
 _BLOCK_SAMPLES = 128
 """Samples of ``other`` whose shares are held dense at once."""
@@ -32,17 +34,11 @@ def bray_curtis(counts: csr_array, other: csr_array | None = None) -> NDArray[np
     """1 - sum of the smaller shares of reads; whole depths do not count."""
     one = _shares(counts)
     two = one if other is None else _shares(other)
-    used = np.intersect1d(one.indices, two.indices)
-    smaller = np.empty((one.shape[0], two.shape[0]))
-    mine, theirs = one[:, used], two[:, used]
-    for low in range(0, two.shape[0], _BLOCK_SAMPLES):
-        dense = theirs[low : low + _BLOCK_SAMPLES].T.toarray()  # (used, samples)
-        for row in range(one.shape[0]):
-            entries = slice(mine.indptr[row], mine.indptr[row + 1])
-            least = np.minimum(dense[mine.indices[entries]], mine.data[entries, None])
-            smaller[row, low : low + _BLOCK_SAMPLES] = least.sum(axis=0)
-    smaller[np.ix_(np.diff(one.indptr) == 0, np.diff(two.indptr) == 0)] = 1.0
-    return np.maximum(1.0 - smaller, 0.0)
+    blocks = range(0, two.shape[0], _BLOCK_SAMPLES)
+    parts = [overlap(one, two[low : low + _BLOCK_SAMPLES]) for low in blocks]
+    shared = np.concatenate([np.empty((one.shape[0], 0)), *parts], axis=1)
+    shared[np.ix_(np.diff(one.indptr) == 0, np.diff(two.indptr) == 0)] = 1.0
+    return np.maximum(1.0 - shared, 0.0)
 
 
 def aitchison(counts: csr_array, other: csr_array | None = None) -> NDArray[np.float64]:
@@ -71,7 +67,38 @@ def _shares(counts: csr_array) -> csr_array:
     return counts
 
 
-METRICS: dict[str, Callable[..., NDArray[np.float64]]] = {
+def overlap(a: csr_array, b: csr_array, *, unweighted: bool = False) -> NDArray[np.float64]:
+    """``(n, m)`` sums over the columns of the smaller of the values of two rows.
+
+    Args:
+        a: ``(n, columns)`` float64.
+        b: ``(m, columns)`` float64, few enough rows for ``(columns, m)`` to be held dense.
+        unweighted: whether all values of a column are equal where there are any.
+    """
+    # Only columns that a row of b has can overlap; the dense block holds no others.
+    used = np.zeros(b.shape[1], dtype=bool)
+    used[b.indices] = True
+    slot = np.cumsum(used) - 1
+    dense = np.zeros((np.count_nonzero(used), b.shape[0]))
+    rows_of_b = np.repeat(np.arange(b.shape[0]), np.diff(b.indptr))
+    dense[slot[b.indices], rows_of_b] = 1.0 if unweighted else b.data
+    kept = used[a.indices]
+    starts = np.concatenate(([0], np.cumsum(kept)))[a.indptr]
+    columns, values = slot[a.indices[kept]], a.data[kept]
+    if unweighted:  # min(l, l) = l where both are present: a product
+        return csr_array((values, columns, starts), (a.shape[0], len(dense))) @ dense
+    found = np.empty((a.shape[0], b.shape[0]))
+    buffer = np.empty((int(np.diff(starts).max(initial=0)), b.shape[0]))
+    for row, (low, high) in enumerate(itertools.pairwise(starts)):
+        smaller = buffer[: high - low]
+        # mode="clip" writes into the buffer directly; the default would go through a copy.
+        np.take(dense, columns[low:high], axis=0, out=smaller, mode="clip")
+        np.minimum(smaller, values[low:high, None], out=smaller)
+        np.sum(smaller, axis=0, out=found[row])
+    return found
+
+
+_METRICS: dict[str, Callable[..., NDArray[np.float64]]] = {
     "jaccard": jaccard,
     "bray-curtis": bray_curtis,
     "aitchison": aitchison,
@@ -97,17 +124,37 @@ class TableDistances:
         """Distances of a table's samples."""
         return cls(table.sample_ids, table.counts, metric)
 
-    def __len__(self) -> int:
-        """Number of samples."""
-        return len(self.sample_ids)
-
     def pairwise(self, rows: ArrayLike) -> NDArray[np.float64]:
-        """Distances between the samples ``rows`` (n,): (n, n), 0 on the diagonal."""
+        """``(n, n)`` distances between the samples ``rows`` ``(n,)``, 0 on the diagonal."""
         return self.cross(rows, rows)
 
     def cross(self, rows_a: ArrayLike, rows_b: ArrayLike) -> NDArray[np.float64]:
-        """Distances from the samples ``rows_a`` (n,) to ``rows_b`` (m,): (n, m) float64."""
+        """``(n, m)`` distances from the samples ``rows_a`` ``(n,)`` to ``rows_b`` ``(m,)``."""
         a, b = np.asarray(rows_a, dtype=np.int64), np.asarray(rows_b, dtype=np.int64)
-        found = METRICS[self.metric](self.counts[a], self.counts[b])
+        found = _METRICS[self.metric](self.counts[a], self.counts[b])
         found[a[:, None] == b] = 0.0
         return found
+
+
+@dataclass(frozen=True, eq=False)
+class PrecomputedDistances:
+    """Distances between samples as a file gives them.
+
+    Attributes:
+        sample_ids: the samples that the rows number.
+        matrix: ``(samples, samples)`` float32 or float64.
+        facts: what was left out, as counted facts.
+    """
+
+    sample_ids: Sequence[str]
+    matrix: NDArray[np.floating]
+    facts: list[DataFact]
+
+    def pairwise(self, rows: ArrayLike) -> NDArray[np.float64]:
+        """``(n, n)`` distances between the samples ``rows`` ``(n,)``."""
+        return self.cross(rows, rows)
+
+    def cross(self, rows_a: ArrayLike, rows_b: ArrayLike) -> NDArray[np.float64]:
+        """``(n, m)`` distances from the samples ``rows_a`` ``(n,)`` to ``rows_b`` ``(m,)``."""
+        a, b = np.asarray(rows_a, dtype=np.int64), np.asarray(rows_b, dtype=np.int64)
+        return self.matrix[np.ix_(a, b)].astype(np.float64)

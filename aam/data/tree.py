@@ -7,8 +7,9 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,50 +24,61 @@ from aam.errors import InputError, name_some
 class Phylogeny:
     """A rooted tree in post-order: children before parents, the root last.
 
+    So the tips below node b are tip_start[b] to tip_stop[b] - 1.
+
     Attributes:
         tip_names: names of the tips, in post-order.
-        parent: (nodes,) int64, post-order number of the parent; -1 for the root.
-        length: (nodes,) float64, length of the branch above the node; 0 for the root.
-        tip_start: (nodes,) int64; below node b are the tips tip_start[b] to tip_stop[b] - 1.
-        tip_stop: (nodes,) int64.
+        parent: ``(nodes,)`` int64, post-order number of the parent; -1 for the root.
+        length: ``(nodes,)`` float64, length of the branch above the node; 0 for the root.
         source: the file, for messages.
     """
 
     tip_names: Sequence[str]
     parent: NDArray[np.int64]
     length: NDArray[np.float64]
-    tip_start: NDArray[np.int64]
-    tip_stop: NDArray[np.int64]
     source: str
 
     def __len__(self) -> int:
         """Number of nodes."""
         return len(self.parent)
 
-    def rename(self, names: Mapping[str, str]) -> Phylogeny:
-        """The same tree with tips named ``names[name]``, e.g. hashed ids mapped to sequences.
+    @cached_property
+    def tip_nodes(self) -> NDArray[np.int64]:
+        """``(tips,)`` int64, node of each tip."""
+        return np.flatnonzero(np.bincount(self.parent[:-1], minlength=len(self)) == 0)
 
-        Tips that are not in ``names`` keep their name.
-        """
+    @cached_property
+    def tip_stop(self) -> NDArray[np.int64]:
+        """``(nodes,)`` int64, the tip after the last below each node."""
+        return np.cumsum(np.bincount(self.tip_nodes, minlength=len(self)))
+
+    @cached_property
+    def tip_start(self) -> NDArray[np.int64]:
+        """``(nodes,)`` int64, the first tip below each node."""
+        first = np.arange(len(self))
+        backwards = first[-2::-1].copy()
+        first[self.parent[backwards]] = backwards  # of all children the first is written last
+        while not np.array_equal(further := first[first], first):  # twice as far each time
+            first = further
+        return self.tip_stop[first] - 1
+
+    def rename(self, names: Mapping[str, str]) -> Phylogeny:
+        """The same tree with tips named ``names[name]``; what is not in it keeps its name."""
         return replace(self, tip_names=tuple(names.get(name, name) for name in self.tip_names))
 
     def shear(self, kept: NDArray[np.bool_]) -> Phylogeny:
-        """The tree of the tips where ``kept`` (tips,) bool is true.
+        """The tree of the tips where ``kept`` ``(tips,)`` is true.
 
         Branches that hold the same kept tips are merged into one of their summed length. The
         root stays where it is, so that distances to the root do not change.
         """
         runs = self.runs(kept)
-        lowest = runs.nodes[runs.start]
         parent = self.parent[runs.nodes[np.append(runs.start[1:], len(runs.nodes)) - 1]]
-        tips_before = np.concatenate(([0], np.cumsum(kept)))
         return Phylogeny(
-            tip_names=Texts.of(self.tip_names).take(kept),
-            parent=np.where(parent >= 0, runs.of_node[parent], -1),
-            length=np.add.reduceat(self.length[runs.nodes], runs.start),
-            tip_start=tips_before[self.tip_start[lowest]],
-            tip_stop=tips_before[self.tip_stop[lowest]],
-            source=self.source,
+            Texts.of(self.tip_names).take(kept),
+            np.where(parent >= 0, runs.of_node[parent], -1),
+            np.add.reduceat(self.length[runs.nodes], runs.start),
+            self.source,
         )
 
     def runs(self, kept: NDArray[np.bool_]) -> Runs:
@@ -84,22 +96,14 @@ class Phylogeny:
         of_node[alive] = np.cumsum(opens_run) - 1
         return Runs(alive, np.flatnonzero(opens_run), of_node)
 
-    @property
-    def tip_nodes(self) -> NDArray[np.int64]:
-        """``(tips,)`` int64, node of each tip."""
-        is_tip = np.ones(len(self), dtype=bool)
-        is_tip[self.parent[self.parent >= 0]] = False
-        return np.flatnonzero(is_tip)
 
-
-@dataclass(frozen=True, eq=False)
-class Runs:
+class Runs(NamedTuple):
     """Branches of a tree that some tips make one.
 
     Attributes:
-        nodes: (alive,) int64, the nodes with such tips below, in post-order.
-        start: (runs,) int64, where each run begins among them, lowest branch first.
-        of_node: (nodes,) int64, the run of each node of the tree; -1: no such tips below.
+        nodes: ``(alive,)`` int64, the nodes with such tips below, in post-order.
+        start: ``(runs,)`` int64, where each run begins among them, lowest branch first.
+        of_node: ``(nodes,)`` int64, the run of each node of the tree; -1: no such tips below.
     """
 
     nodes: NDArray[np.int64]
@@ -123,8 +127,9 @@ def read_tree(path: str | Path, *, sequences: str | Path | None = None) -> Phylo
             or a non-finite one, tips without a name or with the same name.
     """
     path = Path(path)
-    plain = parse_newick(_read_bytes(path))
-    tree = _read_any(path) if plain is None else Phylogeny(*plain, str(path))
+    text = _read_bytes(path)
+    plain = parse_newick(text)
+    tree = _read_any(path, text) if plain is None else Phylogeny(*plain, str(path))
     return tree if sequences is None else tree.rename(read_fasta(Path(sequences)))
 
 
@@ -141,41 +146,13 @@ def _read_bytes(path: Path) -> NDArray[np.uint8]:
         raise InputError(f"{path}: cannot read the tree: {error.strerror}") from error
 
 
-def _read_any(path: Path) -> Phylogeny:
+def _read_any(path: Path, content: NDArray[np.uint8]) -> Phylogeny:
     """Read a tree by scikit-bio, node by node, and check it."""
-    root = _parse_newick(path)
-    nodes = list(root.postorder(include_self=True))
-    number = {id(node): position for position, node in enumerate(nodes)}
-    parent = np.full(len(nodes), -1, dtype=np.int64)
-    length = np.full(len(nodes), np.nan)
-    tip_start = np.empty(len(nodes), dtype=np.int64)
-    tip_stop = np.empty(len(nodes), dtype=np.int64)
-    tips: list[Any] = []
-    for position, node in enumerate(nodes):
-        if node.parent is not None:
-            parent[position] = number[id(node.parent)]
-        if node.length is not None:
-            length[position] = node.length
-        if node.children:
-            tip_start[position] = tip_start[number[id(node.children[0])]]
-        else:
-            tip_start[position] = len(tips)
-            tips.append(node.name)
-        tip_stop[position] = len(tips)
-    length[-1] = 0.0
-    _check_tips(path, tips)
-    tree = Phylogeny(Texts.of(tips), parent, length, tip_start, tip_stop, str(path))
-    _check_lengths(tree)
-    return tree
-
-
-def _parse_newick(path: Path) -> Any:
-    """The root of the Newick file as an ``skbio.TreeNode``."""
     from skbio import TreeNode
     from skbio.io import NewickFormatError
 
     try:
-        text = _read_bytes(path).tobytes().decode()
+        text = content.tobytes().decode()
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path}: not a text file; expected a tree in Newick format (.nwk)"
@@ -194,29 +171,33 @@ def _parse_newick(path: Path) -> Any:
     except (NewickFormatError, ValueError, IndexError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: not a tree in Newick format: {reason}") from error
-    _check_single_tree(path, text)
-    return root
+    trees = re.sub(r"'(?:[^']|'')*'|\[[^\]]*\]", "", text).count(";")
+    if trees > 1:  # scikit-bio reads the first one
+        raise InputError(f"{path}: holds {trees} trees; expected one: keep the one to be used")
+    nodes = list(root.postorder(include_self=True))
+    number = {id(node): place for place, node in enumerate(nodes)}
+    parent = np.array([number.get(id(node.parent), -1) for node in nodes])
+    length = np.array([np.nan if node.length is None else node.length for node in nodes])
+    length[-1] = 0.0
+    tree = Phylogeny(
+        [node.name or "" for node in nodes if not node.children], parent, length, str(path)
+    )
+    _check_tips(tree)
+    _check_lengths(tree)
+    return replace(tree, tip_names=Texts.of(tree.tip_names))
 
 
-def _check_single_tree(path: Path, text: str) -> None:
-    """A second tree would be ignored by the reader, so it is an error."""
-    if text.count(";") > 1:
-        bare = re.sub(r"'(?:[^']|'')*'|\[[^\]]*\]", "", text)
-        if bare.count(";") > 1:
-            raise InputError(
-                f"{path}: holds {bare.count(';')} trees; expected one: keep the one to be used"
-            )
-
-
-def _check_tips(path: Path, tips: list[Any]) -> None:
-    unnamed = sum(not name for name in tips)
-    if unnamed:
-        raise InputError(f"{path}: {unnamed} of {len(tips)} tips have no name; name every tip")
-    if len(set(tips)) < len(tips):
-        repeated = [name for name, times in Counter(tips).items() if times > 1]
+def _check_tips(tree: Phylogeny) -> None:
+    times = Counter(tree.tip_names)
+    if times[""]:
         raise InputError(
-            f"{path}: {len(repeated)} tip names stand more than once ({name_some(repeated)}); "
-            "every tip needs its own name"
+            f"{tree.source}: {times['']} of {len(tree.tip_names)} tips have no name; name every tip"
+        )
+    repeated = [name for name in times if times[name] > 1]
+    if repeated:
+        raise InputError(
+            f"{tree.source}: {len(repeated)} tip names stand more than once "
+            f"({name_some(repeated)}); every tip needs its own name"
         )
 
 

@@ -20,12 +20,12 @@ import torch
 
 from aam.data.clades import Clades, Grafts, levels_of
 from aam.data.neighbours import Found, Neighbours
-from aam.data.phylogeny import UniFrac
 from aam.data.placement import Law, Placement
 from aam.data.sequences import MASK, START, tokenize
 from aam.data.table import FeatureTable
 from aam.data.texts import Texts, match_names, offsets_of
 from aam.data.tree import Phylogeny
+from aam.data.unifrac import UniFrac
 from aam.errors import InputError, name_some
 from aam.learning.checkpoint import SavedModel, read_model
 from aam.model import PretrainedModel
@@ -165,7 +165,7 @@ class Placer:
         """
         known, near = found or self.find(sequences)
         new, lowest, support = self.place_new(near)
-        tips, is_new = self.clades.tip_nodes[known], known < 0
+        tips, is_new = self.clades.tree.tip_nodes[known], known < 0
         node, shared, own = tips, self.clades.tree.length[tips], np.zeros(len(known))
         node[is_new], shared[is_new], own[is_new] = new.node, new.shared, new.own
         clade = self.clades.lowest[known]

@@ -10,10 +10,10 @@ import numpy as np
 from aam.config import MetadataOptions
 from aam.data.clades import Clades, Grafts
 from aam.data.embedding import Embedding
-from aam.data.phylogeny import UniFrac
 from aam.data.samples import Samples
 from aam.data.table import FeatureTable
 from aam.data.texts import Texts
+from aam.data.unifrac import UniFrac
 from aam.evaluation import metrics
 from aam.evaluation.measurements import distance_results, write_pairs
 from aam.evaluation.placer import Placed, Placer, grafted_tree, unifrac_by_model

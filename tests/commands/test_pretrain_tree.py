@@ -20,12 +20,12 @@ from aam.config import (
 )
 from aam.data.dataset import AsvDataset
 from aam.data.metadata import read_metadata
-from aam.data.phylogeny import UniFrac
 from aam.data.samples import Samples
 from aam.data.simulate import simulate_community
 from aam.data.table import read_table
 from aam.data.texts import Texts
 from aam.data.tree import read_tree
+from aam.data.unifrac import UniFrac
 from aam.evaluation.tree_results import colours, on_tree
 
 
@@ -146,4 +146,4 @@ def test_features_that_the_tree_lacks_are_not_compared(study):
     assert found.counts.sum() == table.counts.sum() - table.counts[:, [3, 8]].sum()
     whole = UniFrac(table, tree)
     assert on_tree(table, whole) is table
-    np.testing.assert_allclose(UniFrac(found, tree).all_pairs(), truth.all_pairs(), atol=1e-12)
+    np.testing.assert_allclose(UniFrac(found, tree).pairwise(), truth.pairwise(), atol=1e-12)

@@ -1,4 +1,4 @@
-"""Distance matrices in every format, their checks, and UniFrac of a table as a file."""
+"""Distances of tables against SciPy and scikit-bio; matrices in files of every format."""
 
 import re
 import zipfile
@@ -6,28 +6,70 @@ import zipfile
 import h5py
 import numpy as np
 import pytest
-from scipy.spatial.distance import pdist, squareform
+from scipy.sparse import csr_array
+from scipy.spatial.distance import cdist, pdist, squareform
+from skbio.stats.composition import clr
 
 import aam.data.distances as distances
-from aam.data.distances import compute_unifrac, read_distances, write_distances
-from aam.data.phylogeny import UniFrac
-from aam.data.simulate import simulate_community
-from aam.data.table import read_table
+from aam.data.distances import read_distances, write_distances
+from aam.data.table_distances import TableDistances, bray_curtis, jaccard
 from aam.errors import InputError
+from tests.data.trees import make_table, random_table
 
 IDS = ["10.50", "2", "b", "a", "é"]
+METRICS = ("jaccard", "bray-curtis", "aitchison")
 
 
+# ----------------------------------------------------------------------------------- of tables
+def reference(counts, metric):
+    if metric == "jaccard":
+        return cdist(counts > 0, counts > 0, "jaccard")
+    if metric == "bray-curtis":
+        shares = counts / counts.sum(axis=1, keepdims=True)
+        return cdist(shares, shares, "braycurtis")
+    logs = clr(counts + 1.0)
+    return cdist(logs, logs)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_distances_are_those_of_scipy_and_skbio(metric):
+    table = random_table(np.random.default_rng(0), 150, [f"f{i}" for i in range(80)])
+    table.counts.data[::7] *= 1000  # depths and abundances of very different size
+    expected = reference(table.counts.toarray().astype(float), metric)
+    found = TableDistances.of(table, metric)
+    np.testing.assert_allclose(found.pairwise(np.arange(150)), expected, atol=1e-9)
+    a, b = np.array([3, 3, 129, 0]), np.array([129, 5, 3])
+    np.testing.assert_allclose(found.cross(a, b), expected[np.ix_(a, b)], atol=1e-9)
+    assert found.cross(a, b)[2, 0] == 0 and found.cross(a, []).shape == (4, 0)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_identical_and_unlike_samples_and_features_of_none(metric):
+    counts = np.array([[3, 5, 0, 0], [3, 5, 0, 0], [0, 0, 1, 9], [30, 50, 0, 0]])
+    found = TableDistances.of(make_table(counts, "ACGT"), metric).pairwise(range(4))
+    wide = make_table(np.pad(counts, ((0, 0), (0, 4))), "ACGTacgt")
+    wider = TableDistances.of(wide, metric).pairwise(range(4))
+    assert found[0, 1] == pytest.approx(0, abs=1e-6) and (np.diag(found) == 0).all()
+    if metric == "aitchison":  # of reads + 1: depth and features that no sample has are seen
+        assert found[0, 3] > 1 and wider[0, 2] != pytest.approx(found[0, 2])
+    else:
+        assert found[0, 2] == 1 and found[0, 3] == pytest.approx(0)
+        np.testing.assert_array_equal(wider, found)
+
+
+@pytest.mark.parametrize("metric", [jaccard, bray_curtis])
+def test_empty_samples_are_alike_and_stored_zeros_are_no_features(metric):
+    counts = csr_array(np.array([[1, 1, 1], [1, 1, 1], [1, 2, 1]]))
+    counts.data[:] = [0, 0, 0, 0, 0, 0, 1, 0, 1]
+    np.testing.assert_allclose(metric(counts), [[0, 0, 1], [0, 0, 1], [1, 1, 0]])
+    np.testing.assert_allclose(metric(counts, counts[:2]), [[0, 0], [0, 0], [1, 1]])
+    assert counts.nnz == 9  # the caller's table is left as it was
+
+
+# ------------------------------------------------------------------------------ read from files
 @pytest.fixture
 def matrix():
     return squareform(pdist(np.random.default_rng(0).random((5, 3))))
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    return simulate_community(
-        tmp_path_factory.mktemp("demo"), samples=12, asvs=40, asvs_per_sample=8, seed=1
-    )
 
 
 def save(path, matrix, ids=IDS):
@@ -41,12 +83,8 @@ def save(path, matrix, ids=IDS):
             file["order"] = [one.encode() for one in ids]
             file["matrix"] = matrix
         return {}
-    lines = ["\t" + "\t".join(ids)]
-    lines += [
-        name + "\t" + "\t".join(map(repr, map(float, row)))
-        for name, row in zip(ids, matrix, strict=True)
-    ]
-    text = "\n".join(lines) + "\n"
+    rows = [[name, *map(repr, map(float, row))] for name, row in zip(ids, matrix, strict=True)]
+    text = "\n".join("\t".join(row) for row in [["", *ids], *rows]) + "\n"
     if path.suffix == ".qza":
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("uuid/metadata.yaml", "uuid: uuid\ntype: DistanceMatrix\n")
@@ -56,55 +94,49 @@ def save(path, matrix, ids=IDS):
     return {}
 
 
-# ----------------------------------------------------------------------------------- reading
 @pytest.mark.parametrize("kind", [".h5", ".tsv", ".qza", ".npy"])
 def test_every_format_gives_the_samples_asked_for_in_their_order(tmp_path, matrix, kind):
     path = tmp_path / f"matrix{kind}"
     options = save(path, matrix)
     whole = read_distances(path, **options)
     assert whole.sample_ids == tuple(IDS)
-    np.testing.assert_array_equal(whole.all_pairs(), matrix)
+    np.testing.assert_array_equal(whole.matrix, matrix)
     some = read_distances(path, sample_ids=["a", "10.50", "b"], **options)
-    rows = [3, 0, 2]
-    np.testing.assert_array_equal(some.all_pairs(), matrix[np.ix_(rows, rows)])
     np.testing.assert_array_equal(some.pairwise([2, 0]), matrix[np.ix_([2, 3], [2, 3])])
     np.testing.assert_array_equal(some.cross([1], [0, 2]), matrix[np.ix_([0], [3, 2])])
     assert some.pairwise([0, 1]).dtype == np.float64
 
 
 def test_samples_missing_in_the_matrix_are_an_error_or_a_counted_fact(tmp_path, matrix):
-    path = tmp_path / "matrix.h5"
+    path, wanted = tmp_path / "matrix.h5", ["b", "x1", "2", "x2", "x3", "x4"]
     save(path, matrix)
-    wanted = ["b", "x1", "2", "x2", "x3", "x4"]
-    with pytest.raises(InputError) as caught:
+    expected = "4 of 6 samples of t.biom.*'x1', 'x2', 'x3', ....*--allow-missing"
+    with pytest.raises(InputError, match=expected):
         read_distances(path, sample_ids=wanted, table_source="t.biom")
-    for fragment in ("4 of 6 samples of t.biom", "'x1', 'x2', 'x3', ...", "--allow-missing"):
-        assert fragment in str(caught.value)
     kept = read_distances(path, sample_ids=wanted, allow_missing=True)
-    assert kept.sample_ids == ("b", "2")
-    assert kept.pairwise([0, 1])[0, 1] == matrix[2, 1]
+    assert kept.sample_ids == ("b", "2") and kept.pairwise([0, 1])[0, 1] == matrix[2, 1]
     assert [fact.count for fact in kept.facts if fact.kind == "dropped"] == [4]
     with pytest.raises(InputError, match="none of the 1 samples"):
         read_distances(path, sample_ids=["x1"], allow_missing=True)
 
 
 def test_a_npy_matrix_is_never_matched_by_position(tmp_path, matrix):
-    path = tmp_path / "matrix.npy"
+    path, ids = tmp_path / "matrix.npy", tmp_path / "ids"
     np.save(path, matrix)
     with pytest.raises(InputError, match=r"holds no sample ids.*--unifrac-matrix-ids"):
         read_distances(path, sample_ids=IDS)
-    (tmp_path / "ids").write_text("\n".join(reversed(IDS)))
-    reversed_matrix = read_distances(path, sample_ids=IDS, ids_file=tmp_path / "ids")
-    np.testing.assert_array_equal(reversed_matrix.all_pairs(), matrix[::-1, ::-1])
-    (tmp_path / "ids").write_text("a\nb\n")
+    ids.write_text("\n".join(reversed(IDS)))
+    found = read_distances(path, sample_ids=IDS, ids_file=ids)
+    np.testing.assert_array_equal(found.matrix, matrix[::-1, ::-1])
+    ids.write_text("a\nb\n")
     with pytest.raises(InputError, match="2 sample ids for a matrix of 5 rows"):
-        read_distances(path, ids_file=tmp_path / "ids")
+        read_distances(path, ids_file=ids)
     save(tmp_path / "matrix.tsv", matrix)
     with pytest.raises(InputError, match=r"ids are given apart only for \.npy"):
-        read_distances(tmp_path / "matrix.tsv", ids_file=tmp_path / "ids")
+        read_distances(tmp_path / "matrix.tsv", ids_file=ids)
 
 
-@pytest.mark.parametrize("kind", [".h5", ".tsv", ".npy"])
+@pytest.mark.parametrize("rows", [2, 512])
 @pytest.mark.parametrize(
     ("cells", "value", "problem"),
     [
@@ -115,34 +147,27 @@ def test_a_npy_matrix_is_never_matched_by_position(tmp_path, matrix):
         ([(4, 1)], 9.0, "2 distances are not equal in the two directions: '2' to 'é'"),
     ],
 )
-def test_bad_values_name_the_samples(tmp_path, matrix, kind, cells, value, problem):
-    path = tmp_path / f"matrix{kind}"
+def test_bad_values_name_the_samples(tmp_path, matrix, monkeypatch, rows, cells, value, problem):
+    monkeypatch.setattr(distances, "_CHECKED_ROWS", rows)
+    path = tmp_path / "matrix.h5"
+    save(path, matrix)
+    np.testing.assert_array_equal(read_distances(path).matrix, matrix)
     for cell in cells:
         matrix[cell] = value
-    options = save(path, matrix)
-    with pytest.raises(InputError, match=re.escape(problem)) as caught:
-        read_distances(path, **options)
-    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+    save(path, matrix)
+    with pytest.raises(InputError, match=re.escape(f"{path}: {problem}")) as caught:
+        read_distances(path)
+    assert "\n" not in str(caught.value)
     # Samples that are not used are not held against the file.
     if problem.startswith("2"):
-        assert len(read_distances(path, sample_ids=["10.50", "b", "a"], **options)) == 3
-
-
-def test_problems_are_found_beyond_the_first_block(tmp_path, matrix, monkeypatch):
-    monkeypatch.setattr(distances, "_CHECKED_ROWS", 2)
-    save(tmp_path / "m.h5", matrix)
-    np.testing.assert_array_equal(read_distances(tmp_path / "m.h5").all_pairs(), matrix)
-    matrix[4, 3] += 0.01
-    save(tmp_path / "m.h5", matrix)
-    with pytest.raises(InputError, match=r"2 distances are not equal.*'a' to 'é'"):
-        read_distances(tmp_path / "m.h5")
+        assert len(read_distances(path, sample_ids=["10.50", "b", "a"]).sample_ids) == 3
 
 
 def test_rounding_in_a_file_is_no_asymmetry(tmp_path, matrix):
     matrix[1, 0] += 4e-6
     matrix[2, 2] = 4e-6
     save(tmp_path / "m.tsv", matrix)
-    assert len(read_distances(tmp_path / "m.tsv")) == 5
+    assert len(read_distances(tmp_path / "m.tsv").sample_ids) == 5
 
 
 @pytest.mark.parametrize(
@@ -158,16 +183,15 @@ def test_rounding_in_a_file_is_no_asymmetry(tmp_path, matrix):
         ("m.h5", "text", "not a readable HDF5 file"),
         ("m.npy", "text", "not a readable .npy matrix"),
         ("m.csv", "", "unknown extension '.csv'"),
+        ("none.h5", None, "no such file"),
     ],
 )
 def test_files_that_are_no_matrix(tmp_path, name, content, problem):
     path = tmp_path / name
-    path.write_text(content)
-    ids_file = path if name == "m.npy" else None
+    if content is not None:
+        path.write_text(content)
     with pytest.raises(InputError, match=re.escape(problem)):
-        read_distances(path, ids_file=ids_file)
-    with pytest.raises(InputError, match="no such file"):
-        read_distances(tmp_path / "none.h5")
+        read_distances(path, ids_file=path if name == "m.npy" else None)
 
 
 def test_hdf5_without_the_datasets_and_arrays_that_are_not_square(tmp_path, matrix):
@@ -175,38 +199,39 @@ def test_hdf5_without_the_datasets_and_arrays_that_are_not_square(tmp_path, matr
         file["distances"] = matrix
     with pytest.raises(InputError, match=r"no dataset 'order' and 'matrix'.*'distances'"):
         read_distances(tmp_path / "m.h5")
-    options = save(tmp_path / "m.npy", matrix[:4])
-    with pytest.raises(InputError, match=r"shape \(4, 5\)"):
-        read_distances(tmp_path / "m.npy", **options)
-    options = save(tmp_path / "m.npy", np.array([["a", "b"], ["c", "d"]]), ["a", "b"])
-    with pytest.raises(InputError, match="expected numbers"):
-        read_distances(tmp_path / "m.npy", **options)
+    for values, ids, problem in (
+        (matrix[:4], IDS, r"shape \(4, 5\)"),
+        (np.array([["a", "b"], ["c", "d"]]), ["a", "b"], "expected numbers"),
+    ):
+        options = save(tmp_path / "m.npy", values, ids)
+        with pytest.raises(InputError, match=problem):
+            read_distances(tmp_path / "m.npy", **options)
 
 
 def test_rows_of_a_tsv_in_another_order_than_its_columns(tmp_path):
     (tmp_path / "m.tsv").write_text("\ta\tb\tc\nc\t2\t3\t0\na\t0\t1\t2\nb\t1\t0\t3\n")
     read = read_distances(tmp_path / "m.tsv")
-    assert read.all_pairs().tolist() == [[0, 1, 2], [1, 0, 3], [2, 3, 0]]
+    assert read.matrix.tolist() == [[0, 1, 2], [1, 0, 3], [2, 3, 0]]
 
 
-# ----------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------ written to files
 @pytest.mark.parametrize(("kind", "tolerance"), [(".h5", 1e-7), (".tsv", 1e-8)])
-def test_written_matrices_are_read_back(tmp_path, matrix, kind, tolerance):
+def test_written_matrices_are_read_back_by_us_and_scikit_bio(tmp_path, matrix, kind, tolerance):
+    from skbio import DistanceMatrix
+
     path = tmp_path / f"m{kind}"
     write_distances(path, IDS, matrix)
     read = read_distances(path)
     assert read.sample_ids == tuple(IDS)
-    np.testing.assert_allclose(read.all_pairs(), matrix, atol=tolerance)
-    assert [one.name for one in tmp_path.iterdir()] == [path.name]
-
-
-def test_scikit_bio_reads_the_tsv(tmp_path, matrix):
-    from skbio import DistanceMatrix
-
-    write_distances(tmp_path / "m.tsv", IDS, matrix)
-    read = DistanceMatrix.read(tmp_path / "m.tsv")
-    assert list(read.ids) == IDS
-    np.testing.assert_allclose(read.data, matrix, atol=1e-8)
+    np.testing.assert_allclose(read.matrix, matrix, atol=tolerance)
+    if kind == ".tsv":
+        theirs = DistanceMatrix.read(path)
+        assert list(theirs.ids) == IDS
+        np.testing.assert_allclose(theirs.data, matrix, atol=tolerance)
+    before = path.read_bytes()
+    with pytest.raises((TypeError, ValueError)):  # a failed write leaves the previous file
+        write_distances(path, IDS, np.array([[object()]]))
+    assert path.read_bytes() == before and [one.name for one in tmp_path.iterdir()] == [path.name]
 
 
 @pytest.mark.real
@@ -221,91 +246,3 @@ def test_the_hdf5_layout_is_that_of_ssu(tmp_path, matrix, real_data):
             assert ours[name].ndim == theirs[name].ndim
         assert ours["format"][0] == theirs["format"][0]
         assert [one.decode("ascii") for one in ours["order"]] == ["a", "b", "c", "d", "e"]
-
-
-def test_a_failed_write_leaves_the_previous_file(tmp_path, matrix, monkeypatch):
-    path = tmp_path / "m.h5"
-    write_distances(path, IDS, matrix)
-    before = path.read_bytes()
-
-    def full(partial, *_):
-        partial.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(distances, "_write_hdf5", full)
-    with pytest.raises(InputError, match=r"cannot be written.*No space left"):
-        write_distances(path, IDS, matrix * 2)
-    assert path.read_bytes() == before
-    assert [one.name for one in tmp_path.iterdir()] == ["m.h5"]
-
-
-# ------------------------------------------------------------------------------- whole tables
-@pytest.mark.real
-@pytest.mark.parametrize("metric", ["unweighted", "weighted-normalized"])
-def test_unifrac_of_ibd_equals_ssu(tmp_path, real_data, metric):
-    folder = real_data / "ibd"
-    output = tmp_path / "d.h5"
-    summary = compute_unifrac(
-        folder / "table-rarefied-5000.biom", folder / "tree.nwk", metric, output
-    )
-    ours = read_distances(output)
-    ssu = read_distances(folder / f"{metric}-unifrac.h5", sample_ids=ours.sample_ids)
-    assert np.abs(ours.all_pairs() - ssu.all_pairs()).max() < 1e-6
-    assert (summary.samples, summary.features, summary.facts) == (428, 4615, [])
-    if metric == "unweighted":  # as published with the data
-        assert summary.mean == pytest.approx(0.619, abs=5e-4)
-        assert summary.standard_deviation == pytest.approx(0.092, abs=5e-4)
-    assert set(summary.seconds) == {"table", "tree", "distances", "write"}
-
-
-def test_faith_pd_is_one_value_a_sample(tmp_path, demo):
-    output = tmp_path / "pd.tsv"
-    summary = compute_unifrac(demo.table, demo.tree, "faith-pd", output)
-    table = read_table(demo.table)
-    expected = UniFrac(table, demo.tree).faith_pd(range(12))
-    header, *lines = output.read_text().splitlines()
-    assert header == "sample-id\tfaith_pd"
-    assert [line.split("\t")[0] for line in lines] == list(table.sample_ids)
-    values = [float(line.split("\t")[1]) for line in lines]
-    np.testing.assert_allclose(values, expected, rtol=1e-8)
-    assert summary.mean == pytest.approx(expected.mean())
-
-
-def test_rarefaction_and_missing_tips_are_counted(tmp_path, demo):
-    table = read_table(demo.table)
-    depth = int(np.median(np.asarray(table.counts.sum(axis=1))))
-    lost = table.feature_ids[0]
-    tree = tmp_path / "tree.nwk"
-    tree.write_text(demo.tree.read_text().replace(lost, "other"))
-    options = {"rarefy_depth": depth, "drop_missing_tips": True}
-    summary = compute_unifrac(demo.table, tree, "weighted", tmp_path / "d.tsv", **options)
-    dropped = int((np.asarray(table.counts.sum(axis=1)) < depth).sum())
-    assert dropped > 0
-    assert [fact.count for fact in summary.facts] == [dropped, 1]
-    assert len(read_distances(tmp_path / "d.tsv")) == summary.samples == 12 - dropped
-    with pytest.raises(InputError, match="--drop-missing-tips"):
-        compute_unifrac(demo.table, tree, "weighted", tmp_path / "e.tsv")
-    assert not (tmp_path / "e.tsv").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "metric", "problem"),
-    [
-        ("d.csv", "unweighted", "unknown extension '.csv' for unweighted; write to .h5 or .tsv"),
-        ("d.h5", "faith-pd", "unknown extension '.h5' for faith-pd; write to .tsv"),
-        ("d.h5", "bray", "unknown metric 'bray'"),
-        ("none/d.h5", "unweighted", "make it first"),
-        ("there.h5", "unweighted", "already there; choose another name or add --overwrite"),
-    ],
-)
-def test_outputs_that_cannot_be_are_known_before_the_work(tmp_path, name, metric, problem):
-    (tmp_path / "there.h5").write_text("precious")
-    with pytest.raises(InputError, match=re.escape(problem)):
-        compute_unifrac("no-table", "no-tree", metric, tmp_path / name)
-    assert (tmp_path / "there.h5").read_text() == "precious"
-
-
-def test_overwrite_replaces_the_output(tmp_path, demo):
-    (tmp_path / "d.h5").write_text("old")
-    compute_unifrac(demo.table, demo.tree, "unweighted", tmp_path / "d.h5", overwrite=True)
-    assert len(read_distances(tmp_path / "d.h5")) == 12

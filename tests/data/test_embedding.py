@@ -7,8 +7,9 @@ import scipy.sparse
 from aam.data import embedding
 from aam.data.clades import Clades, Grafts, split_tree
 from aam.data.embedding import Embedding
-from aam.data.phylogeny import UniFrac, read_tree
 from aam.data.table import read_table
+from aam.data.tree import read_tree
+from aam.data.unifrac import UniFrac
 from tests.data.trees import make_table, parse, random_newick, random_table
 
 WIDE = 2**20
@@ -19,7 +20,7 @@ def shared(table, tree):
     """``(n, n)`` length that samples share, by UniFrac: u = 1 - S / (PD + PD' - S)."""
     unifrac = UniFrac(table, tree)
     faith = unifrac.faith_pd(range(len(unifrac)))
-    apart = unifrac.all_pairs()
+    apart = unifrac.pairwise()
     return (1 - apart) * (faith[:, None] + faith) / (2 - apart), faith, apart
 
 
@@ -150,7 +151,7 @@ def test_the_tanimoto_distance_of_short_vectors_follows_unifrac(community):
     order = np.argsort([place[name] for name in table.feature_ids])
     own = Embedding.fit(clades, scipy.sparse.csr_array(table.counts[:, order]), 0)
     pairs = np.triu_indices(len(table.sample_ids), 1)
-    expected = unifrac.all_pairs()[pairs]
+    expected = unifrac.pairwise()[pairs]
     vectors, faith = vectors_of(own, table, clades, dimensions=own.most)
     found = tanimoto(vectors, faith)[pairs]
     assert np.corrcoef(found, expected)[0, 1] > 0.95

@@ -14,9 +14,9 @@ from aam.commands.inputs import attach_distances
 from aam.config import DistanceOptions, TableOptions
 from aam.data import index as on_disk
 from aam.data import index_build
-from aam.data.phylogeny import METRICS, UniFrac
 from aam.data.samples import make_dataset, read_samples
 from aam.data.table import FeatureTable, read_table
+from aam.data.unifrac import METRICS, UniFrac
 from aam.errors import InputError
 from tests.data.test_dataset import random_table
 
@@ -143,7 +143,7 @@ def test_distances_equal_those_in_memory(community, tmp_path, metric):
     disk = read_samples(chosen, 0).table
     one = UniFrac(read_table(community.table), community.tree, metric)
     other = UniFrac(disk, community.tree, metric)
-    np.testing.assert_array_equal(other.all_pairs(), one.all_pairs())
+    np.testing.assert_array_equal(other.pairwise(), one.pairwise())
 
 
 def test_hashed_features_find_their_sequences(tmp_path):

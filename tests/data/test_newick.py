@@ -26,14 +26,16 @@ def test_the_quick_reader_reads_what_the_general_one_reads(tmp_path_factory, see
     path.write_text(text.replace(")0.97", ")'0.97:g__X (y); [z]'") if labels else text)
     plain = parse_newick(np.frombuffer(path.read_bytes(), dtype=np.uint8))
     assert plain is not None
-    equal_trees(Phylogeny(*plain, str(path)), tree_module._read_any(path))
+    equal_trees(
+        Phylogeny(*plain, str(path)), tree_module._read_any(path, np.fromfile(path, dtype=np.uint8))
+    )
 
 
 @pytest.mark.real
 @pytest.mark.parametrize("data", ["ibd", "phylogeny-small"])
 def test_the_quick_reader_reads_real_trees(real_data, data, monkeypatch):
     path = real_data / data / "tree.nwk"
-    expected = tree_module._read_any(path)
+    expected = tree_module._read_any(path, np.fromfile(path, dtype=np.uint8))
     monkeypatch.setattr(newick_module, "_BLOCK", 1000)
     monkeypatch.setattr(tree_module, "_read_any", None)
     equal_trees(read_tree(path), expected)

@@ -13,9 +13,10 @@ import scipy.sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import aam.data.phylogeny as phylogeny
-from aam.data.phylogeny import METRICS, UniFrac, read_tree
+import aam.data.unifrac as unifrac_module
 from aam.data.table import FeatureTable, read_table
+from aam.data.tree import read_tree
+from aam.data.unifrac import METRICS, UniFrac
 from aam.errors import InputError
 
 
@@ -106,13 +107,13 @@ def test_unifrac_and_faith_pd_equal_brute_force(tmp_path_factory, seed, tips, me
     counts[counts.sum(axis=1) == 0, 0] = 1
     unifrac = UniFrac(make_table(counts, features), path, metric)
     expected = brute_force(tree, counts.tolist(), features, metric)
-    np.testing.assert_allclose(unifrac.all_pairs(), expected, atol=1e-12)
+    np.testing.assert_allclose(unifrac.pairwise(), expected, atol=1e-12)
     np.testing.assert_allclose(
         unifrac.cross([2, 0], [1, 3]), expected[[2, 0]][:, [1, 3]], atol=1e-12
     )
     for other in METRICS:
         np.testing.assert_allclose(
-            unifrac.by(other).all_pairs(),
+            unifrac.by(other).pairwise(),
             brute_force(tree, counts.tolist(), features, other),
             atol=1e-12,
         )
@@ -167,12 +168,12 @@ def test_a_caterpillar_of_50000_tips(newick):
     table = make_table([[1, 0, 0], [0, 1, 0], [0, 0, 1]], ["t0", "t1", f"t{tips - 1}"])
     unifrac = UniFrac(table, tree)
     assert unifrac.faith_pd([0, 1, 2]).tolist() == [tips - 1, tips - 1, 1]
-    np.testing.assert_allclose(unifrac.all_pairs()[0], [0, 2 / tips, 1], atol=1e-15)
+    np.testing.assert_allclose(unifrac.pairwise()[0], [0, 2 / tips, 1], atol=1e-15)
 
 
 def test_a_tree_of_one_tip_has_no_distance(newick):
     unifrac = UniFrac(make_table([[3], [5]], ["a"]), newick("a:7;"))
-    assert unifrac.all_pairs().tolist() == [[0, 0], [0, 0]]
+    assert unifrac.pairwise().tolist() == [[0, 0], [0, 0]]
     assert unifrac.faith_pd([0, 1]).tolist() == [0, 0]
 
 
@@ -239,7 +240,7 @@ def test_features_missing_in_the_tree_are_an_error_or_a_counted_fact(newick):
     assert "of 7, 38.10% of the reads" in fact.detail  # 8 of 21
     without = UniFrac(make_table(counts[:, [0, 2, 4]], ["a", "b", "c"]), path)
     assert without.facts == []
-    np.testing.assert_array_equal(unifrac.all_pairs(), without.all_pairs())
+    np.testing.assert_array_equal(unifrac.pairwise(), without.pairwise())
 
 
 def test_a_tree_of_another_study_shows_names_of_both(newick):
@@ -250,12 +251,12 @@ def test_a_tree_of_another_study_shows_names_of_both(newick):
 
 def test_tips_in_lower_case_and_hashed_tips_find_their_sequences(newick, tmp_path):
     table = make_table([[1, 1, 0], [0, 1, 1]], ["ACGT", "TTTT", "GGGG"])
-    expected = UniFrac(table, newick("((ACGT:1,TTTT:2):1,GGGG:4);")).all_pairs()
+    expected = UniFrac(table, newick("((ACGT:1,TTTT:2):1,GGGG:4);")).pairwise()
     lower = UniFrac(table, newick("((acgt:1,tttt:2):1,gggg:4);"))
-    np.testing.assert_array_equal(lower.all_pairs(), expected)
+    np.testing.assert_array_equal(lower.pairwise(), expected)
     (tmp_path / "rep.fasta").write_text(">h1\nacgt\n>h2\nTTTT\n>h3\nGGGG\n")
     hashed = read_tree(newick("((h1:1,h2:2):1,h3:4);"), sequences=tmp_path / "rep.fasta")
-    np.testing.assert_array_equal(UniFrac(table, hashed).all_pairs(), expected)
+    np.testing.assert_array_equal(UniFrac(table, hashed).pairwise(), expected)
 
 
 def test_samples_without_reads_are_named(newick):
@@ -300,7 +301,7 @@ def test_equal_to_scikit_bio(small):
     ):
         unifrac = UniFrac(table, path, metric)
         expected = beta_diversity(name, counts, tree=tree, taxa=taxa, **options).data
-        np.testing.assert_allclose(unifrac.all_pairs(), expected, atol=1e-10)
+        np.testing.assert_allclose(unifrac.pairwise(), expected, atol=1e-10)
         pd = alpha_diversity("faith_pd", counts, tree=tree, taxa=taxa)
         np.testing.assert_allclose(unifrac.faith_pd(np.arange(len(unifrac))), pd, rtol=1e-10)
 
@@ -323,7 +324,7 @@ def test_equal_to_ssu(small, require_tool, real_data, tmp_path):
             order = [one.decode() for one in file["order"]]
             expected = file["matrix"][()]
         rows = [order.index(name) for name in table.sample_ids]
-        ours = UniFrac(table, path, metric).all_pairs()
+        ours = UniFrac(table, path, metric).pairwise()
         np.testing.assert_allclose(ours, expected[np.ix_(rows, rows)], atol=1e-10)
 
 
@@ -342,7 +343,7 @@ def test_equal_to_ssu_on_ibd_within_two_seconds(ibd):
         unifrac = UniFrac(
             read_table(folder / "table-rarefied-5000.biom"), read_tree(folder / "tree.nwk"), metric
         )
-        distances = unifrac.all_pairs()
+        distances = unifrac.pairwise()
         assert time.process_time() - start < 2.0  # measured 0.3 to 0.5 s
         if metric != "weighted":
             with h5py.File(folder / f"{metric}-unifrac.h5") as file:
@@ -357,13 +358,13 @@ def test_equal_to_ssu_on_ibd_within_two_seconds(ibd):
 def test_blocks_batches_and_all_pairs_agree(ibd, metric, monkeypatch):
     folder, table = ibd
     unifrac = UniFrac(table, folder / "tree.nwk", metric)
-    whole = unifrac.all_pairs()
+    whole = unifrac.pairwise()
     np.testing.assert_array_equal(whole, whole.T)
     assert not np.diag(whole).any()
     rows = np.random.default_rng(0).choice(len(table.sample_ids), 32, replace=False)
     np.testing.assert_allclose(unifrac.pairwise(rows), whole[np.ix_(rows, rows)], atol=1e-13)
     np.testing.assert_allclose(unifrac.cross(rows, [5, 3]), whole[rows][:, [5, 3]], atol=1e-13)
-    monkeypatch.setattr(phylogeny, "_BLOCK_BYTES", 8 * 10_000 * 7)  # 7 samples a block
+    monkeypatch.setattr(unifrac_module, "_BLOCK_BYTES", 8 * 10_000 * 7)  # 7 samples a block
     np.testing.assert_allclose(unifrac.pairwise(rows), whole[np.ix_(rows, rows)], atol=1e-13)
     np.testing.assert_allclose(unifrac.cross(rows, rows), whole[np.ix_(rows, rows)], atol=1e-13)
 
@@ -395,13 +396,10 @@ def test_branches_are_the_same_whether_kept_or_found_for_each_batch(newick, metr
     counts = generator.integers(0, 9, (20, 250)) * (generator.random((20, 250)) < 0.1)
     table = make_table(counts, [f"t{tip}" for tip in generator.permutation(300)[:250]])
     kept = UniFrac(table, tree, metric)
-    expected = kept.all_pairs()
-    assert kept._kept is not None
-    monkeypatch.setattr(phylogeny, "_KEPT_ENTRIES", 0)
-    monkeypatch.setattr(phylogeny, "_FAITH_ROWS", 3)
+    expected = kept.pairwise()
+    monkeypatch.setattr(unifrac_module, "_FAITH_ROWS", 3)
     found = UniFrac(table, tree, metric)
-    np.testing.assert_array_equal(found.all_pairs(), expected)
-    assert found._kept is None
+    np.testing.assert_array_equal(found.pairwise(), expected)
     np.testing.assert_allclose(found.pairwise([7, 2]), expected[np.ix_([7, 2], [7, 2])], atol=1e-13)
     np.testing.assert_array_equal(found.faith_pd(range(20)), kept.faith_pd(range(20)))
     np.testing.assert_array_equal(found.faith_pd([]), kept.faith_pd([]))
@@ -419,7 +417,7 @@ def test_a_few_samples_cost_what_they_hold_and_not_the_tree(newick):
     names = ("one", "two", "rest"), tuple(f"t{tip}" for tip in range(tips))
     table = FeatureTable(*names, counts, "t")
     unifrac = UniFrac(table, tree)
-    unifrac.pairwise([0, 1])
+    unifrac.by("weighted").pairwise([0, 1])
     tracemalloc.start()
     unifrac.pairwise([0, 1])
     unifrac.by("weighted").pairwise([0, 1])

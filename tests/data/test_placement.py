@@ -103,7 +103,7 @@ def test_what_the_law_is_fitted_to_is_the_tree_without_each_tip(placement, split
         at = at - (at > tip)
         place = true_grafts(clades.tree, rest, np.array([tip]))
         local.append(less.pendant[at].mean())
-        depth = found.weights[tip] @ less.root_distance[less.tip_nodes[at]]
+        depth = found.weights[tip] @ less.root_distance[less.tree.tip_nodes[at]]
         rise.append(depth - depth_of(less, place)[0])
     assert placement.law.centre[3] == pytest.approx(np.mean(local))
     assert placement.law.levels == pytest.approx([clades.pendant.mean(), np.mean(rise)])
@@ -156,8 +156,8 @@ def test_sure_clades_keep_the_depth_and_impossible_ones_lead_to_the_root(placeme
     sure = np.ones((len(lowest), len(clades)), dtype=np.float32)
     grafts = placement.grafts(near, lowest, sure)
     own, rise = placement.law.predict(near, clades.pendant[index])
-    mean = (near.weights * clades.root_distance[clades.tip_nodes[index]]).sum(axis=1)
-    way = clades.root_distance[clades.tip_nodes[index[:, 0]]]
+    mean = (near.weights * clades.root_distance[clades.tree.tip_nodes[index]]).sum(axis=1)
+    way = clades.root_distance[clades.tree.tip_nodes[index[:, 0]]]
     expected = np.minimum(np.maximum(mean - rise, 0), way)
     np.testing.assert_allclose(depth_of(clades, grafts), expected, atol=1e-9)
     np.testing.assert_allclose(
@@ -184,10 +184,10 @@ def test_without_a_neighbour_in_the_clade_the_way_ends_at_the_clade():
     assert depth_of(clades, grafts).tolist() == [3]
     assert clades.nodes[ab] in ancestors(clades.tree, grafts.node[0])
     inside = placement.grafts(found_at([[3, 1]], [[1.0, 1.0]]), np.array([ab]), sure)
-    assert clades.tip_nodes[1] == inside.node[0] and inside.shared.tolist() == [1]
+    assert clades.tree.tip_nodes[1] == inside.node[0] and inside.shared.tolist() == [1]
     for tip in (0, 3):  # no clade decoded: the nearest one's way
         root = placement.grafts(found_at([[tip]], [[1.0]]), np.array([-1]), sure)
-        assert root.node.tolist() == [clades.tip_nodes[tip]] and root.shared.tolist() == [1]
+        assert root.node.tolist() == [clades.tree.tip_nodes[tip]] and root.shared.tolist() == [1]
     lost = placement.grafts(found_at([[-1]], [[np.inf]]), np.array([-1]), sure)
     assert depth_of(clades, lost).tolist() == [0]
 

@@ -3,13 +3,21 @@
 import numpy as np
 import scipy.sparse
 
+from aam.data.distances import write_distances
 from aam.data.newick import parse_newick
-from aam.data.table import FeatureTable
+from aam.data.table import FeatureTable, read_table
 from aam.data.tree import Phylogeny
+from aam.data.unifrac import UniFrac
 
 
 def parse(text, source="tree.nwk"):
     return Phylogeny(*parse_newick(np.frombuffer(text.encode(), dtype=np.uint8)), source)
+
+
+def write_unifrac(table, tree, path, metric="unweighted"):
+    """The distances of a table's samples in a file."""
+    unifrac = UniFrac(read_table(table), tree, metric)
+    write_distances(path, unifrac.sample_ids, unifrac.pairwise())
 
 
 def random_newick(generator, tips, *, plain=False):

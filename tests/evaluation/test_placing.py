@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from aam.data.clades import Clades, places_by_tree
-from aam.data.phylogeny import METRICS, UniFrac, read_tree
 from aam.data.simulate import DemoFiles, simulate_community
 from aam.data.table import FeatureTable, read_table
 from aam.data.texts import Texts
+from aam.data.tree import read_tree
+from aam.data.unifrac import METRICS, UniFrac
 from aam.errors import InputError
 from aam.evaluation import placer as placing
 from aam.evaluation.applicability import of_placed
@@ -102,7 +103,7 @@ def test_known_asvs_stand_at_their_own_tips(study, placer):
     placed = placer.place(sequences[::-1])
     own = np.arange(len(sequences))[::-1]
     assert np.array_equal(placed.known, own) and np.array_equal(placed.nearest, own)
-    assert np.array_equal(placed.grafts.node, placer.clades.tip_nodes[own])
+    assert np.array_equal(placed.grafts.node, placer.clades.tree.tip_nodes[own])
     assert np.array_equal(placed.clade, placer.clades.lowest[own])
     assert (placed.distance == 0).all() and (placed.support == 1).all() and placed.usable.all()
     assert (placed.grafts.own == 0).all()
@@ -115,7 +116,7 @@ def test_training_samples_are_as_far_apart_as_on_the_tree(study, placer):
     found = unifrac_by_model(table, placer.clades, placer.place(table.feature_ids))
     truth = UniFrac(table, study.files.tree)
     for metric in METRICS:
-        own, exact = found.by(metric).all_pairs(), truth.by(metric).all_pairs()
+        own, exact = found.by(metric).pairwise(), truth.by(metric).pairwise()
         np.testing.assert_allclose(own, exact, atol=1e-9)
     np.testing.assert_allclose(found.faith_pd(range(30)), truth.faith_pd(range(30)))
 
@@ -127,7 +128,7 @@ def test_other_samples_are_no_farther_off_than_by_nearest_neighbour_placement(st
     for metric in METRICS:
         for one in (placer, nearest_neighbour_placement(placer)):
             found = unifrac_by_model(table, placer.clades, one.place(table.feature_ids))
-            pairs = [condensed(u.by(metric).all_pairs()) for u in (found, truth)]
+            pairs = [condensed(u.by(metric).pairwise()) for u in (found, truth)]
             errors[one.model is None, metric] = np.abs(pairs[0] - pairs[1]).mean()
             assert np.corrcoef(*pairs)[0, 1] > 0.98
         assert errors[False, metric] < 1.1 * errors[True, metric] + 1e-4, errors
@@ -226,7 +227,7 @@ def test_sequences_near_nothing_have_no_place_and_facts_say_so(study, placer, ne
     assert [fact.kind == "dropped" for fact in facts] == [False, False, True, True]
     assert len(warnings) == 2 and "11% of the reads are reverse" in warnings[0]
     unifrac = unifrac_by_model(table, placer.clades, placed)
-    assert np.isfinite(unifrac.all_pairs()).all()
+    assert np.isfinite(unifrac.pairwise()).all()
     with pytest.raises(InputError, match="reverse complements: turn"):
         part = FeatureTable(("s",), reverse, table.counts[:1, 25:29], "turned.biom")
         unifrac_by_model(part, placer.clades, placer.place(reverse))
@@ -323,7 +324,7 @@ def test_embedded_samples(aam, study, placer, tmp_path):
     np.testing.assert_allclose(faith, unifrac.faith_pd(range(60)), rtol=1e-6)
     product = vectors @ vectors.T
     found = 1 - product / (faith[:, None] + faith - product)
-    assert np.corrcoef(condensed(found), condensed(unifrac.all_pairs()))[0, 1] > 0.95
+    assert np.corrcoef(condensed(found), condensed(unifrac.pairwise()))[0, 1] > 0.95
 
 
 def test_embedding_fewer_dimensions(aam, study, tmp_path, capsys):

@@ -311,7 +311,7 @@ import numpy as np, torch
 from aam.config import OptimizerOptions, PenaltyOptions
 from aam.data.dataset import AsvDataset
 from aam.data.dataset import SampleDataset
-from aam.data.phylogeny import UniFrac
+from aam.data.unifrac import UniFrac
 from aam.data.table import read_table
 from aam.model import AsvEncoder, EncoderShape, FreeClades
 from aam.learning.distributed import RankGroup

@@ -7,9 +7,9 @@ import torch
 from aam.config import PenaltyOptions
 from aam.data.clades import Clades
 from aam.data.dataset import AsvDataset, SampleDataset
-from aam.data.phylogeny import UniFrac
 from aam.data.table import read_table
 from aam.data.texts import Texts
+from aam.data.unifrac import UniFrac
 from aam.learning.distributed import RankGroup
 from aam.learning.losses import CladeLoss, DistanceLoss
 from aam.learning.objective import CladeObjective, PairObjective

@@ -11,9 +11,9 @@ import torch.multiprocessing
 from aam.config import FinetunePenaltyOptions, PenaltyOptions, TargetOptions
 from aam.data.clades import Clades
 from aam.data.dataset import AsvDataset, SampleDataset
-from aam.data.phylogeny import UniFrac
 from aam.data.table import read_table
 from aam.data.tree import read_tree
+from aam.data.unifrac import UniFrac
 from aam.evaluation.outputs import encode_asvs
 from aam.learning import losses
 from aam.learning.distributed import RankGroup, cut

@@ -7,9 +7,10 @@ import pytest
 from scipy.spatial.distance import pdist, squareform
 
 from aam.data.metadata import read_metadata
-from aam.data.phylogeny import UniFrac, read_tree
 from aam.data.simulate import DIAGNOSES, SITES, simulate_community
 from aam.data.table import read_table
+from aam.data.tree import read_tree
+from aam.data.unifrac import UniFrac
 from aam.errors import InputError
 
 TINY = {"samples": 24, "asvs": 60, "asvs_per_sample": 12}
@@ -28,7 +29,7 @@ class Study:
         self.present = self.table.counts.toarray() > 0
         self.unifrac = UniFrac(self.table, self.tree)
         self.pairs = np.triu_indices(len(self.unifrac), 1)
-        self.distances = self.unifrac.all_pairs()[self.pairs]
+        self.distances = self.unifrac.pairwise()[self.pairs]
         self.age = self.metadata.numeric("age")
         self.diagnosis = np.array(self.metadata.text("diagnosis"))
         self.subject = np.array(self.metadata.text("subject"))
