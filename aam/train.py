@@ -196,7 +196,7 @@ def settle_resume(words: Sequence[str]) -> list[str]:
     """
     if value_of("--resume-from", words) != AUTO:
         return list(words)
-    from aam.learning.resume import usable_checkpoint
+    from aam.learning.checkpoint import usable_checkpoint
     from aam.learning.run import is_run
 
     folder = value_of("--output-dir", words)

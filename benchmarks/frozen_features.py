@@ -21,7 +21,7 @@ from aam.data.embedding import Embedding
 from aam.data.metadata import read_metadata
 from aam.data.table import FeatureTable, read_table
 from aam.evaluation.placer import grafted_tree, load_placer
-from aam.learning.checkpoint import read_model
+from aam.learning.model_file import read_model
 from benchmarks import machine
 
 DATA = Path(os.environ.get("AAM_DATA") or machine.ROOT.parent / "shared" / "data")

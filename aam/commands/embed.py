@@ -16,8 +16,8 @@ from aam.errors import InputError, log, log_facts
 from aam.evaluation.applicability import of_placed
 from aam.evaluation.placer import Placed, Placer, grafted_tree, load_placer, require_places
 from aam.files import atomic_path, check_file_output
-from aam.learning.checkpoint import read_model
 from aam.learning.device import pick_device
+from aam.learning.model_file import read_model
 
 KINDS = (".tsv", ".npz")
 

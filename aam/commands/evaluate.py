@@ -30,8 +30,8 @@ from aam.evaluation.predictions import in_units
 from aam.evaluation.results import print_results, result
 from aam.evaluation.tree_results import EvaluationSubset, membership_results, sample_results
 from aam.files import check_file_output, json_text, write_text
-from aam.learning.checkpoint import SavedModel, read_model
 from aam.learning.device import pick_device
+from aam.learning.model_file import SavedModel, read_model
 from aam.learning.targets import TargetInfo
 from aam.model import AsvEncoder, Predictor, PretrainedModel
 

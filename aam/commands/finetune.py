@@ -23,11 +23,11 @@ from aam.evaluation.outputs import encode_asvs, predict_outputs, target_metrics
 from aam.evaluation.predictions import in_units, prediction_cells, prediction_header
 from aam.evaluation.results import result
 from aam.files import refuse_breaks
-from aam.learning.checkpoint import load_encoder, read_model
+from aam.learning.checkpoint import fingerprint
 from aam.learning.distributed import RankGroup
 from aam.learning.losses import TargetLoss
+from aam.learning.model_file import load_encoder, read_model
 from aam.learning.objective import FinetuneObjective
-from aam.learning.resume import fingerprint
 from aam.learning.run import Run
 from aam.learning.targets import TargetInfo, class_weights, is_classification
 from aam.model import Predictor

@@ -18,10 +18,10 @@ from aam.data.samples import Samples, make_dataset, read_samples
 from aam.errors import InputError, log, log_facts
 from aam.evaluation.applicability import add_applicability
 from aam.learning.batches import GB, Batching
-from aam.learning.checkpoint import read_model
 from aam.learning.device import pick_device
 from aam.learning.distributed import RankGroup
 from aam.learning.losses import DistanceLoss
+from aam.learning.model_file import read_model
 from aam.learning.objective import PairObjective
 from aam.learning.optimizer import make_optimizer
 from aam.learning.planner import EpochPlan

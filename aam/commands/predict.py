@@ -15,8 +15,8 @@ from aam.evaluation.applicability import add_applicability
 from aam.evaluation.outputs import predict_outputs
 from aam.evaluation.predictions import in_units, prediction_cells, prediction_header
 from aam.files import check_file_output, write_table
-from aam.learning.checkpoint import read_model
 from aam.learning.device import pick_device
+from aam.learning.model_file import read_model
 from aam.learning.targets import TargetInfo
 from aam.model import Predictor
 

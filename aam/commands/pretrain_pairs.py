@@ -24,10 +24,10 @@ from aam.errors import log_facts
 from aam.evaluation import metrics
 from aam.evaluation.measurements import distance_results, nucleotide_results, write_pairs
 from aam.evaluation.outputs import distance_metrics, predicted_distances
+from aam.learning.checkpoint import fingerprint
 from aam.learning.distributed import RankGroup
 from aam.learning.losses import DistanceLoss
 from aam.learning.objective import PairObjective
-from aam.learning.resume import fingerprint
 from aam.learning.run import Run
 from aam.model import PretrainedModel
 

@@ -32,9 +32,9 @@ from aam.evaluation.tree_results import (
     sample_results,
     write_placements,
 )
+from aam.learning.checkpoint import fingerprint
 from aam.learning.losses import CladeLoss
 from aam.learning.objective import CladeObjective
-from aam.learning.resume import fingerprint
 from aam.learning.run import Run
 from aam.model import PretrainedModel
 

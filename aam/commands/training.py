@@ -24,13 +24,13 @@ from aam.evaluation.outputs import check_nucleotides
 from aam.evaluation.results import print_results
 from aam.learning import distributed
 from aam.learning.batches import Batching
-from aam.learning.checkpoint import MODEL_FILE, save_model
+from aam.learning.checkpoint import check_same_data, compatible_state
 from aam.learning.device import compile_stacks
 from aam.learning.distributed import RankGroup
 from aam.learning.launch import start
 from aam.learning.loop import Trainer
+from aam.learning.model_file import MODEL_FILE, save_model
 from aam.learning.objective import Objective
-from aam.learning.resume import check_same_data, compatible_state
 from aam.learning.run import Run, check_output
 from aam.model import AsvEncoder, EncoderShape, Predictor, PretrainedModel
 

@@ -11,7 +11,7 @@ from aam.data.table import FeatureTable
 from aam.data.texts import Texts, match_names
 from aam.errors import DataFact, name_some
 from aam.evaluation.placer import Placed
-from aam.learning.checkpoint import SavedModel
+from aam.learning.model_file import SavedModel
 
 LOOKED_AT = 2000  # most new ASVs whose nearest known one is looked for, the most abundant ones
 LOST_READS = 0.1  # share of the reads that have no place from which on a warning is due

@@ -27,7 +27,7 @@ from aam.data.texts import Texts, match_names, offsets_of
 from aam.data.tree import Phylogeny
 from aam.data.unifrac import UniFrac
 from aam.errors import InputError, name_some
-from aam.learning.checkpoint import SavedModel, read_model
+from aam.learning.model_file import SavedModel, read_model
 from aam.model import PretrainedModel
 from aam_kernels import Ragged
 

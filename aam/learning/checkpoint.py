@@ -1,32 +1,43 @@
-"""Files that survive: atomic writes, self-describing models, exact resume.
-
-A write goes to a temporary file in the same folder, is flushed to the disk and then renamed, so
-that a full disk or a killed process leaves the previous file as it was.
-"""
+"""Checkpoints: written whole or not at all, and continued only with the options that made them."""
 
 from __future__ import annotations
 
+import hashlib
 import io
-import json
 import pickle
-from collections.abc import Mapping, Set
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from aam.errors import InputError
+from aam.config import to_dict
+from aam.data.splits import Split
+from aam.errors import InputError, log
 from aam.files import atomic_path
-from aam.model import AsvEncoder, EncoderShape, Predictor, PretrainedModel
-from aam.model.predictor import PredictorShape
+from aam.learning import distributed
+from aam.learning.run import CHECKPOINTS, resume_checkpoint
 
-MODEL_FILE = "model.safetensors"
-METADATA_KEY = "aam"
-FORMAT = 2
-ARRAYS = "data."  # begins the names of tensors that are no weights
+FORMAT = 3
+DAMAGED = (  # whatever torch and pickle make of damaged bytes
+    RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError, LookupError,
+    AttributeError, TypeError,
+)  # fmt: skip
+
+# Options that a continued run may change: none of them changes a step that was already taken.
+# Files may have moved: what they hold is compared instead (see `fingerprint`).
+FREE = {
+    "data": {"table", "sequences", "on_disk", "index_dir"},
+    "distances": {"tree", "unifrac_matrix", "unifrac_matrix_ids"},
+    "metadata": {"metadata", "train_ids", "validation_ids"},
+    "optimizer": {"max_steps", "early_stopping", "validate_every"},
+    "run": {
+        "output_dir", "overwrite", "resume_from", "config", "device", "devices", "data_parallel",
+        "strategy", "attn_implementation", "gradient_checkpointing", "compile_model",
+        "tensorboard", "checkpoint_minutes", "memory_profile",
+    },
+}  # fmt: skip
+FREE_ALONE = {"pretrained_encoder"}  # its weights are in the checkpoint
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -48,16 +59,7 @@ def load_state(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such checkpoint")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        RuntimeError,
-        EOFError,
-        pickle.UnpicklingError,
-        OSError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        TypeError,
-    ) as error:  # whatever torch and pickle make of damaged bytes
+    except DAMAGED as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise InputError(
             f"{path}: truncated or not a checkpoint ({reason}); "
@@ -68,140 +70,111 @@ def load_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def save_model(
-    path: Path,
-    model: nn.Module,
-    description: dict[str, Any],
-    arrays: Mapping[str, np.ndarray] | None = None,
-) -> None:
-    """Write weights and everything that `predict` needs into one safetensors file, atomically.
-
-    Args:
-        path: the file.
-        model: a PretrainedModel or Predictor.
-        description: JSON values to keep with the weights (data options, target, categories).
-        arrays: what else the model knows: its clades, the sequences of training.
-    """
-    from safetensors.torch import save
-
-    assert isinstance(model, (Predictor, PretrainedModel))
-    described = {"format": FORMAT, "encoder": asdict(model.encoder.shape), **description}
-    if isinstance(model, Predictor):
-        described["predictor"] = asdict(model.shape)
-    else:
-        described["pretrained"] = model.description
-    tensors = {
-        name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
-    }
-    for name, values in (arrays or {}).items():
-        tensors[ARRAYS + name] = torch.from_numpy(np.require(values, requirements="CW"))
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(save(tensors, metadata={METADATA_KEY: json.dumps(described)}))
-
-
-@dataclass(frozen=True)
-class SavedModel:
-    """The file of a model: weights, what else it knows, and its description."""
-
-    path: Path
-    weights: dict[str, torch.Tensor]
-    arrays: dict[str, np.ndarray]
-    description: dict[str, Any]
-
-    def build(self, *, impl: str = "auto") -> PretrainedModel | Predictor:
-        """The model in evaluation mode."""
-        model = build_model(self.description, impl=impl)
-        try:
-            model.load_state_dict(self.weights)
-        except RuntimeError as error:
-            raise InputError(
-                f"{self.path}: the weights do not fit the model's description"
-            ) from error
-        return model.eval()
-
-
-def read_model(run: Path) -> SavedModel:
-    """Read a run's model.
+def compatible_state(config: Any) -> dict[str, Any] | None:
+    """The checkpoint to continue from, or None for a new run.
 
     Raises:
-        InputError: there is no model, or its file is damaged.
+        InputError: it is missing, damaged, or was made with other options.
     """
-    from safetensors import SafetensorError, safe_open
-
-    path = run / MODEL_FILE if run.is_dir() else run
-    if not path.is_file():
-        raise InputError(f"{path}: no such model; give the folder of a finished run")
-    weights, arrays = {}, {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            described = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))
-            for name in file.keys():  # noqa: SIM118  (an open file, no dict)
-                if name.startswith(ARRAYS):
-                    arrays[name.removeprefix(ARRAYS)] = file.get_tensor(name).numpy()
-                else:
-                    weights[name] = file.get_tensor(name)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path}: truncated or not a model ({error})") from error
-    if not described or described.get("format") != FORMAT:
-        raise InputError(f"{path}: not a model of this version of aam; train it again")
-    return SavedModel(path, weights, arrays, described)
+    if config.run.resume_from is None:
+        return None
+    path = resume_checkpoint(config.run.resume_from)
+    state = load_state(path)
+    if state["description"]["command"] != config.command:
+        raise InputError(
+            f"{path}: is a checkpoint of {state['description']['command']}, not of {config.command}"
+        )
+    before, now = _fixed(state["config"]), _fixed(to_dict(config))
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if changed:
+        name = changed[0]
+        raise InputError(
+            f"{path}: was made with another --{name.split('.')[-1].replace('_', '-')} "
+            f"({before.get(name)!r}, now {now.get(name)!r}); continue with the run's own options"
+        )
+    return state
 
 
-def build_model(
-    described: dict[str, Any], *, impl: str = "auto", recompute: bool = True
-) -> PretrainedModel | Predictor:
-    """The model that a description describes, with fresh weights."""
-    encoder = AsvEncoder(EncoderShape(**described["encoder"]), impl=impl, recompute=recompute)
-    if "predictor" not in described:
-        return PretrainedModel(encoder, **described["pretrained"])
-    own = described["predictor"]
-    own = {**own, "category_sizes": tuple(own["category_sizes"])}
-    return Predictor(encoder, PredictorShape(**own), impl=impl, recompute=recompute)
-
-
-def load_encoder(encoder: AsvEncoder, run: Path) -> list[tuple[str, str, int]]:
-    """Copy a pretrained encoder's weights into an encoder.
-
-    Args:
-        encoder: receives the weights.
-        run: folder of `pretrain`, or of `finetune` (its encoder is taken).
+def usable_checkpoint(folder: Path) -> Path | None:
+    """What ``--resume-from auto`` continues: a run's folder, or its newest readable checkpoint.
 
     Returns:
-        Rows (part, what happened, parameters) for the printed table; what happened is
-        ``loaded``, ``new`` (initialised, not in the file) or ``skipped`` (only in the file).
+        None where no checkpoint was ever saved.
 
     Raises:
-        InputError: a weight has another shape.
+        InputError: there are checkpoints, but none of them can be read.
     """
-    saved = read_model(run).weights
-    weights = {
-        name.removeprefix("encoder."): value
-        for name, value in saved.items()
-        if name.startswith("encoder.")
+    paths = sorted(one for one in (folder / CHECKPOINTS).glob("*.pt") if one.is_file())
+    steps: dict[Path, int] = {}
+    reason = f"{folder / CHECKPOINTS}: last.pt is missing"
+    for path in sorted(paths, key=lambda one: one.name != "last.pt"):
+        try:
+            steps[path] = load_state(path)["progress"]["step"]
+        except InputError as error:
+            reason = str(error).split("; resume from")[0]
+        else:
+            if path.name == "last.pt":
+                return folder
+    if paths and not steps:
+        raise InputError(
+            f"{folder}: none of its checkpoints can be read ({reason}); start anew with "
+            "--overwrite instead of --resume-from"
+        )
+    if not paths:
+        return None
+    best = max(steps, key=lambda one: steps[one])
+    log(f"warning: {reason}; continuing from {best.name}, step {steps[best]}")
+    return best
+
+
+def fingerprint(contents: str, parts: Split, *arrays: np.ndarray | None) -> str:
+    """A digest of everything that the data contribute to a step.
+
+    Args:
+        contents: a digest of the table, or of what else is learned from.
+        parts: which samples are trained on.
+        arrays: targets, categories or some distances; real numbers count to 5 decimals, so that
+            another machine's last bits are no difference.
+    """
+    digest = hashlib.sha256(contents.encode())
+    for ids in (parts.train, parts.validation):
+        digest.update("\n".join(ids).encode() + b"\0")
+    for array in arrays:
+        if array is None:
+            continue
+        plain = np.asarray(array)
+        if plain.dtype.kind == "f":
+            plain = np.round(plain.astype(np.float64), 5) + 0.0  # no minus zero
+        else:
+            plain = plain.astype(np.int64)
+        digest.update(np.ascontiguousarray(plain).tobytes() + b"\0")
+    return digest.hexdigest()
+
+
+def check_same_data(state: dict[str, Any] | None, config: Any, description: dict[str, Any]) -> None:
+    """Refuse to continue a run with other data, and ranks that do not see the same.
+
+    Raises:
+        InputError: the checkpoint's fingerprint is another one, or some rank's is.
+    """
+    distributed.check_equal("the configuration", _fixed(to_dict(config)))
+    distributed.check_equal("the data", description["fingerprint"])
+    distributed.check_equal("the checkpoint", state and state["progress"])
+    if state and state["description"].get("fingerprint") != description["fingerprint"]:
+        raise InputError(
+            f"{config.run.resume_from}: was made from other data: the table, metadata, distances "
+            "or split have changed; continue with the files of the run"
+        )
+
+
+def _fixed(config: dict[str, Any]) -> dict[str, Any]:
+    """Options that must not change, as ``group.option``."""
+    flat = {
+        f"{group}.{name}": value
+        for group, values in config.items()
+        if isinstance(values, dict)
+        for name, value in values.items()
+        if name not in FREE.get(group, ())
     }
-    skipped = {name: value for name, value in saved.items() if not name.startswith("encoder.")}
-    own = encoder.state_dict()
-    for name in own.keys() & weights.keys():
-        if own[name].shape != weights[name].shape:
-            raise InputError(
-                f"{run}: weight {name} has shape {tuple(weights[name].shape)}, this model needs "
-                f"{tuple(own[name].shape)}; use the same model options as in pretraining"
-            )
-    encoder.load_state_dict(weights, strict=False)
-    skipped |= {name: value for name, value in weights.items() if name not in own}
-    return [
-        *_summary(own, weights.keys() & own.keys(), "loaded"),
-        *_summary(own, own.keys() - weights.keys(), "new"),
-        *_summary(skipped, skipped.keys(), "skipped"),
-    ]
-
-
-def _summary(
-    tensors: dict[str, torch.Tensor], names: Set[str], what: str
-) -> list[tuple[str, str, int]]:
-    """Parameters of each part (first name of the path)."""
-    sizes: dict[str, int] = {}
-    for name in sorted(names):
-        part = name.split(".")[0]
-        sizes[part] = sizes.get(part, 0) + tensors[name].numel()
-    return [(part, what, size) for part, size in sizes.items()]
+    alone = {name: value for name, value in config.items() if not isinstance(value, dict)}
+    return flat | {name: value for name, value in alone.items() if name not in FREE_ALONE}

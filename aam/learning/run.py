@@ -18,7 +18,7 @@ from aam.data.splits import Split
 from aam.errors import InputError
 from aam.files import atomic_path, json_text, write_table, write_text
 from aam.learning import distributed
-from aam.learning.checkpoint import MODEL_FILE
+from aam.learning.model_file import MODEL_FILE
 
 CONFIG_FILE = "config.toml"
 CHECKPOINTS = "checkpoints"

@@ -14,7 +14,8 @@ import torch
 from aam.errors import InputError
 from aam.files import write_table, write_text
 from aam.learning import checkpoint
-from aam.learning.checkpoint import load_encoder, load_state, read_model, save_model, save_state
+from aam.learning.checkpoint import load_state, save_state
+from aam.learning.model_file import load_encoder, read_model, save_model
 from aam.model import AsvEncoder, EncoderShape, Predictor, PretrainedModel
 from aam.model.predictor import PredictorShape
 
