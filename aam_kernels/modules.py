@@ -51,6 +51,7 @@ class AttentionPool(nn.Module):
     def forward(self, x: Ragged) -> Tensor:
         """(total, dim) in n sequences -> (n, dim)."""
         scores = (x.values @ self.query) / math.sqrt(len(self.query))
+        scores = scores.to(x.values.dtype)  # autocast may have lowered the product
         pooled = attention_pool(
             x.values, scores, x.offsets, max_length=x.max_length, impl=self.impl
         )

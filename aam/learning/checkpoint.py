@@ -16,9 +16,9 @@ from aam.data.splits import Split
 from aam.errors import InputError, log
 from aam.files import atomic_path
 from aam.learning import distributed
+from aam.learning.model_file import FORMAT
 from aam.learning.run import CHECKPOINTS, resume_checkpoint
 
-FORMAT = 3
 DAMAGED = (  # whatever torch and pickle make of damaged bytes
     RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError, LookupError,
     AttributeError, TypeError,

@@ -23,11 +23,12 @@ from aam.data.dataset import AsvDataset, SampleDataset
 from aam.errors import InputError, log
 from aam.learning import distributed
 from aam.learning.batches import Batching
-from aam.learning.checkpoint import FORMAT, load_state, save_state
+from aam.learning.checkpoint import load_state, save_state
 from aam.learning.device import autocast_dtype
 from aam.learning.distributed import RankGroup
 from aam.learning.fsdp import clip_gradients, load_module, load_optimizer, sharded_copy, whole
 from aam.learning.memory_profile import write_memory_profile
+from aam.learning.model_file import FORMAT
 from aam.learning.objective import Objective
 from aam.learning.optimizer import make_optimizer, set_learning_rate, warmup_cosine
 from aam.learning.prefetch import Prefetch
@@ -107,6 +108,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.trained, options.lr, options.weight_decay)
         half = autocast_dtype(settings.get("precision", "32"))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half == torch.float16)
+        self.scaler.scale(torch.zeros((), device=self.device))  # its state is made by the first use
         self._step = Step(self.trained, group, equal_calls=self.sharded, autocast=half)
         self.prefetch = Prefetch(dataset, self.device)
         self.progress = Progress()

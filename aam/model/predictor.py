@@ -177,7 +177,8 @@ class Predictor(nn.Module):
         """
         if self.shape.category_sizes:
             assert categories is not None
-            hidden = self.fusion(hidden, self.categories(categories)[samples])
+            fused = self.fusion(hidden, self.categories(categories)[samples])
+            hidden = fused.with_values(fused.values.to(hidden.values.dtype))  # as before autocast
         return self.head(self.norm(self.pool(self.stack(hidden, first_row))))
 
     def count_logits(self, samples: Ragged, first_row: int = 0) -> Tensor:

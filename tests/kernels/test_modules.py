@@ -119,3 +119,12 @@ def test_a_width_that_the_heads_do_not_divide_is_refused():
         TransformerEncoder(16, 3, 1)
     with pytest.raises(ValueError, match="num_heads must divide dim=16, got 3"):
         SelfAttention(16, 3)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_pooling_under_autocast_takes_values_that_stayed_in_float32(half):
+    pool = AttentionPool(8)
+    x = Ragged(torch.randn(5, 8), torch.tensor([0, 2, 5], dtype=torch.int32), 3)
+    with torch.autocast("cpu", half):
+        pooled = pool(x)
+    torch.testing.assert_close(pooled.float(), pool(x), rtol=0.05, atol=0.05)

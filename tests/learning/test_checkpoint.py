@@ -13,13 +13,13 @@ import torch
 
 from aam.errors import InputError
 from aam.files import write_table, write_text
-from aam.learning import checkpoint
+from aam.learning import model_file
 from aam.learning.checkpoint import load_state, save_state
 from aam.learning.model_file import load_encoder, read_model, save_model
 from aam.model import AsvEncoder, EncoderShape, Predictor, PretrainedModel
 from aam.model.predictor import PredictorShape
 
-STATE = {"format": checkpoint.FORMAT, "objective": {"w": torch.arange(3.0)}}
+STATE = {"format": model_file.FORMAT, "objective": {"w": torch.arange(3.0)}}
 SHAPE = EncoderShape(embedding_dim=32, wide_dim=24, num_heads=2, num_layers=1)
 WIDE = replace(SHAPE, encoder="wide")
 
@@ -124,7 +124,7 @@ def test_a_model_is_its_file_alone(name, tmp_path):
 
 
 def test_files_of_another_version_are_refused_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FORMAT", 1)
+    monkeypatch.setattr(model_file, "FORMAT", 1)
     save_model(tmp_path / "model.safetensors", MODELS["clades"](), {})
     save_state(tmp_path / "last.pt", {**STATE, "format": 1})
     monkeypatch.undo()
