@@ -1,6 +1,6 @@
 """Matplotlib figures as inline SVG that follows the page's colours and fonts.
 
-A figure is drawn in stand-in colours that are replaced by the CSS variables of the page, so that
+A figure is drawn in the colours of light paper, which become the page's CSS variables, so that
 the same drawing is right in light and dark mode. Text stays text: it can be searched and read
 aloud.
 """
@@ -11,95 +11,141 @@ import html
 import io
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-NAMES = ("ink", "muted", "line", "paper", "c1", "c2", "c3", "c4", "c5", "c6", "c7", "c8")
-COLOUR = {name: f"#0102{index:02x}" for index, name in enumerate(NAMES, start=1)}
-"""Stand-in colours, by CSS variable; no colour map holds one of them."""
-
-SERIES = tuple(COLOUR[f"c{index}"] for index in range(1, 9))
+PALETTE = {  # CSS variable: its colour on light and on dark paper
+    "ink": ("#182026", "#e6ebef"),
+    "muted": ("#5a6872", "#9dabb6"),
+    "line": ("#dfe4e8", "#323c45"),
+    "paper": ("#ffffff", "#1a2026"),
+    "c1": ("#1f6fb2", "#66b0ee"),
+    "c2": ("#cf5a14", "#f5934f"),
+    "c3": ("#16866b", "#4cc9a6"),
+    "c4": ("#8a4fa8", "#c795e3"),
+    "c5": ("#b98a00", "#e5bf45"),
+    "c6": ("#c43a6c", "#f283aa"),
+    "c7": ("#4a7d1f", "#9bcf6a"),
+    "c8": ("#6b6fc9", "#a4a8f5"),
+}
+INK, MUTED, LINE, PAPER, *SERIES = (light for light, _ in PALETTE.values())
+_VARIABLES = {light: f"var(--{name})" for name, (light, _) in PALETTE.items()}
+DASHED = {"color": MUTED, "linestyle": (0, (4, 3)), "linewidth": 1.1}
+DOTS = 1_500  # of one colour in a scatter; more are drawn at random, always the same ones
+SQUARE = (4.4, 4.2)  # inches
 
 _STYLE = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "aam",
     "text.parse_math": False,  # a class may be named "$" something
     "axes.formatter.use_mathtext": False,
-    "axes.unicode_minus": True,
     "font.size": 9.5,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
     "axes.titlepad": 8,
-    "axes.labelsize": 9.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": COLOUR["muted"],
-    "axes.facecolor": "none",
     "axes.linewidth": 0.8,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": COLOUR["line"],
+    "grid.color": LINE,
     "grid.linewidth": 0.7,
-    "text.color": COLOUR["ink"],
-    "axes.labelcolor": COLOUR["ink"],
-    "axes.titlecolor": COLOUR["ink"],
-    "xtick.color": COLOUR["muted"],
-    "ytick.color": COLOUR["muted"],
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
     "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "figure.facecolor": "none",
-    "patch.edgecolor": COLOUR["ink"],
     "lines.linewidth": 1.6,
+    **dict.fromkeys(("axes.facecolor", "figure.facecolor"), "none"),
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor"), INK),
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), MUTED),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 8.5),
 }
 
+Plot = Callable[[Any], None]
 
-def draw(
-    name: str, alt: str, plot: Callable[[Any], None], *, size: tuple[float, float] = (4.4, 3.3)
-) -> str:
-    """Draw one panel.
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of the page: drawings beside one another (SVG elements) and a caption."""
+
+    id: str
+    title: str
+    panels: Sequence[str]
+    caption: str
+
+
+def draw(name: str, alt: str, plot: Plot, size: tuple[float, float] = (4.4, 3.3)) -> str:
+    """An `<svg>` element without any reference outside the page.
 
     Args:
-        name: unique in the page; prefixes every id of the drawing.
+        name: unique in the page: the ids of the drawing are made of it.
         alt: what the drawing shows, for those who do not see it.
         plot: draws into the axes that it is given.
         size: inches.
-
-    Returns:
-        One ``<svg>`` element without any reference outside the page.
     """
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
+    svg = svg_file([plot], size, salt=name)
+    box = re.search(r'viewBox="[^"]*"', svg)
+    label = html.escape(printable(alt), quote=True)
+    opening = f'<svg class="plot" {box[0] if box else ""} role="img" aria-label="{label}">'
+    svg = svg[svg.index("<svg") :]
+    svg = f"{opening}<title>{label}</title>{svg[svg.index('>') + 1 :]}"
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # nothing refers to groups, and they occur twice
+    svg = re.sub(
+        r"\b(fill|stroke): (#\w{6})", lambda at: f"{at[1]}: {_VARIABLES.get(at[2], at[2])}", svg
+    )
+    return re.sub(r">\s+<", "><", svg.replace("xlink:href", "href"))
+
+
+def svg_file(
+    plots: Sequence[Plot], size: tuple[float, float], *, salt: str = "aam", **options: Any
+) -> str:
+    """Drawings below one another as an SVG file; `options` are those of `Figure.subplots`."""
+    from matplotlib import figure, rc_context
 
     buffer = io.StringIO()
-    with rc_context(_STYLE), warnings.catch_warnings():
+    with rc_context({**_STYLE, "svg.hashsalt": salt}), warnings.catch_warnings():
         # Letters that matplotlib's own font lacks are drawn by the browser.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasSVG(figure)
-        plot(figure.add_subplot())
-        figure.savefig(buffer, format="svg", transparent=True)
-    return _inline(buffer.getvalue(), name, alt)
+        drawing = figure.Figure(figsize=size, layout="constrained")
+        for plot, axes in zip(
+            plots, drawing.subplots(len(plots), squeeze=False, **options).flat, strict=True
+        ):
+            plot(axes)
+        drawing.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
 
 
-def shade(colour: str, opacity: np.ndarray) -> np.ndarray:
-    """``(n, 4)`` RGBA of one stand-in colour at many opacities."""
-    from matplotlib.colors import to_rgba
+def scatter(name: str, alt: str, groups: Mapping[str, tuple[str, pd.DataFrame]], what: str) -> str:
+    """Predicted against true values, and the line on which a prediction is right.
 
-    shades = np.tile(to_rgba(colour), (len(opacity), 1))
-    shades[:, 3] = opacity
-    return shades
+    Args:
+        name: of the drawing.
+        alt: as in `draw`.
+        groups: by label, a colour and rows with the columns true and predicted.
+        what: is predicted.
+    """
+    span = limits(np.concatenate([rows[["true", "predicted"]] for _, rows in groups.values()]))
+
+    def plot(axes: Any) -> None:
+        for label, (colour, rows) in groups.items():
+            shown = rows if len(rows) <= DOTS else rows.sample(DOTS, random_state=0)
+            axes.scatter(
+                shown["true"], shown["predicted"], s=11 if len(shown) > 600 else 20,
+                color=colour, alpha=0.55, linewidths=0, label=label,
+            )  # fmt: skip
+        identity(axes, span)
+        axes.set(xlabel=f"true {what}", ylabel=f"predicted {what}")
+        if len(groups) > 1:
+            axes.legend(loc="upper left", handletextpad=0.2)
+
+    return draw(name, alt, plot, SQUARE)
 
 
-def short(text: str, length: int = 22) -> str:
-    """A label that fits a drawing; its end is kept, since names often differ there."""
-    text = " ".join(_printable(text).split())
-    tail = length // 3
-    return text if len(text) <= length else f"{text[: length - tail - 1]}…{text[-tail:]}"
+def identity(axes: Any, span: tuple[float, float]) -> None:
+    """The line on which a prediction is right, on square axes from and to `span`."""
+    axes.plot(span, span, **DASHED)
+    axes.set(xlim=span, ylim=span, aspect="equal")
 
 
 def limits(values: np.ndarray) -> tuple[float, float]:
@@ -109,37 +155,19 @@ def limits(values: np.ndarray) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def identity(axes: Any, span: tuple[float, float]) -> None:
-    """The line on which a prediction is right, on square axes from and to ``span``."""
-    axes.plot(span, span, color=COLOUR["muted"], linestyle=(0, (4, 3)), linewidth=1.1)
-    axes.set(xlim=span, ylim=span, aspect="equal")
+def stretches(table: pd.DataFrame, by: str, count: int) -> Any:
+    """The rows in the order of a column, grouped into stretches of about equal numbers."""
+    table = table.sort_values(by, kind="stable")
+    return table.groupby(np.arange(len(table)) * count // len(table))
 
 
-def dots(axes: Any, x: np.ndarray, y: np.ndarray, colour: str, label: str) -> None:
-    """A scatter of many points."""
-    size = 11 if len(x) > 600 else 20
-    axes.scatter(x, y, s=size, color=colour, alpha=0.55, linewidths=0, label=label or None)
-
-
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """The text with spaces for letters that cannot be shown."""
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
-def _inline(svg: str, name: str, alt: str) -> str:
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    box = re.search(r'viewBox="([^"]*)"', svg)
-    label = html.escape(_printable(alt), quote=True)
-    opening = (
-        f'<svg class="plot" viewBox="{box[1] if box else "0 0 1 1"}" role="img" '
-        f'aria-label="{label}"><title>{label}</title>'
-    )
-    svg = opening + svg[svg.index(">") + 1 :]
-    svg = re.sub(r'\bid="([^"]*)"', rf'id="{name}-\1"', svg)
-    svg = re.sub(r'xlink:href="#', f'href="#{name}-', svg)
-    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
-    svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
-    svg = re.sub(r"(font: [^;\"']*?[\d.]+px) '[^;\"]*", r"\1 var(--font)", svg)
-    for variable, colour in COLOUR.items():
-        svg = svg.replace(colour, f"var(--{variable})")
-    return re.sub(r">\s+<", "><", svg)
+def short(text: str, length: int = 22) -> str:
+    """A label that fits a drawing; its end is kept, since names often differ there."""
+    text = " ".join(printable(text).split())
+    tail = length // 3
+    return text if len(text) <= length else f"{text[: length - tail - 1]}…{text[-tail:]}"

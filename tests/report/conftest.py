@@ -4,12 +4,28 @@ import json
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 
-def summary(title, **entries):
+def result(name, value, baselines, higher_is_better=True):
     return {
-        "title": title,
+        "name": name,
+        "part": "validation",
+        "value": value,
+        "higher_is_better": higher_is_better,
+        "baselines": baselines,
+    }
+
+
+def write_summary(folder, **entries):
+    facts = [
+        ("samples read", 428, "table.biom", "info"),
+        ("samples below the rarefaction depth", 42, "2538.1000102 and 41 more", "dropped"),
+        ("sequences longer than max_bp", 3, "", "cut"),
+    ]
+    summary = {
+        "title": "A run on ibd",
         "command": "aam pretrain --table table.biom --tree tree.nwk --output-dir runs/pre",
         "aam_version": "0.1.0",
         "torch_version": "2.13.0",
@@ -18,48 +34,34 @@ def summary(title, **entries):
         "started": "2026-01-02 03:04:05",
         "seconds": 1234.5,
         "steps": 400,
-        "epochs": 11,
         "samples_train": 292,
         "samples_validation": 60,
         "parameters": 2_345_678,
-        "data": [
-            {"what": "samples read", "count": 428, "detail": "table.biom", "kind": "info"},
-            {
-                "what": "samples below the rarefaction depth",
-                "count": 42,
-                "detail": "2538.1000102, 2538.1000103, 2538.1000104 and 39 more",
-                "kind": "dropped",
-            },
-            {"what": "sequences longer than max_bp", "count": 3, "detail": "", "kind": "cut"},
-        ],
-        "results": [],
+        "data": [dict(zip(("what", "count", "detail", "kind"), one, strict=True)) for one in facts],
         "warnings": [],
         "config": {"model": {"dim": 128, "heads": 4}, "lr": 6e-4, "resume_from": None},
         "target": None,
         **entries,
     }
+    (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
 
 
-def write_json(path, value):
-    path.write_text(json.dumps(value), encoding="utf-8")
+def write_table(path, table):
+    """Write columns as a run does: without quotes."""
+    lines = [list(table), *zip(*table.values(), strict=True)]
+    path.write_text("".join("\t".join(map(str, line)) + "\n" for line in lines), encoding="utf-8")
 
 
-def write_rows(path, header, rows, delimiter="\t"):
-    lines = [delimiter.join(header), *(delimiter.join(str(cell) for cell in row) for row in rows)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def write_curves(path, metrics, steps=400):
-    rng = np.random.default_rng(0)
+def write_curves(folder, metrics, steps=400):
+    rng, step = np.random.default_rng(0), np.arange(1, steps + 1)
     rows = []
-    for name, start, end in metrics:
-        for step in range(1, steps + 1):
-            value = end + (start - end) * np.exp(-step / 60) + 0.04 * abs(start) * rng.normal()
-            rows.append((step, step // 36, "train", name, value))
-        for step in range(36, steps + 1, 36):
-            value = end + (start - end) * np.exp(-step / 70)
-            rows.append((step, step // 36, "validation", name, value))
-    write_rows(path, ["step", "epoch", "part", "metric", "value"], rows, delimiter=",")
+    for metric, start, end in metrics:
+        value = end + (start - end) * np.exp(-step / 60)
+        noisy = value + 0.04 * abs(start) * rng.normal(size=steps)
+        columns = {"step": step, "epoch": step // 36, "metric": metric}
+        rows.append(pd.DataFrame(columns | {"part": "train", "value": noisy}))
+        rows.append(pd.DataFrame(columns | {"part": "validation", "value": value})[35::36])
+    pd.concat(rows).to_csv(folder / "metrics.csv", index=False)
 
 
 def pretraining(folder, samples=60, **entries):
@@ -68,54 +70,43 @@ def pretraining(folder, samples=60, **entries):
     rng = np.random.default_rng(1)
     place = np.repeat(rng.normal(size=(samples // 4 + 1, 3)), 4, axis=0)[:samples]
     place += 0.4 * rng.normal(size=place.shape)
-    ids = [f"2538.{1000100 + i}" for i in range(samples)]
+    ids = np.array([f"2538.{1000100 + i}" for i in range(samples)])
     first, second = np.triu_indices(samples, 1)
-    gap = np.linalg.norm(place[first] - place[second], axis=1)
-    true = 0.35 + 0.45 * np.tanh(gap / 3)
-    predicted = 0.08 + 0.87 * true + 0.025 * rng.normal(size=len(true))
-    group = (first // 4 == second // 4).astype(int)
-    rows = zip(
-        [ids[i] for i in first], [ids[i] for i in second], true, predicted, group, strict=True
-    )
-    write_rows(
-        folder / "distances.tsv", ["sample_a", "sample_b", "true", "predicted", "same_group"], rows
-    )
+    true = 0.35 + 0.45 * np.tanh(np.linalg.norm(place[first] - place[second], axis=1) / 3)
+    pairs = {
+        "sample_a": ids[first],
+        "sample_b": ids[second],
+        "true": true,
+        "predicted": 0.08 + 0.87 * true + 0.025 * rng.normal(size=len(true)),
+        "same_group": (first // 4 == second // 4).astype(int),
+    }
+    write_table(folder / "distances.tsv", pairs)
     write_curves(
-        folder / "metrics.csv",
+        folder,
         [
-            ("loss", 2.1, 0.55),
-            ("clade_loss", 7.0, 0.2),
-            ("clade_jaccard", 0.4, 0.9),
-            ("nucleotide_loss", 1.9, 0.5),
-            ("nucleotide_accuracy", 0.3, 0.84),
-            ("mantel_r", 0.5, 0.94),
-            ("distance_mae", 0.09, 0.03),
-            ("learning_rate", 6e-4, 1e-5),
-            ("gradient_norm", 3.0, 0.6),
+            ("loss", 2.1, 0.55), ("clade_loss", 7.0, 0.2), ("clade_jaccard", 0.4, 0.9),
+            ("nucleotide_accuracy", 0.3, 0.84), ("mantel_r", 0.5, 0.94),
+            ("distance_mae", 0.09, 0.03), ("learning_rate", 6e-4, 1e-5),
         ],
-    )
+    )  # fmt: skip
     edits = np.append(rng.gamma(1.5, 3, size=199), np.inf)
     nearest = 1 / (1 + 0.05 * np.minimum(edits, 20))
     jaccard = nearest + 0.3 * (1 - nearest)
-    write_rows(
-        folder / "placements.tsv",
-        ["sequence", "nearest", "edits", "support", "jaccard", "jaccard_of_nearest"],
-        zip(["ACGT"] * 200, ["ACGA"] * 200, edits, jaccard**0.5, jaccard, nearest, strict=True),
-    )
+    columns = {"edits": edits, "support": jaccard**0.5, "jaccard": jaccard}
+    write_table(folder / "placements.tsv", columns | {"jaccard_of_nearest": nearest})
     simple = {"placement": 0.9, "Bray-Curtis": 0.71, "constant": None}
     copied = "nearest known ASV"
     results = [
-        _result("Mantel r", 0.938, simple),
-        _result("Mantel r between groups", 0.842, {"placement": 0.849, "Bray-Curtis": 0.57}),
-        _result("distance MAE", 0.0041, {"placement": 0.0058, "constant": 0.081}, False),
-        _result("weighted normalised distance MAE", 9.5e-5, {"placement": 9.53e-5}, False),
-        _result("Faith PD R2", 0.99, {"placement": 0.968}),
-        _result("clade memberships of new ASVs, Jaccard", 0.9025, {copied: 0.8878}),
-        _result("the same, more than 6 edits from any known one", 0.797, {copied: 0.747}),
-        _result("masked-nucleotide accuracy, ASVs not in training", 0.836, {"consensus": 0.79}),
+        result("Mantel r", 0.938, simple),
+        result("Mantel r between groups", 0.842, {"placement": 0.849, "Bray-Curtis": 0.57}),
+        result("distance MAE", 0.0041, {"placement": 0.0058, "constant": 0.081}, False),
+        result("weighted normalised distance MAE", 9.5e-5, {"placement": 9.53e-5}, False),
+        result("Faith PD R2", 0.99, {"placement": 0.968}),
+        result("clade memberships of new ASVs, Jaccard", 0.9025, {copied: 0.8878}),
+        result("the same, more than 6 edits from any known one", 0.797, {copied: 0.747}),
+        result("masked-nucleotide accuracy, ASVs not in training", 0.836, {"consensus": 0.79}),
     ]
-    values = {"results": results, **entries}
-    write_json(folder / "summary.json", summary("Pretraining on ibd", **values))
+    write_summary(folder, **{"results": results, **entries})
     return folder
 
 
@@ -124,23 +115,20 @@ def regression(folder, **entries):
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(2)
     age = rng.uniform(20, 80, size=250)
-    predicted = 50 + 0.7 * (age - 50) + 7 * rng.normal(size=250)
-    part = ["validation" if i < 60 else "train" for i in range(250)]
-    rows = zip([f"s{i}" for i in range(250)], part, age, predicted, strict=True)
-    write_rows(folder / "predictions.tsv", ["sample-id", "part", "true", "predicted"], rows)
-    write_curves(
-        folder / "metrics.csv",
-        [("loss", 0.5, 0.2), ("target_loss", 0.5, 0.2), ("r2", -0.2, 0.43), ("mae", 14, 5.9)],
-    )
-    values = {
-        "results": [
-            _result("age R2", 0.431, {"random forest": 0.458, "mean": -0.001}),
-            _result("age MAE", 5.91, {"random forest": 5.76, "mean": 9.04}, False, "years"),
-        ],
-        "target": {"column": "age", "kind": "regression", "classes": [], "unit": "years"},
-        **entries,
+    predictions = {
+        "sample-id": [f's{i}"' for i in range(250)],  # a lone quote must not swallow rows
+        "part": ["validation"] * 60 + ["train"] * 190,
+        "true": age,
+        "predicted": 50 + 0.7 * (age - 50) + 7 * rng.normal(size=250),
     }
-    write_json(folder / "summary.json", summary("Fine-tuning on age", **values))
+    write_table(folder / "predictions.tsv", predictions)
+    write_curves(folder, [("loss", 0.5, 0.2), ("target_loss", 0.5, 0.2), ("r2", -0.2, 0.43)])
+    results = [
+        result("age R2", 0.431, {"random forest": 0.458, "mean": -0.001}),
+        result("age MAE", 5.91, {"random forest": 5.76, "mean": 9.04}, False),
+    ]
+    target = {"column": "age", "kind": "regression", "classes": []}
+    write_summary(folder, **{"results": results, "target": target, **entries})
     return folder
 
 
@@ -152,57 +140,32 @@ def classification(folder, classes=("Control", "Crohns"), column="ibd", **entrie
     score = rng.normal(size=(120, len(classes)))
     score[np.arange(120), true] += 1.5
     probability = np.exp(score) / np.exp(score).sum(axis=1, keepdims=True)
-    rows = [
-        (
-            f"s{i}",
-            "validation" if i < 80 else "train",
-            classes[true[i]],
-            classes[probability[i].argmax()],
-            *probability[i],
-        )
-        for i in range(120)
-    ]
-    header = ["sample-id", "part", "true", "predicted", *(f"probability_{c}" for c in classes)]
-    write_rows(folder / "predictions.tsv", header, rows)
-    write_curves(folder / "metrics.csv", [("loss", 0.7, 0.4), ("accuracy", 0.5, 0.8)])
-    values = {
-        "results": [
-            _result("accuracy", 0.8, {"random forest": 0.75, "majority": 0.62}),
-            _result("balanced accuracy", 0.75, {"random forest": 0.75, "majority": 0.5}),
-            _result("auc", None, {"random forest": None, "majority": 0.5}),
-        ],
-        "target": {
-            "column": column,
-            "kind": "classification",
-            "classes": list(classes),
-            "unit": "",
-        },
-        **entries,
+    predictions = {
+        "sample-id": [f"s{i}" for i in range(120)],
+        "part": ["validation"] * 80 + ["train"] * 40,
+        "true": [classes[i] for i in true],
+        "predicted": [classes[i] for i in probability.argmax(axis=1)],
+        **{f"probability_{name}": probability[:, i] for i, name in enumerate(classes)},
     }
-    write_json(folder / "summary.json", summary("Fine-tuning", **values))
+    write_table(folder / "predictions.tsv", predictions)
+    write_curves(folder, [("loss", 0.7, 0.4), ("accuracy", 0.5, 0.8)])
+    results = [
+        result("ibd accuracy", 0.8, {"random forest": 0.75, "majority": 0.62}),
+        result("ibd balanced accuracy", 0.75, {"random forest": 0.75, "majority": 0.5}),
+        result("ibd AUC", None, {"random forest": None, "majority": 0.5}),
+    ]
+    target = {"column": column, "kind": "classification", "classes": list(classes)}
+    write_summary(folder, **{"results": results, "target": target, **entries})
     return folder
 
 
-def _result(name, value, baselines, higher_is_better=True, unit=""):
-    return {
-        "name": name,
-        "part": "validation",
-        "value": value,
-        "unit": unit,
-        "higher_is_better": higher_is_better,
-        "baselines": baselines,
-    }
-
-
-@pytest.fixture
+@pytest.fixture(scope="session")
 def fabricate():
     """The functions of this file that write run directories."""
     return SimpleNamespace(
         pretraining=pretraining,
         regression=regression,
         classification=classification,
-        summary=summary,
-        write_json=write_json,
-        write_rows=write_rows,
-        result=_result,
+        write_table=write_table,
+        result=result,
     )
