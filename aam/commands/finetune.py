@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from aam.data.clades import known_arrays
 from aam.data.dataset import SampleDataset
 from aam.data.metadata import require_values
 from aam.data.samples import Samples, make_dataset, read_samples
-from aam.errors import InputError, log, log_facts
+from aam.errors import InputError, log
 from aam.evaluation import baselines
 from aam.evaluation.outputs import encode_asvs, predict_outputs, target_metrics
 from aam.evaluation.predictions import in_units, prediction_cells, prediction_header
@@ -29,7 +30,7 @@ from aam.learning.losses import TargetLoss
 from aam.learning.model_file import load_encoder, read_model
 from aam.learning.objective import FinetuneObjective
 from aam.learning.run import Run
-from aam.learning.targets import TargetInfo, class_weights, is_classification
+from aam.learning.targets import TargetInfo, TargetTransform, class_weights
 from aam.model import Predictor
 from aam.model.predictor import PredictorShape
 from aam.option_files import flag
@@ -98,25 +99,28 @@ class Finetuning(Task):
         if self.base is not None:
             adopt_shape(config, self.base)
         samples = read_samples(config.data, seed, metadata=config.metadata.metadata)
-        classes = target_classes(samples, config)
+        self.samples, classes = samples, target_classes(samples, config)
         assert samples.metadata is not None
-        column = config.target.metadata_column
+        column, columns = config.target.metadata_column, config.categorical.categorical_columns
         labels = [str(one) for one in samples.metadata.text(column)] if classes else None
-        self.samples, self.parts = samples, split(samples, config.metadata, seed, labels=labels)
+        self.parts = split(samples, config.metadata, seed, labels=labels)
         self.rows = samples.rows(self.parts.train)
         self.validation_rows = samples.rows(self.parts.validation)
         truth = TargetInfo(column, classes).truth(samples.metadata)
-        self.truth = truth.astype(np.int64) if classes else truth
-        self.keys = None if classes else scaling_keys(samples, config)
-        own = self.truth[self.rows], self.keys_of(self.rows)
-        self.target = TargetInfo.fit(config.target, classes, *own)
-        self.learned = self.target.learned(self.truth, self.keys)
-        self.categories = category_classes(samples, config, self.rows)
-        codes = samples.category_codes(self.categories) if self.categories else None
+        transform = "none" if classes else config.target.target_transform
+        self.keys: list[str] | None = None
+        if transform == "zscore-category" and columns:
+            self.keys = samples.category_keys(columns)
+        fitted = TargetTransform.fit(transform, truth[self.rows], self.keys_of(self.rows))
+        self.target = TargetInfo(column, classes, fitted)
+        scaled = fitted.apply(truth, self.keys)
+        self.learned = scaled.astype(np.int64 if classes else np.float32)
+        self.truth = self.learned if classes else truth
+        self.categories = category_classes(samples, columns, self.rows)
+        codes = samples.category_codes(self.categories) if columns else None
         dataset = make_dataset(samples, config.data, targets=self.learned, categories=codes)
         self.dataset = dataset.to(device)
         self.facts, self.warnings = samples.facts, samples.warnings
-        log_facts(self.facts, self.warnings)
         self.optimizer = usual_options(config.optimizer, EPOCHS, LEARNING_RATE)
         self.best_metric = "balanced_accuracy" if classes else "r2"
         self.description = {"target": asdict(self.target), "categories": self.categories}
@@ -149,7 +153,7 @@ class Finetuning(Task):
             for part, what, size in load_encoder(encoder, self.base):
                 log(f"  {part:20}{what:10}{size:>12,} parameters")
         shape = PredictorShape(
-            outputs=self.target.outputs,
+            outputs=len(self.target.classes) or 1,
             count_embedding=config.count_embedding,
             category_sizes=tuple(len(one) for one in self.categories.values()),
             categorical_embed_dim=config.categorical.categorical_embed_dim,
@@ -157,19 +161,11 @@ class Finetuning(Task):
             target_head=config.target.target_head,
             predict_counts=bool(config.losses.count_penalty),
         )
-        run = config.run
-        predictor = Predictor(
-            encoder, shape, impl=run.attn_implementation, recompute=run.gradient_checkpointing
-        )
+        impl, recompute = config.run.attn_implementation, config.run.gradient_checkpointing
+        predictor = Predictor(encoder, shape, impl=impl, recompute=recompute)
         if state is not None:  # now, because a frozen base encodes before the training resumes
             weights = state["objective"].items()
-            try:
-                predictor.load_state_dict({k.removeprefix("predictor."): v for k, v in weights})
-            except RuntimeError as error:
-                raise InputError(
-                    f"{run.resume_from}: the checkpoint is of another model; use the run's own "
-                    "options"
-                ) from error
+            predictor.load_state_dict({k.removeprefix("predictor."): v for k, v in weights})
         return predictor
 
     def standardise(self) -> None:
@@ -248,7 +244,8 @@ def target_classes(samples: Samples, config: FinetuneConfig) -> tuple[str, ...]:
     """
     metadata, column = samples.metadata, config.target.metadata_column
     assert metadata is not None
-    by_class = is_classification(metadata, config.target)
+    task = config.target.task
+    by_class = task == "classification" or (task == "auto" and not metadata.is_numeric(column))
     require_values(metadata, column, numeric=not by_class)
     samples.keep_with(column, allow_missing=config.data.allow_missing)
     if not by_class:
@@ -258,23 +255,15 @@ def target_classes(samples: Samples, config: FinetuneConfig) -> tuple[str, ...]:
     return classes
 
 
-def scaling_keys(samples: Samples, config: FinetuneConfig) -> list[str] | None:
-    """Categories of each sample, where the target is scaled by category."""
-    columns = config.categorical.categorical_columns
-    if config.target.target_transform != "zscore-category" or not columns:
-        return None
-    return samples.category_keys(columns)
-
-
 def category_classes(
-    samples: Samples, config: FinetuneConfig, train_rows: np.ndarray
+    samples: Samples, columns: Sequence[str], train_rows: np.ndarray
 ) -> dict[str, list[str]]:
     """Classes of each categorical column: those of the training part."""
     metadata, found = samples.metadata, {}
     assert metadata is not None
-    for column in config.categorical.categorical_columns:
+    for column in columns:
         values = metadata.text(column)
-        found[column] = sorted({str(values[row]) for row in train_rows if values[row] is not None})
+        found[column] = sorted({one for row in train_rows if (one := values[row]) is not None})
         if not found[column]:
             raise InputError(
                 f"{metadata.source}: column {column!r} has no values in the training part; "

@@ -20,7 +20,6 @@ from aam.config import PretrainConfig, TableOptions
 from aam.data.clades import known_arrays
 from aam.data.dataset import SampleDataset
 from aam.data.samples import make_dataset, read_samples
-from aam.errors import log_facts
 from aam.evaluation import metrics
 from aam.evaluation.measurements import distance_results, nucleotide_results, write_pairs
 from aam.evaluation.outputs import distance_metrics, predicted_distances
@@ -58,7 +57,6 @@ class PairPretraining(Task):
         self.rows = samples.rows(self.parts.train)
         self.evaluated = evaluation_rows(samples, self.parts)
         self.facts, self.warnings = samples.facts, samples.warnings
-        log_facts(self.facts, self.warnings)
         self.optimizer = usual_options(config.optimizer, EPOCHS, LEARNING_RATE)
         self.best_metric = "mantel_r" if config.losses.unifrac_penalty else "nucleotide_accuracy"
         self.description = {"distance": config.distances.distance or "matrix"}
@@ -89,7 +87,7 @@ class PairPretraining(Task):
         if len(asvs) > VALIDATION_ASVS:
             drawn = np.random.default_rng(CHECK_SEED).choice(asvs, VALIDATION_ASVS, replace=False)
             asvs = np.sort(drawn)
-        return pretraining_metrics(measured, self, self.dataset, asvs)
+        return pretraining_metrics(self, measured, self.dataset, asvs)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The sequences of training."""

@@ -5,7 +5,6 @@ ASVs that only validation samples have are left out of the tree; validation plac
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +13,14 @@ import torch
 import torch.nn.functional as F
 from scipy.sparse import csr_array
 
-from aam.commands.training import CHECK_SEED, Metrics, Task, make_encoder, pretraining_metrics
+from aam.commands.training import (
+    CHECK_SEED,
+    Metrics,
+    Task,
+    make_encoder,
+    pretraining_metrics,
+    usual_options,
+)
 from aam.commands.tree_inputs import LEFT_OUT, read_reference, read_table_and_tree
 from aam.config import OptimizerOptions, PretrainConfig
 from aam.data.clades import Grafts
@@ -23,7 +29,6 @@ from aam.data.embedding import COMMUNITIES, Embedding
 from aam.data.neighbours import Found, Neighbours
 from aam.data.placement import Law, Placement
 from aam.data.texts import match_names
-from aam.errors import log_facts
 from aam.evaluation.measurements import nucleotide_results
 from aam.evaluation.placer import WEIGHT, Placer
 from aam.evaluation.tree_results import (
@@ -65,7 +70,6 @@ class TreePretraining(Task):
         inputs = read_table_and_tree(config) if reads_table else read_reference(config)
         self.known, self.subset, self.parts = inputs.known, inputs.subset, inputs.parts
         self.facts, self.warnings = inputs.facts, inputs.warnings
-        log_facts(self.facts, self.warnings)
         clades, max_bp = self.known.clades, config.data.max_bp
         self.dataset = AsvDataset(clades.sequences, max_bp, mapped=inputs.mapped).to(device)
         self.unseen = AsvDataset(self.known.unseen, max_bp, mapped=inputs.mapped).to(device)
@@ -171,7 +175,7 @@ class TreePretraining(Task):
             return measured
         if self.config.losses.unifrac_penalty:
             measured |= self.membership_metrics()
-        return pretraining_metrics(measured, self, self.unseen, self.placed)
+        return pretraining_metrics(self, measured, self.unseen, self.placed)
 
     def membership_metrics(self) -> Metrics:
         """Jaccard of the decoded clades of left-out ASVs, and the loss of the network's logits.
@@ -239,12 +243,7 @@ def tree_options(options: OptimizerOptions, asvs: AsvDataset) -> OptimizerOption
     """Epochs and learning rate of a run that a tree teaches, where none are given."""
     tokens = max(1, int(asvs.sequence_lengths.sum()))
     epochs = options.epochs or int(np.clip(round(TOKENS_SEEN / tokens), *EPOCHS))
-    return replace(
-        options,
-        epochs=epochs,
-        lr=LEARNING_RATE if options.lr is None else options.lr,
-        validate_every=options.validate_every or max(1, epochs // VALIDATIONS),
-    )
+    return usual_options(options, epochs, LEARNING_RATE, max(1, epochs // VALIDATIONS))
 
 
 def calibration_asvs(asvs: int, seed: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from aam import __version__
 from aam.config import FinetuneConfig, OptimizerOptions, PretrainConfig, to_dict
 from aam.data.dataset import AsvDataset, SampleDataset
 from aam.data.splits import Split
-from aam.errors import DataFact, log
+from aam.errors import DataFact, log, log_facts
 from aam.evaluation.outputs import check_nucleotides
 from aam.evaluation.results import print_results
 from aam.learning import distributed
@@ -39,34 +39,20 @@ CHECK_SEED = 20_231  # of the ASVs and masks that validations look at
 
 
 class Task(ABC):
-    """Something to learn: its data, read when it is made, its model, and how that is measured.
-
-    Attributes:
-        model: what is saved; there after `build`.
-        dataset: samples or ASVs, on the device.
-        rows: (n,) which of them train.
-        parts: names of those that train and those that validate.
-        unit: what `parts` name.
-        optimizer: options with every value given.
-        best_metric: the validation metric that chooses the best weights, if no option does.
-        fingerprint: of the data, so that a run is only continued with the same.
-        description: what `predict` must know beside the options.
-        facts: what was read, dropped and cut.
-        warnings: what a reader should know before trusting a number.
-    """
+    """Something to learn: its data, read when it is made, its model, and how that is measured."""
 
     config: Any
-    model: PretrainedModel | Predictor
-    dataset: SampleDataset | AsvDataset
-    rows: np.ndarray
-    parts: Split
-    unit = "samples"
-    optimizer: OptimizerOptions
-    best_metric: str
-    fingerprint: str
-    description: dict[str, Any]
-    facts: list[DataFact]
-    warnings: list[str]
+    model: PretrainedModel | Predictor  # what is saved; there after `build`
+    dataset: SampleDataset | AsvDataset  # on the device
+    rows: np.ndarray  # (n,) which of the dataset train
+    parts: Split  # names of those that train and those that validate
+    unit = "samples"  # what `parts` names
+    optimizer: OptimizerOptions  # with every value given
+    best_metric: str  # chooses the best weights, if no option does
+    fingerprint: str  # of the data: a run is continued with the same alone
+    description: dict[str, Any]  # what later commands must know beside the options
+    facts: list[DataFact]  # what was read, dropped and cut
+    warnings: list[str]  # what a reader should know before trusting a number
 
     @abstractmethod
     def build(self, state: dict[str, Any] | None) -> Objective:
@@ -88,11 +74,11 @@ class Task(ABC):
 def train(
     config: PretrainConfig | FinetuneConfig, make_task: Callable[[Any, torch.device], Task]
 ) -> Path:
-    """Train a task as the options say; the best model, its results and the report stay in a folder.
+    """Train a task, and leave its best model, results and report in the run folder.
 
     Args:
         config: all options of the command.
-        make_task: reads the data of the task, for a device.
+        make_task: reads the task's data, for a device.
 
     Returns:
         The run folder.
@@ -102,6 +88,7 @@ def train(
     state = compatible_state(config)
     device = start(config.run)
     task = make_task(config, device)
+    log_facts(task.facts, task.warnings)
     description = {
         "command": config.command,
         "data": data_description(config),
@@ -132,8 +119,14 @@ def train(
     )
     trainer.train(state)
     if distributed.is_rank_zero():
+        from aam.report import write_report
+
         save_model(run.path / MODEL_FILE, task.model, description, task.arrays())
-        report(run, summary(config, task, trainer, started) | task.results(run))
+        measured = summary(config, task, trainer, started) | task.results(run)
+        run.write_summary(measured)
+        print_results(measured["results"])
+        run.close()
+        log(f"report: {write_report(run.path)}")
     return run.path
 
 
@@ -171,16 +164,6 @@ def summary(
     }
 
 
-def report(run: Run, summary: dict[str, Any]) -> None:
-    """Write summary.json and report.html, and print the results."""
-    from aam.report import write_report
-
-    run.write_summary(summary)
-    print_results(summary["results"])
-    run.close()
-    log(f"report: {write_report(run.path)}")
-
-
 def make_encoder(config: PretrainConfig | FinetuneConfig) -> AsvEncoder:
     """The ASV encoder that the options ask for."""
     return AsvEncoder(
@@ -190,30 +173,22 @@ def make_encoder(config: PretrainConfig | FinetuneConfig) -> AsvEncoder:
     )
 
 
-def usual_options(options: OptimizerOptions, epochs: int, lr: float) -> OptimizerOptions:
-    """Options of a run that samples teach: epochs and learning rate where none are given."""
+def usual_options(
+    options: OptimizerOptions, epochs: int, lr: float, validate_every: int = 1
+) -> OptimizerOptions:
+    """The options, with a task's own values where none are given."""
     return replace(
         options,
         epochs=options.epochs or epochs,
         lr=lr if options.lr is None else options.lr,
-        validate_every=options.validate_every or 1,
+        validate_every=options.validate_every or validate_every,
     )
 
 
 def pretraining_metrics(
-    measured: Metrics,
-    task: Task,
-    dataset: SampleDataset | AsvDataset,
-    asvs: np.ndarray,
+    task: Task, measured: Metrics, dataset: SampleDataset | AsvDataset, asvs: np.ndarray
 ) -> Metrics:
-    """Add masked nucleotides of some ASVs, and the sum of all losses, each times its penalty.
-
-    Args:
-        measured: what the tree or the distances teach.
-        task: of pretraining.
-        dataset: holds the ASVs.
-        asvs: (n,) which of them.
-    """
+    """Metrics with masked nucleotides of some ASVs (n,), and the sum of all losses by penalty."""
     penalties = task.config.losses
     if penalties.nucleotide_penalty:
         check = check_nucleotides(

@@ -25,23 +25,14 @@ DRAWN_SEED = 20_231  # of the samples that are placed in the end
 
 @dataclass(frozen=True)
 class TreeInputs:
-    """What is learned of a tree.
+    """What is learned of a tree."""
 
-    Attributes:
-        known: the ASVs that train, and where the others join them.
-        parts: names of the samples (or, of a reference, sequences) of each part.
-        subset: the samples whose distances are compared; None where there is no table.
-        facts: what was read, dropped and cut.
-        warnings: what a reader should know before trusting a number.
-        mapped: whether the sequences lie in an index on disk.
-    """
-
-    known: TreeSplit
-    parts: Split
-    subset: EvaluationSubset | None
+    known: TreeSplit  # the ASVs that train, and where the others join them
+    parts: Split  # names of the samples, or of the sequences of a reference
+    subset: EvaluationSubset | None  # samples whose distances are compared; of a table
     facts: list[DataFact]
     warnings: list[str] = field(default_factory=list)
-    mapped: bool = False
+    mapped: bool = False  # whether the sequences lie in an index on disk
 
 
 def read_table_and_tree(config: PretrainConfig) -> TreeInputs:
@@ -137,25 +128,18 @@ def distinct_sequences(
     sequences: dict[str, str], source: str
 ) -> tuple[dict[str, str], list[DataFact]]:
     """Sequences of A, C, G and T, each once; what is left out is counted."""
-    kept: dict[str, str] = {}
-    first_with: dict[str, str] = {}
-    left_out: dict[str, list[str]] = {
-        "sequences with other letters than A, C, G and T": [],
-        "sequences that repeat another": [],
+    dna = {name: one for name, one in sequences.items() if is_dna(one)}
+    first_with = {one: name for name, one in reversed(dna.items())}
+    left_out = {
+        "sequences with other letters than A, C, G and T": [n for n in sequences if n not in dna],
+        "sequences that repeat another": [n for n, one in dna.items() if first_with[one] != n],
     }
-    ambiguous, repeated = left_out.values()
-    for name, one in sequences.items():
-        if not is_dna(one):
-            ambiguous.append(name)
-        elif first_with.setdefault(one, name) != name:
-            repeated.append(name)
-        else:
-            kept[name] = one
-    return kept, [
+    facts = [
         DataFact(f"{what} ({source})", len(names), name_some(names), "dropped")
         for what, names in left_out.items()
         if names
     ]
+    return {name: one for name, one in dna.items() if first_with[one] == name}, facts
 
 
 def require_tips(source: str, count: int, what: str) -> None:
@@ -183,15 +167,12 @@ def clade_facts(known: TreeSplit, max_bp: int) -> list[DataFact]:
     branches = int((tree.tip_stop - tree.tip_start > 1).sum())
     lost = max(0, branches - MOST_CLADES) if len(clades) == MOST_CLADES else 0
     unplaced = max(0, len(known.unseen) - LEFT_OUT)
-    facts = [
-        DataFact(f"sequences cut at {max_bp} bases", cut, f"longest {longest}", "cut"),
-        DataFact(
+    found = (
+        (f"sequences cut at {max_bp} bases", cut, f"longest {longest}"),
+        (
             f"branches that are no clade: {MOST_CLADES:,} with most members are learned", lost,
-            "nearest known ASVs decide", "cut",
+            "nearest known ASVs decide",
         ),
-        DataFact(
-            f"new ASVs whose clades are not measured: {LEFT_OUT:,} are", unplaced,
-            "drawn at random", "cut",
-        ),
-    ]  # fmt: skip
-    return [fact for fact in facts if fact.count]
+        (f"new ASVs whose clades are not measured: {LEFT_OUT:,} are", unplaced, "drawn at random"),
+    )  # fmt: skip
+    return [DataFact(what, count, detail, "cut") for what, count, detail in found if count]

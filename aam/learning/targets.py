@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from aam.config import TargetOptions
 from aam.data.metadata import Metadata
 from aam.errors import InputError
 
@@ -39,16 +38,9 @@ class TargetTransform:
         """
         if name == "none":
             return cls()
-        values = np.asarray(values, dtype=np.float64)
-        if name.startswith("log-"):
-            if values.min() <= -1:
-                raise InputError(
-                    f"--target-transform {name} needs numbers above -1, the smallest is "
-                    f"{values.min():g}; use zscore"
-                )
-            values = np.log1p(values)
+        values = _logarithm(name, values)
         if name.endswith("minmax"):
-            return cls(name, float(values.min()), _positive(np.ptp(values)))
+            return cls(name, float(values.min()), float(np.ptp(values)) or 1.0)
         by_category = {}
         if name == "zscore-category":
             if categories is None:
@@ -56,15 +48,13 @@ class TargetTransform:
             for key in sorted(set(categories)):
                 own = values[[one == key for one in categories]]
                 if len(own) >= MINIMUM_CATEGORY:
-                    by_category[key] = (float(own.mean()), _positive(own.std()))
-        return cls(name, float(values.mean()), _positive(values.std()), by_category)
+                    by_category[key] = (float(own.mean()), float(own.std()) or 1.0)
+        return cls(name, float(values.mean()), float(values.std()) or 1.0, by_category)
 
     def apply(self, values: np.ndarray, categories: Sequence[str] | None = None) -> np.ndarray:
-        """From the user's units to what the model learns; not finite where a logarithm is not."""
-        values = np.asarray(values, dtype=np.float64)
+        """From the user's units to what the model learns; `InputError` as in `fit`."""
         centre, scale = self._centre_and_scale(len(values), categories)
-        with np.errstate(divide="ignore", invalid="ignore"):  # `learned` refuses what is not finite
-            return ((np.log1p(values) if self.name.startswith("log-") else values) - centre) / scale
+        return (_logarithm(self.name, values) - centre) / scale
 
     def invert(self, values: np.ndarray, categories: Sequence[str] | None = None) -> np.ndarray:
         """From the model's outputs to the user's units."""
@@ -93,24 +83,6 @@ class TargetInfo:
         """``classification`` or ``regression``."""
         return "classification" if self.classes else "regression"
 
-    @property
-    def outputs(self) -> int:
-        """Width of the model's last layer."""
-        return len(self.classes) or 1
-
-    @classmethod
-    def fit(
-        cls,
-        options: TargetOptions,
-        classes: tuple[str, ...],
-        truth: np.ndarray,
-        categories: Sequence[str] | None,
-    ) -> TargetInfo:
-        """The options' target, a number's transform fitted on the training part's truth (n,)."""
-        name = "none" if classes else options.target_transform
-        transform = TargetTransform.fit(name, truth, categories)
-        return cls(options.metadata_column, classes, transform)
-
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TargetInfo:
         """What `dataclasses.asdict` made plain values of."""
@@ -125,30 +97,6 @@ class TargetInfo:
         codes: dict[str | None, float] = {name: n for n, name in enumerate(self.classes)}
         return np.array([codes.get(one, np.nan) for one in metadata.text(self.column)])
 
-    def learned(self, truth: np.ndarray, categories: Sequence[str] | None) -> np.ndarray:
-        """What the model learns of all samples' truth: (n,) float32, or int64 class codes.
-
-        Raises:
-            InputError: a value cannot be transformed.
-        """
-        if self.classes:
-            return truth
-        scaled = self.transform.apply(truth, categories)
-        lost = int((~np.isfinite(scaled)).sum())
-        if lost:
-            raise InputError(
-                f"--target-transform {self.transform.name}: {lost} values of {self.column!r} "
-                "cannot be transformed; use zscore"
-            )
-        return scaled.astype(np.float32)
-
-
-def is_classification(metadata: Metadata, options: TargetOptions) -> bool:
-    """Whether the column is predicted as classes."""
-    if options.task == "auto":
-        return not metadata.is_numeric(options.metadata_column)
-    return options.task == "classification"
-
 
 def class_weights(codes: np.ndarray, classes: int) -> np.ndarray:
     """Inverse class frequencies with mean 1 over the samples, (classes,) float32."""
@@ -156,6 +104,14 @@ def class_weights(codes: np.ndarray, classes: int) -> np.ndarray:
     return (len(codes) / (classes * np.maximum(sizes, 1))).astype(np.float32)
 
 
-def _positive(scale: float) -> float:
-    """A constant target has no scale of its own."""
-    return float(scale) if scale > 0 else 1.0
+def _logarithm(name: str, values: np.ndarray) -> np.ndarray:
+    """log(1 + values) float64, where a transform of this name takes it."""
+    values = np.asarray(values, dtype=np.float64)
+    if not name.startswith("log-"):
+        return values
+    if values.min() <= -1:
+        raise InputError(
+            f"--target-transform {name} needs numbers above -1, the smallest is "
+            f"{values.min():g}; use zscore"
+        )
+    return np.log1p(values)

@@ -168,8 +168,6 @@ def files(community, aam, tmp_path_factory) -> dict[str, Path]:
     write_unifrac(community.table, community.tree, found["TSV"])
     rows = [line.split("\t") for line in found["TSV"].read_text().splitlines()]
     ids, distances = rows[0][1:], np.array([row[1:] for row in rows[1:]], dtype=float)
-    rows = [line.split("\t") for line in found["TSV"].read_text().splitlines()]
-    ids, distances = rows[0][1:], np.array([row[1:] for row in rows[1:]], dtype=float)
     for kind, count in (("", 24), ("FEWER", 22)):
         np.save(found[f"{kind}NPY"], distances[:count, :count])
         found[f"{kind}IDS"].write_text("\n".join(ids[:count]))

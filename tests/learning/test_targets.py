@@ -60,9 +60,9 @@ def test_transforms_that_cannot_be():
         TargetTransform.fit("log-zscore", np.array([1.0, -3.0]))
     with pytest.raises(InputError, match="needs --categorical-columns"):
         TargetTransform.fit("zscore-category", np.array([1.0, 3.0]))
-    fitted = TargetInfo("age", (), TargetTransform.fit("log-zscore", np.array([1.0, 3.0])))
-    with pytest.raises(InputError, match="log-zscore: 2 values of 'age' cannot be transformed"):
-        fitted.learned(np.array([1.0, -1.0, -3.0]), None)
+    fitted = TargetTransform.fit("log-zscore", np.array([1.0, 3.0]))
+    with pytest.raises(InputError, match="log-zscore needs numbers above -1, the smallest is -1"):
+        fitted.apply(np.array([1.0, -1.0]))
 
 
 def test_class_weights_are_inverse_frequencies_with_mean_one():
