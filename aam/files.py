@@ -1,23 +1,21 @@
-"""Files that are written whole or not at all, and what they may hold."""
+"""Files that are written whole or not at all, and checks of paths before any work."""
 
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
-import json
-import math
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from aam.errors import InputError, name_some
 
-from aam.errors import InputError
-
+CONFIG_FILE = "config.toml"  # these three, of a run's folder
+MODEL_FILE = "model.safetensors"
+CHECKPOINTS = "checkpoints"
 BREAKS = re.compile(r"[\t\n\r]")  # what no id, class or column name may hold
 
 
@@ -28,7 +26,6 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         InputError: the folder cannot be written or the disk is full; `path` is as before.
     """
-    handle = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -53,30 +50,13 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def check_file_output(path: Path, overwrite: bool) -> None:
-    """Refuse, before any work, an output file that exists or cannot be written.
-
-    Raises:
-        InputError: says which, and the remedy.
-    """
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; --output needs a file name")
-    if path.exists() and not overwrite:
-        raise InputError(f"{path}: already exists; choose another --output or use --overwrite")
-    existing = path.parent
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"{path}: cannot be written; choose another --output")
-
-
-def write_table(path: Path, header: list[str], rows: Any) -> None:
+def write_table(path: Path, header: list[str], rows: Iterable[Iterable[Any]]) -> None:
     """Write a tab-separated table atomically; cells stand as they are, without quotes.
 
     Raises:
         InputError: a cell has a tab or a line break.
     """
-    text = io.StringIO()
+    lines = []
     for row in itertools.chain([header], rows):
         cells = [str(cell) for cell in row]
         broken = [cell for cell in cells if BREAKS.search(cell)]
@@ -85,36 +65,88 @@ def write_table(path: Path, header: list[str], rows: Any) -> None:
                 f"{path}: {broken[0]!r} has a tab or a line break, which a table cannot hold; "
                 "rename it in the input"
             )
-        text.write("\t".join(cells) + "\n")
-    write_text(path, text.getvalue())
+        lines.append("\t".join(cells) + "\n")
+    write_text(path, "".join(lines))
 
 
 def refuse_breaks(names: Iterable[str], source: str, what: str) -> None:
-    """Refuse names that a table of predictions cannot hold.
-
-    Raises:
-        InputError: names the first ones with a tab or a line break.
-    """
+    """Refuse names that a table of predictions cannot hold."""
     broken = [name for name in names if BREAKS.search(name)]
     if broken:
-        shown = ", ".join(map(repr, broken[:3]))
         raise InputError(
-            f"{source}: {len(broken)} {what} ({shown}) have a tab or a line break: rename them"
+            f"{source}: {len(broken)} {what} ({name_some(broken)}) have a tab or a line break: "
+            "rename them"
         )
 
 
 def json_text(values: Any) -> str:
-    """JSON with NaN as null, so that every reader accepts it."""
+    """JSON with NaN as null, so that every reader accepts it; numbers may be numpy's."""
+    from pydantic_core import to_json
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {str(key): plain(one) for key, one in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(one) for one in value]
-        if isinstance(value, np.generic):
-            value = value.item()
-        if isinstance(value, float) and not math.isfinite(value):
-            return None
-        return str(value) if isinstance(value, Path) else value
+    text = to_json(values, indent=1, inf_nan_mode="null", fallback=lambda value: value.item())
+    return text.decode() + "\n"
 
-    return json.dumps(plain(values), indent=1, ensure_ascii=False) + "\n"
+
+def check_input(path: Path, expected: str) -> None:
+    """Refuse a path that is no file, and say what file was expected."""
+    if not path.is_file():
+        problem = "is a folder" if path.is_dir() else "no such file"
+        raise InputError(f"{path}: {problem}; expected {expected}")
+
+
+def check_file_output(path: Path, overwrite: bool) -> None:
+    """Refuse, before any work, an output file that exists or cannot be written."""
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; --output needs a file name")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path}: already exists; choose another --output or use --overwrite")
+    _check_writable(path, path.parent, "--output")
+
+
+def check_run_output(folder: Path, overwrite: bool, resume_from: Path | None = None) -> None:
+    """Refuse, before any work, a folder that cannot be written or already holds another run."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; choose another --output-dir")
+    if is_run(folder) and not overwrite and not continues_in(folder, resume_from):
+        raise InputError(
+            f"{folder}: already holds a run; choose another --output-dir, replace it with "
+            "--overwrite, or continue it with --resume-from"
+        )
+    _check_writable(folder, folder, "--output-dir")
+
+
+def _check_writable(path: Path, folder: Path, option: str) -> None:
+    existing = next(one for one in (folder, *folder.parents) if one.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: cannot be written; choose another {option}")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run."""
+    return (folder / CONFIG_FILE).exists() or (folder / CHECKPOINTS).exists()
+
+
+def continues_in(folder: Path, resume_from: Path | None) -> bool:
+    """Whether the run to continue is the one in a folder."""
+    return resume_from is not None and resume_folder(resume_from).resolve() == folder.resolve()
+
+
+def resume_folder(path: Path) -> Path:
+    """The run folder that a run or one of its checkpoints names."""
+    return path if path.is_dir() else path.parent.parent
+
+
+def resume_checkpoint(path: Path) -> Path:
+    """The checkpoint that a run folder or a checkpoint names; an error if there is none."""
+    path = path / CHECKPOINTS / "last.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint; --resume-from needs a run that saved one")
+    return path
+
+
+def model_file(run: Path) -> Path:
+    """The model of a run's folder, which may be named itself; an error if there is none."""
+    path = run / MODEL_FILE if run.is_dir() else run
+    if not path.is_file():
+        raise InputError(f"{path}: no such model; give the folder of a finished run")
+    return path

@@ -1,13 +1,11 @@
 """Build the documentation: the guide's pages, and a reference from the code's own docstrings.
 
 `python docs/build.py [OUTPUT]` writes a static site that needs no network. pdoc renders the
-Markdown and the reference; options of a command come from the dataclasses of `aam/config.py` and
-`aam/option_groups.py`.
+Markdown and the reference; the options of a command come from the classes of `aam.config`.
 """
 
 from __future__ import annotations
 
-import ast
 import html
 import os
 import re
@@ -18,6 +16,8 @@ from pathlib import Path
 
 import pdoc
 from pdoc.render_helpers import to_html
+
+from aam.config import CONFIGS, options_of
 
 ROOT = Path(__file__).parent.parent
 GUIDE = [
@@ -60,7 +60,7 @@ def build(output: Path) -> None:
     warnings.filterwarnings("ignore", module=r"pdoc\.doc_types")
     pdoc.render.configure(docformat="google", search=True, show_source=False)
     pdoc.pdoc(*REFERENCE, output_directory=output / "reference")
-    options = command_options(ROOT / "aam/config.py", ROOT / "aam/option_groups.py")
+    options = command_options()
     for source, (title, target) in PAGES.items():
         if not source.exists():
             print(f"not there yet: {source.relative_to(ROOT)}", file=sys.stderr)
@@ -106,58 +106,17 @@ def relink(body: str, source: Path, target: str) -> str:
     return re.sub(r'href="([^":#]+\.md)"', replace, body)
 
 
-def command_options(*config_files: Path) -> dict[str, str]:
-    """A Markdown table of options for each command, from the docstrings of the dataclass fields."""
-    classes = {
-        node.name: node
-        for config_file in config_files
-        for node in ast.parse(config_file.read_text(encoding="utf-8")).body
-        if isinstance(node, ast.ClassDef)
-    }
+def command_options() -> dict[str, str]:
+    """A Markdown table of options for each command."""
     tables = {}
-    for node in classes.values():
-        command = next(
-            (
-                field.value.value
-                for field in node.body
-                if isinstance(field, ast.AnnAssign)
-                and ast.unparse(field.target) == "command"
-                and isinstance(field.value, ast.Constant)
-            ),
-            None,
-        )
-        if command:
-            rows = "\n".join(
-                f"| `--{name}` | {default} | {text} |"
-                for name, default, text in fields(node, classes)
-            )
-            tables[command] = f"\n\n## Options\n\n| option | default | |\n|---|---|---|\n{rows}\n"
+    for command, config_class in CONFIGS.items():
+        rows = ["\n", "## Options", "", "| option | default | |", "|---|---|---|"]
+        for one in options_of(config_class).values():
+            default = "required" if one.required else f"`{one.default}`"
+            values = f" One of {', '.join(one.schema['enum'])}." if "enum" in one.schema else ""
+            rows.append(f"| `{one.flag}` | {default} | {one.help}{values} |")
+        tables[command] = "\n".join([*rows, ""])
     return tables
-
-
-def fields(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> list[tuple[str, str, str]]:
-    """(name, default, docstring) of a config class; groups of options are spelled out in place."""
-    found: dict[str, tuple[str, str, str]] = {}
-    for base in node.bases:
-        for row in fields(classes[ast.unparse(base)], classes):
-            found[row[0]] = row
-    for index, item in enumerate(node.body):
-        if not isinstance(item, ast.AnnAssign) or "ClassVar" in ast.unparse(item.annotation):
-            continue
-        kind = ast.unparse(item.annotation)
-        if kind in classes:
-            found.update({row[0]: row for row in fields(classes[kind], classes)})
-            continue
-        follower = node.body[index + 1] if index + 1 < len(node.body) else None
-        text = ""
-        if isinstance(follower, ast.Expr) and isinstance(follower.value, ast.Constant):
-            text = " ".join(str(follower.value.value).split())
-        if kind.startswith("Literal["):
-            text += f" One of {', '.join(ast.literal_eval(kind[len('Literal') :]))}."
-        name = ast.unparse(item.target).replace("_", "-")
-        default = "required" if item.value is None else f"`{ast.unparse(item.value)}`"
-        found[name] = (name, default.replace("|", "or"), text.replace("|", "or"))
-    return list(found.values())
 
 
 if __name__ == "__main__":

@@ -1,22 +1,28 @@
-"""The command line: options from words and TOML, and one line for everything that is wrong."""
+"""The command line: options from argv and TOML, and one line for everything that is wrong."""
 
+import os
+import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from aam import config, train
+import aam
+from aam import cli, config
 from aam.errors import InputError
 
-PRETRAIN = ("pretrain", "--table", "t.biom", "--output-dir", "run")
+PRETRAIN = ("pretrain", "--sequences", __file__, "--tree", __file__, "--output-dir", "run")
 
 
-def parse(*words: str):
-    return train.parse(words[0], words[1:])
+def parse(*argv: str):
+    return cli.parse(argv[0], argv[1:])
 
 
-def refused(capsys, *words: object) -> str:
+def refused(capsys, *argv: object) -> str:
     """The one line on standard error of a command that exits with 2."""
-    assert train.main([*map(str, words)]) == 2
+    assert cli.main([*map(str, argv)]) == 2
     said = capsys.readouterr()
     assert said.err.startswith("error: ") and said.err.count("\n") == 1, said.err
     assert said.out == ""
@@ -26,37 +32,31 @@ def refused(capsys, *words: object) -> str:
 def test_defaults_and_the_command_line():
     options = parse(*PRETRAIN)
     assert options == config.PretrainConfig(
-        data=config.OptionalTableOptions(table=Path("t.biom")),
+        data=config.OptionalTableOptions(sequences=Path(__file__)),
+        distances=config.DistanceOptions(tree=Path(__file__)),
         run=config.RunOptions(output_dir=Path("run")),
     )
     options = parse(
-        "finetune", "--table", "t", "--output-dir", "r", "--metadata-column", "age",
+        "finetune", "--table", __file__, "--output-dir", "r", "--metadata-column", "age",
         "--categorical-columns", "sex", "site", "--no-gradient-checkpointing", "--lr=1e-3",
-        "--max_steps", "7", "--freeze-base",
+        "--max_steps", "7", "--freeze-base", "--epochs", "3", "--epochs", "None",
     )  # fmt: skip
     assert options.categorical.categorical_columns == ("sex", "site")
     assert not options.run.gradient_checkpointing and options.freeze_base
-    assert (options.optimizer.lr, options.optimizer.max_steps) == (1e-3, 7)
+    optimizer = options.optimizer
+    assert (optimizer.lr, optimizer.max_steps, optimizer.epochs) == (1e-3, 7, None)
 
 
-@pytest.mark.parametrize("command", train.COMMANDS)
+@pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_saved_configuration_is_read_back(command, tmp_path):
-    kind = train.COMMANDS[command]
-    hints = {"Path": "x/y", "str": "age"}
-    values: dict = {}
-    for leaf in config.leaves(kind):
-        target = values
-        for group in leaf[:-1]:
-            target = target.setdefault(group, {})
-        if leaf[-1] in ("table", "output_dir", "model", "output", "tree"):
-            target[leaf[-1]] = hints["Path"]
-        if leaf[-1] == "metadata_column":
-            target[leaf[-1]] = hints["str"]
+    kind = config.CONFIGS[command]
+    values = {name: "a/b" for name, one in config.options_of(kind).items() if one.required}
     options = config.from_dict(kind, values)
     if hasattr(options, "categorical"):
         options.categorical.categorical_columns = ("a", 'b "c"')
     config.write_toml(options, tmp_path / "run.toml")
     assert config.from_dict(kind, config.read_toml(tmp_path / "run.toml", kind)) == options
+    assert config.from_dict(kind, config.to_dict(options)) == options
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_path):
@@ -65,8 +65,8 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_
         'batch-size = 16\noutput_dir = "from-file"\n[optimizer]\nlr = 1\nepochs = 3\n'
         '[data]\ntable = "from-file"\n'
     )
-    options = parse("pretrain", "--config", str(file), "--epochs", "5", "--table", "words")
-    assert options.data.table == Path("words") and options.run.output_dir == Path("from-file")
+    options = parse("pretrain", "--config", str(file), "--epochs", "5", "--table", __file__)
+    assert options.data.table == Path(__file__) and options.run.output_dir == Path("from-file")
     optimizer = options.optimizer
     assert (optimizer.batch_size, optimizer.lr, optimizer.epochs) == (16, 1.0, 5)
     assert isinstance(optimizer.lr, float)
@@ -86,12 +86,13 @@ def test_a_saved_run_does_not_make_the_next_one_overwrite_or_resume(tmp_path):
         ("batch_size = 8.5", "batch_size = 8.5: expected a whole number"),
         ("batch_size = true", "batch_size = True: expected a whole number"),
         ("lr = '1e-3'", "lr = '1e-3': expected a number"),
+        ("lr = 0", "lr = 0: expected a number, above 0"),
         ("overwrite = 1", "overwrite = 1: expected true or false"),
-        ("table = 3", "table = 3: expected a path in quotes"),
+        ("table = 3", "table = 3: expected a path"),
         ("asv_sampling = 'most'", "expected one of abundance, first, random"),
         ("best_metric = 'f1'", "best_metric = 'f1': expected one of loss,"),
-        ("batchsize = 8", "unknown option 'batchsize'; did you mean 'batch_size'?"),
-        ("[optimiser]\nlr = 1", "unknown group [optimiser]; did you mean 'optimizer'?"),
+        ("batchsize = 8", "unknown option 'batchsize'; did you mean batch_size?"),
+        ("[optimiser]\nlr = 1", "'lr' is not of the group [optimiser]; it stands in [optimizer]"),
         ("[model]\nlr = 1", "option 'lr' is not of the group [model]; it stands in [optimizer]"),
         ("lr = 1\n[optimizer]\nlr = 2", "option 'lr' is given twice"),
         ("lr = ", "not a TOML file"),
@@ -105,99 +106,135 @@ def test_a_wrong_toml_file_gives_one_line(capsys, tmp_path, text, expected):
     assert said.startswith(f"{file}: ") and expected in said
 
 
-def test_a_missing_toml_file_gives_one_line(capsys, tmp_path):
-    said = refused(capsys, *PRETRAIN, f"--config={tmp_path / 'none.toml'}")
-    assert "none.toml: cannot be read (No such file or directory)" in said
-
-
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("argv", "expected"),
     [
         (("pretrian",), "unknown command 'pretrian'; choose pretrain, finetune"),
         (("pretrain", "--table", "t"), "aam pretrain needs --output-dir; aam pretrain --help"),
-        (("predict",), "aam predict needs --model and --table and --output"),
+        (("predict",), "aam predict needs --table and --model and --output"),
         (("finetune", "--output-dir", "run", "--metadata-column", "x"), "finetune needs --table;"),
         (("inspect", "--rarefy-depth", 0), "aam inspect needs --table;"),
-        (("embed", "--table", "t"), "aam embed needs --model and --output"),
+        (("embed", "--table", "t"), "aam embed needs --output and --model"),
         ((*PRETRAIN, "--batchsize", 8), "unknown option --batchsize; did you mean --batch-size?"),
         ((*PRETRAIN, "--no-tensorbord"), "did you mean --no-tensorboard?"),
-        ((*PRETRAIN, "--no-seed"), "unknown option --no-seed; did you mean --seed?"),
-        ((*PRETRAIN, "more"), "more"),
-        ((*PRETRAIN, "--lr"), "--lr"),
-        ((*PRETRAIN, "--lr", "fast"), "--lr"),
-        ((*PRETRAIN, "--asv-sampling", "most"), "abundance"),
-        ((*PRETRAIN, "--best-metric", "f1"), "mantel_r"),
-        ((*PRETRAIN, "--lr", 0), "--lr 0: expected above 0"),
-        ((*PRETRAIN, "--lr", "nan"), "--lr nan: expected above 0"),
-        ((*PRETRAIN, "--dropout", 1), "--dropout 1: expected at least 0 and below 1"),
-        ((*PRETRAIN, "--max-steps", 0), "--max-steps 0: expected at least 1"),
-        ((*PRETRAIN, "--epochs", 0), "--epochs 0: expected at least 1"),
-        ((*PRETRAIN, "--validate-every", 0), "--validate-every 0: expected at least 1"),
-        ((*PRETRAIN, "--seed", -1), "--seed -1: expected at least 0"),
-        ((*PRETRAIN, "--rarefy-depth", -5), "--rarefy-depth -5: expected at least 0"),
-        ((*PRETRAIN, "--mask-probability", 1.5), "--mask-probability 1.5: expected above 0"),
+        ((*PRETRAIN, "--no-seed"), "unknown option --no-seed; did you mean"),
+        ((*PRETRAIN, "--distance-scale", 1), "unknown option --distance-scale; did you mean"),
+        (("demo", "--xyz", 1), "unknown option --xyz; aam demo --help lists the options"),
+        ((*PRETRAIN, "more"), "'more' belongs to no option"),
+        ((*PRETRAIN, "--lr"), "--lr: expected a value"),
+        ((*PRETRAIN, "--lr", "fast"), "--lr fast: expected a number, above 0"),
+        ((*PRETRAIN, "--asv-sampling", "most"), "expected one of abundance, first, random"),
+        ((*PRETRAIN, "--lr", 0), "--lr 0: expected a number, above 0"),
+        ((*PRETRAIN, "--lr", "nan"), "--lr nan: expected a number, above 0"),
+        ((*PRETRAIN, "--lr", "inf"), "--lr inf: expected a number, above 0"),
+        ((*PRETRAIN, "--dropout", 1), "--dropout 1: expected a number, at least 0 and below 1"),
+        ((*PRETRAIN, "--max-steps", 0), "--max-steps 0: expected a whole number, at least 1"),
+        ((*PRETRAIN, "--batch-size", 1.5), "--batch-size 1.5: expected a whole number, at least"),
+        ((*PRETRAIN, "--seed", -1), "--seed -1: expected a whole number, at least 0"),
+        ((*PRETRAIN, "--seed", 2**63), "expected a whole number, at least 0"),
+        ((*PRETRAIN, "--device", "tpu"), "--device tpu: expected auto, cpu, cuda or cuda:N"),
         ((*PRETRAIN, "--embedding-dim", 30), "--embedding-dim 30: expected a multiple of"),
+        ((*PRETRAIN, "--config", "no.toml"), "no.toml: cannot be read (No such file or directory)"),
+        ((*PRETRAIN, "--resume-from", "no"), "no such checkpoint; --resume-from needs a run"),
     ],
-)
-def test_wrong_words_give_one_line(capsys, words, expected):
-    assert expected in refused(capsys, *words)
+)  # fmt: skip
+def test_wrong_argv_gives_one_line(capsys, argv, expected):
+    assert expected in refused(capsys, *argv)
 
 
 @pytest.mark.parametrize(
-    ("command", "option", "near"),
+    ("options", "expected"),
     [
-        ("pretrain", "--mixed-samples", ""),
-        ("pretrain", "--sample-embedding", "--embedding-dim"),
-        ("pretrain", "--sample-position", ""),
-        ("pretrain", "--nucleotide-embedding", "--nucleotide-penalty"),
-        ("pretrain", "--distance-scale", "--distance"),
-        ("pretrain", "--unifrac-metric", "--unifrac-matrix"),
-        ("pretrain", "--count-embedding", "--embedding-dim"),
-        ("finetune", "--unifrac-penalty", "--count-penalty"),
-        ("finetune", "--tree", ""),
-        ("demo", "--pretrain-steps", "--pretrain-epochs"),
+        ({"epoch": 3}, "aam.pretrain: unknown option 'epoch'; did you mean epochs?"),
+        ({"epochs": "3"}, "aam.pretrain: epochs = '3': expected a whole number, at least 1"),
+        ({"epochs": 0}, "aam.pretrain: epochs = 0: expected a whole number, at least 1"),
+        ({"table": "no.biom"}, "no.biom: no such file; expected a feature table"),
+        ({"output_dir": Path(__file__)}, "test_command_line.py: is a file; choose another"),
     ],
 )
-def test_options_of_earlier_versions_are_unknown(capsys, command, option, near):
-    said = refused(capsys, command, option, 1)
-    hint = f"did you mean {near}? " if near else ""
-    assert said == f"unknown option {option}; {hint}aam {command} --help lists the options"
+def test_keywords_are_checked_like_the_command_line(options, expected):
+    given = {"sequences": __file__, "tree": Path(__file__), "output_dir": "run"}
+    with pytest.raises(InputError, match=expected):
+        aam.pretrain(**given | options)
+    with pytest.raises(InputError, match=r"aam.finetune: option 'table' is missing"):
+        aam.finetune(output_dir="run", metadata_column="age")
 
 
-def test_every_numeric_option_has_limits():
-    import typing
-
-    from aam.option_files import LIMITS
-
-    for kind in train.COMMANDS.values():
-        for leaf in config.leaves(kind):
-            hint: typing.Any = kind
-            for name in leaf:
-                hint = typing.get_type_hints(hint)[name]
-            if {int, float} & {hint, *typing.get_args(hint)}:
-                assert leaf[-1] in LIMITS, leaf
+def test_every_number_has_limits_and_every_option_help():
+    for kind in config.CONFIGS.values():
+        for option in config.options_of(kind).values():
+            assert option.help, option.name
+            if option.schema["type"] in ("integer", "number"):
+                assert {"minimum", "exclusiveMinimum"} & set(option.schema), option.name
 
 
 def test_help_and_version(capsys):
-    assert train.main(["--help"]) == 0
-    said = capsys.readouterr().out
-    assert all(name in said for name in train.COMMANDS)
-    assert train.main(["--version"]) == 0
-    assert capsys.readouterr().out.startswith("aam ")
+    for argv in ([], ["--help"]):
+        assert cli.main(argv) == 0
+        said = capsys.readouterr().out
+        assert all(name in said for name in cli.COMMANDS)
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"aam {aam.__version__}\n"
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_of_a_command_fits_the_screen_and_ends_with_an_example_that_parses(command, capsys):
     with pytest.raises(SystemExit) as stop:
-        train.main(["pretrain", "--help"])
-    assert stop.value.code == 0 and "--encoder" in capsys.readouterr().out
+        cli.main([command, "--help"])
+    said = capsys.readouterr().out
+    assert stop.value.code == 0 and all(len(line) <= 80 for line in said.splitlines())
+    boxes = re.findall(r"^\W+([a-z]+) options\b", said, flags=re.M)
+    assert boxes[0] == "common" and (len(boxes) > 1 or command == "demo")
+    assert all(one.flag in said for one in config.options_of(config.CONFIGS[command]).values())
+    example = said.partition("example:\n")[2].replace("\\\n", " ").split()
+    assert example[:2] == ["aam", command] and cli.read_argv(command, example[2:])
 
 
-def test_errors_are_one_line_whatever_the_message(monkeypatch, capsys):
-    def fail(_options):
-        raise InputError("first\n  second")
+def run_python(code: str, **how) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, **how
+    )
 
-    monkeypatch.setattr(train, "runner", lambda name: fail)
-    assert refused(capsys, *PRETRAIN) == "first second"
 
-    def full(_options):
-        raise OSError(28, "No space left on device", "report.html")
+@pytest.mark.parametrize("argv", [["--help"], ["pretrain", "--help"], [*PRETRAIN[:3], "no.biom"]])
+def test_help_and_errors_need_neither_torch_nor_numpy(argv):
+    code = (
+        f"import sys; from aam.train import main\ntry: code = main({argv})\n"
+        "except SystemExit as stop: code = stop.code\n"
+        "heavy = {'torch', 'numpy', 'pandas', 'tyro', 'pydantic'} & set(sys.modules)\n"
+        "print(code, *sorted(heavy), file=sys.stderr)"
+    )
+    found = run_python(code).stderr.splitlines()[-1]
+    light = {"--help": "0", "pretrain": "0 pydantic tyro"}
+    assert found == light.get(argv[0], "") if argv[-1] == "--help" else "2 pydantic tyro"
 
-    monkeypatch.setattr(train, "runner", lambda name: full)
-    assert refused(capsys, *PRETRAIN) == "report.html: No space left on device"
+
+def test_a_reader_that_has_enough_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "aam.train", "pretrain", "--help"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+def test_shell_completion_knows_commands_options_and_choices(capsys):
+    assert cli.main(["--tyro-print-completion", "bash"]) == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("pretrain", "--rarefy-depth", "bf16-mixed"))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "expected"),
+    [
+        (InputError("first\n  second"), 2, "error: first second\n"),
+        (OSError(28, "No space left", "report.html"), 2, "error: report.html: No space left\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_how_a_command_ends(error, code, expected, capsys):
+    def fail():
+        raise error
+
+    assert cli.guarded(fail) == code
+    assert capsys.readouterr().err == expected

@@ -26,7 +26,7 @@ from aam.config import (
 from aam.data.simulate import DemoFiles, simulate_community
 from aam.errors import InputError, log
 from aam.evaluation.results import print_results
-from aam.learning.run import is_run
+from aam.files import is_run
 
 MARK = "simulated"  # folder of the simulated files; tells a demo's folder from any other
 FINETUNE_BATCH = 16

@@ -15,7 +15,7 @@ from aam.data.table import FeatureTable
 from aam.errors import InputError, log, log_facts
 from aam.evaluation.applicability import of_placed
 from aam.evaluation.placer import Placed, Placer, grafted_tree, load_placer, require_places
-from aam.files import atomic_path, check_file_output
+from aam.files import atomic_path
 from aam.learning.device import pick_device
 from aam.learning.model_file import read_model
 
@@ -28,7 +28,6 @@ def embed(config: EmbedConfig) -> Path:
     Returns:
         The file that was written.
     """
-    check_file_output(config.output, config.overwrite)
     if config.output.suffix.lower() not in KINDS:
         raise InputError(f"{config.output}: write to {' or '.join(KINDS)}")
     if config.asvs and config.dimensions is not None:

@@ -29,7 +29,7 @@ from aam.evaluation.placer import Placer
 from aam.evaluation.predictions import in_units
 from aam.evaluation.results import print_results, result
 from aam.evaluation.tree_results import EvaluationSubset, membership_results, sample_results
-from aam.files import check_file_output, json_text, write_text
+from aam.files import json_text, write_text
 from aam.learning.device import pick_device
 from aam.learning.model_file import SavedModel, read_model
 from aam.learning.targets import TargetInfo
@@ -42,8 +42,6 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     Returns:
         The measured numbers, each beside its baselines.
     """
-    if config.output is not None:
-        check_file_output(config.output, config.overwrite)
     saved = read_model(config.model)
     model, described = saved.build(impl=config.attn_implementation), saved.description
     model.to(pick_device(config.device, config.attn_implementation))

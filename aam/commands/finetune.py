@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aam.commands.inputs import split
 from aam.commands.training import Metrics, Task, make_encoder, train, usual_options
-from aam.config import FinetuneConfig
+from aam.config import FinetuneConfig, flag
 from aam.data.clades import known_arrays
 from aam.data.dataset import SampleDataset
 from aam.data.metadata import require_values
@@ -33,7 +33,6 @@ from aam.learning.run import Run
 from aam.learning.targets import TargetInfo, TargetTransform, class_weights
 from aam.model import Predictor
 from aam.model.predictor import PredictorShape
-from aam.option_files import flag
 
 BASELINE_SEED = 0
 EPOCHS, LEARNING_RATE = 20, 6e-4  # where none are given

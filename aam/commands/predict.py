@@ -14,7 +14,7 @@ from aam.errors import InputError, log, log_facts
 from aam.evaluation.applicability import add_applicability
 from aam.evaluation.outputs import predict_outputs
 from aam.evaluation.predictions import in_units, prediction_cells, prediction_header
-from aam.files import check_file_output, write_table
+from aam.files import write_table
 from aam.learning.device import pick_device
 from aam.learning.model_file import read_model
 from aam.learning.targets import TargetInfo
@@ -27,7 +27,6 @@ def predict(config: PredictConfig) -> Path:
     Returns:
         The file that was written.
     """
-    check_file_output(config.output, config.overwrite)
     saved = read_model(config.model)
     model, described = saved.build(impl=config.attn_implementation), saved.description
     if not isinstance(model, Predictor):

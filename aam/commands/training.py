@@ -22,6 +22,7 @@ from aam.data.splits import Split
 from aam.errors import DataFact, log, log_facts
 from aam.evaluation.outputs import check_nucleotides
 from aam.evaluation.results import print_results
+from aam.files import MODEL_FILE
 from aam.learning import distributed
 from aam.learning.batches import Batching
 from aam.learning.checkpoint import check_same_data, compatible_state
@@ -29,9 +30,9 @@ from aam.learning.device import compile_stacks
 from aam.learning.distributed import RankGroup
 from aam.learning.launch import start
 from aam.learning.loop import Trainer
-from aam.learning.model_file import MODEL_FILE, save_model
+from aam.learning.model_file import save_model
 from aam.learning.objective import Objective
-from aam.learning.run import Run, check_output
+from aam.learning.run import Run
 from aam.model import AsvEncoder, EncoderShape, Predictor, PretrainedModel
 
 Metrics = dict[str, float | None]
@@ -84,7 +85,6 @@ def train(
         The run folder.
     """
     started, seed = time.time(), config.run.seed
-    check_output(config.run)
     state = compatible_state(config)
     device = start(config.run)
     task = make_task(config, device)

@@ -14,7 +14,7 @@ from aam.data.unifrac import UniFrac
 from aam.errors import InputError, log, log_facts
 from aam.evaluation.applicability import of_placed
 from aam.evaluation.placer import load_placer, unifrac_by_model
-from aam.files import check_file_output, write_table
+from aam.files import write_table
 from aam.learning.device import pick_device
 
 
@@ -71,4 +71,3 @@ def check_options(config: UnifracConfig) -> None:
             f"{config.output}: unknown extension {config.output.suffix!r} for {config.metric}; "
             f"write to {' or '.join(kinds)}"
         )
-    check_file_output(config.output, config.overwrite)

@@ -18,7 +18,7 @@ from aam.data.metadata import match_ids
 from aam.data.sequences import read_qza_member
 from aam.data.table_distances import PrecomputedDistances
 from aam.errors import DataFact, InputError, name_some
-from aam.files import atomic_path
+from aam.files import atomic_path, check_input
 
 _TOLERANCE = 1e-5
 """Largest asymmetry and diagonal that rounding in a file explains (float32, 6 digits)."""
@@ -81,8 +81,7 @@ def _read(path: Path, ids_file: Path | None) -> tuple[list[str], NDArray]:
             f"{path}: unknown extension {kind!r}; expected a distance matrix as .h5, .tsv, .qza "
             "or .npy with a file of ids"
         )
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; expected a distance matrix")
+    check_input(path, "a distance matrix")
     if kind == ".npy":
         return _read_npy(path, ids_file)
     if ids_file is not None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from aam.errors import DataFact, InputError, name_some
+from aam.files import check_input
 
 # INSDC's terms for missing values; its newer ones, and Qiita's, begin with "missing:".
 _MISSING_TERMS = {
@@ -173,8 +174,7 @@ def _scan(path: Path) -> dict[str, str]:
     scikit-bio reads the file; this finds the columns, so that it can be told to keep text, and
     the repeated ids that its message would list in full.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; expected sample metadata as TSV")
+    check_input(path, "sample metadata as TSV")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, "excel-tab", strict=True)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from aam.data.texts import Texts, offsets_of, ranges
 from aam.errors import InputError, name_some, one_line
+from aam.files import check_input
 from aam_kernels import Ragged
 
 PAD, A, C, G, T, START, MASK = range(7)
@@ -100,8 +101,7 @@ def read_fasta(path: Path) -> dict[str, str]:
 
 def _fasta_text(path: Path) -> str:
     """Return the text of a FASTA file or of the one inside a ``.qza``."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file (FASTA or .qza with the features' sequences)")
+    check_input(path, "FASTA or .qza with the features' sequences")
     try:
         if path.suffix.lower() == ".qza":
             content = read_qza_member(path, "data/dna-sequences.fasta", "FeatureData[Sequence]")

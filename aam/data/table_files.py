@@ -17,6 +17,7 @@ import scipy.sparse as sp
 
 from aam.data.sequences import is_dna, read_qza_member
 from aam.errors import InputError, name_some, one_line
+from aam.files import check_input
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _GZIP = b"\x1f\x8b"
@@ -38,9 +39,7 @@ def read_raw_table(path: Path) -> RawTable:
     Raises:
         InputError: the file is missing, of another kind, or damaged.
     """
-    if not path.is_file():
-        problem = "is a folder" if path.is_dir() else "no such file"
-        raise InputError(f"{path}: {problem}; expected a feature table (.biom, .qza or .tsv)")
+    check_input(path, "a feature table (.biom, .qza or .tsv)")
     kind = path.suffix.lower()
     try:
         if kind == ".biom":

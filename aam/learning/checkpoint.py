@@ -14,10 +14,9 @@ import torch
 from aam.config import to_dict
 from aam.data.splits import Split
 from aam.errors import InputError, log
-from aam.files import atomic_path
+from aam.files import CHECKPOINTS, atomic_path, resume_checkpoint
 from aam.learning import distributed
 from aam.learning.model_file import FORMAT
-from aam.learning.run import CHECKPOINTS, resume_checkpoint
 
 DAMAGED = (  # whatever torch and pickle make of damaged bytes
     RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError, LookupError,

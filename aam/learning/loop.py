@@ -21,6 +21,7 @@ import torch
 from aam.config import OptimizerOptions
 from aam.data.dataset import AsvDataset, SampleDataset
 from aam.errors import InputError, log
+from aam.files import CHECKPOINTS, resume_checkpoint
 from aam.learning import distributed
 from aam.learning.batches import Batching
 from aam.learning.checkpoint import load_state, save_state
@@ -33,7 +34,7 @@ from aam.learning.objective import Objective
 from aam.learning.optimizer import make_optimizer, set_learning_rate, warmup_cosine
 from aam.learning.prefetch import Prefetch
 from aam.learning.progress import ProgressDisplay
-from aam.learning.run import CHECKPOINTS, Run, resume_checkpoint
+from aam.learning.run import Run
 from aam.learning.step import Step, StepTooLarge, is_out_of_memory
 from aam.learning.stopping import Stopped, StopSignals
 

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 
 from aam.errors import InputError
-from aam.files import atomic_path
+from aam.files import atomic_path, model_file
 from aam.model import AsvEncoder, EncoderShape, Predictor, PretrainedModel
 from aam.model.predictor import PredictorShape
 
-MODEL_FILE = "model.safetensors"
 METADATA_KEY = "aam"
 FORMAT = 3
 ARRAYS = "data."  # begins the names of tensors that are no weights
@@ -86,9 +85,7 @@ def read_model(run: Path) -> SavedModel:
     """
     from safetensors import SafetensorError, safe_open
 
-    path = run / MODEL_FILE if run.is_dir() else run
-    if not path.is_file():
-        raise InputError(f"{path}: no such model; give the folder of a finished run")
+    path = model_file(run)
     weights, arrays = {}, {}
     try:
         with safe_open(path, framework="pt") as file:

@@ -6,7 +6,6 @@ import contextlib
 import csv
 import io
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -16,12 +15,20 @@ from typing import Any
 from aam.config import RunOptions, write_toml
 from aam.data.splits import Split
 from aam.errors import InputError
-from aam.files import atomic_path, json_text, write_table, write_text
+from aam.files import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    MODEL_FILE,
+    atomic_path,
+    continues_in,
+    is_run,
+    json_text,
+    resume_folder,
+    write_table,
+    write_text,
+)
 from aam.learning import distributed
-from aam.learning.model_file import MODEL_FILE
 
-CONFIG_FILE = "config.toml"
-CHECKPOINTS = "checkpoints"
 METRIC_COLUMNS = ("step", "epoch", "part", "metric", "value")
 RUN_FILES = (
     CONFIG_FILE,
@@ -40,40 +47,6 @@ RUN_FILES = (
     "report.html",
 )
 FLUSH_SECONDS = 2.0
-
-
-def check_output(options: RunOptions) -> None:
-    """Refuse, before any work, a folder that cannot be written or already holds a run.
-
-    Raises:
-        InputError: says which, and the remedy.
-    """
-    path = options.output_dir
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{path}: is a file; choose another --output-dir")
-    if is_run(path) and not options.overwrite and not continues_there(options):
-        raise InputError(
-            f"{path}: already holds a run; choose another --output-dir, replace it with "
-            "--overwrite, or continue it with --resume-from"
-        )
-    existing = path
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"{path}: cannot be written; choose another --output-dir")
-
-
-def continues_there(options: RunOptions) -> bool:
-    """Whether the run to continue is the one in the output folder."""
-    return (
-        options.resume_from is not None
-        and resume_folder(options.resume_from).resolve() == options.output_dir.resolve()
-    )
-
-
-def is_run(path: Path) -> bool:
-    """Whether a folder holds a run."""
-    return (path / CONFIG_FILE).exists() or (path / CHECKPOINTS).exists()
 
 
 class Run:
@@ -104,7 +77,7 @@ class Run:
 
     def _open(self, options: RunOptions, config: Any, keep_steps: int | None) -> None:
         try:
-            if is_run(self.path) and (self.source is None or not continues_there(options)):
+            if is_run(self.path) and not continues_in(self.path, self.source):
                 remove_run(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.path)
@@ -219,24 +192,6 @@ def read_metrics(run: Path, last_step: int, last_validation: int) -> list[list[s
     complete = [row for row in rows if len(row) == len(METRIC_COLUMNS) and row[0].isdigit()]
     last = {"train": last_step, "validation": last_validation}
     return [row for row in complete if int(row[0]) <= last.get(row[2], last_step)]
-
-
-def resume_folder(path: Path) -> Path:
-    """The run folder that a run or one of its checkpoints names."""
-    return path if path.is_dir() else path.parent.parent
-
-
-def resume_checkpoint(path: Path) -> Path:
-    """The checkpoint that a run folder or a checkpoint names.
-
-    Raises:
-        InputError: there is none.
-    """
-    if path.is_dir():
-        path = path / CHECKPOINTS / "last.pt"
-    if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint; --resume-from needs a run that saved one")
-    return path
 
 
 def remove_run(path: Path) -> None:

@@ -12,7 +12,8 @@ import h5py
 import numpy as np
 import pytest
 
-from aam import config, train
+from aam.cli import COMMANDS
+from aam.config import CONFIGS, options_of
 from aam.data.distances import read_distances
 from aam.data.tree import read_tree
 from tests.data.trees import write_unifrac
@@ -307,7 +308,7 @@ def test_other_commands(command, aam, files, argv_of, tmp_path, monkeypatch, cap
             assert set(map(len, arrays["sequences"])) == {30}
 
 
-@pytest.mark.parametrize("command", train.COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_no_option_is_left_out(command):
     """Every option stands in a case above, in TINY, or in a named test."""
     from tests.conftest import TINY
@@ -316,8 +317,7 @@ def test_no_option_is_left_out(command):
     if texts is None:  # what pretrain and finetune share is one class
         texts = [*TINY, *map(str, STEPS), *PRETRAIN.values()]
         texts += FINETUNE.values() if command == "finetune" else []
-    kind = train.COMMANDS[command]
-    options = {f"--{leaf[-1].replace('_', '-')}" for leaf in config.leaves(kind)}
+    options = {one.flag for one in options_of(CONFIGS[command]).values()}
     written = set(" ".join(texts).replace("--no-", "--").split())
     assert options - written - ELSEWHERE == set()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from aam.config import RunOptions
 from aam.errors import InputError
 from aam.learning import distributed
-from aam.train import guarded, shared
+from aam.cli import guarded, shared
 from aam.learning.launch import silence_others, start
 silence_others()
 def work(_):

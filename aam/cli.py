@@ -1,0 +1,320 @@
+"""The command line: from argv to options to a command, and from its errors to exit codes.
+
+Nothing heavy is imported before the options and the paths that they name have been checked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import os
+import re
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypedDict, Union
+
+from aam.errors import InputError, log
+from aam.files import CONFIG_FILE, is_run, resume_checkpoint, resume_folder
+
+# What each command does, and an example of its options. The function of the same name in
+# `aam.commands.NAME` runs it, with the options of `aam.config.CONFIGS`.
+COMMANDS = {
+    "pretrain": (
+        "Learn a tree's clades, or distances, and masked nucleotides.",
+        "--table table.biom --tree tree.nwk --output-dir runs/pretrained",
+    ),
+    "finetune": (
+        "Train a predictor of a metadata column.",
+        "--table table.biom --metadata metadata.tsv --metadata-column age \\\n"
+        "      --pretrained-encoder runs/pretrained --output-dir runs/age",
+    ),
+    "predict": (
+        "Predict with a fine-tuned model, in the target's units or classes.",
+        "--model runs/age --table new.biom --output predictions.tsv",
+    ),
+    "evaluate": (
+        "Measure a run on samples with known truth.",
+        "--model runs/age --table new.biom --metadata new.tsv",
+    ),
+    "inspect": (
+        "Dry run: ids that match, lengths, classes, shared ASVs, step cost.",
+        "--table table.biom --metadata metadata.tsv --metadata-column age",
+    ),
+    "unifrac": (
+        "UniFrac distances of a table's samples, by a tree or a model.",
+        "--model runs/pretrained --table new.biom --output distances.h5",
+    ),
+    "embed": (
+        "A vector for each sample or ASV by a pretrained model, without a tree.",
+        "--model runs/pretrained --table new.biom --output vectors.tsv",
+    ),
+    "demo": (
+        "Simulate a community, pretrain, fine-tune, predict, write a report.",
+        "--output-dir runs/demo",
+    ),
+}
+ALIASES = {"train": "finetune"}
+METAVARS = {"integer": "INT", "number": "NUMBER", "array": "NAME", "string": "TEXT"}
+AUTO = "auto"  # --resume-from
+STOPPED = 128  # and the number of the signal, as shells have it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: as on the command line, without the program's name.
+
+    Returns:
+        The exit code: 0, 2 for input that cannot be used, 130 after Ctrl-C, 143 after SIGTERM,
+        138 after SIGUSR1.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    return guarded(lambda: run(argv))
+
+
+def run(argv: list[str]) -> None:
+    """Run a command; raises what it raises."""
+    name = ALIASES.get(argv[0], argv[0]) if argv else "--help"
+    if name in ("-h", "--help", "--version"):
+        from aam import __version__
+
+        sys.stdout.write(HELP if name != "--version" else f"aam {__version__}\n")
+    elif name.startswith("--tyro"):
+        print_completion(argv)
+    elif name not in COMMANDS:
+        raise InputError(f"unknown command {name!r}; choose {', '.join(COMMANDS)}")
+    else:
+        run_command(name, argv)
+
+
+def run_command(name: str, argv: list[str]) -> None:
+    """Check the options of a command, and then load and run it."""
+    from aam.learning.launch import refuse_several, silence_others
+
+    silence_others()
+    options = parse(name, argv[1:])
+    warnings.filterwarnings("ignore", module=r"(tensorboard|torch\.distributed)\b.*")
+    work = getattr(importlib.import_module(f"aam.commands.{name}"), name)
+    if name in ("pretrain", "finetune"):
+        work = shared(work, argv)
+    else:
+        refuse_several(name)
+    work(options)
+
+
+def guarded(work: Callable[[], Any]) -> int:
+    """The exit code of work that may meet bad input, a full disk or a signal."""
+    try:
+        work()
+        sys.stdout.flush()
+    except InputError as error:
+        tell_error(error, str(error))
+        return 2
+    except BrokenPipeError:  # whoever read what we print has enough: | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return STOPPED + signal.SIGPIPE
+    except OSError as error:  # a disk that fills up while a log or a report is written
+        place = f"{error.filename}: " if error.filename else ""
+        tell_error(error, f"{place}{error.strerror or error}")
+        return 2
+    except KeyboardInterrupt as stop:
+        return STOPPED + getattr(stop, "number", signal.SIGINT)
+    return 0
+
+
+def tell_error(error: Exception, text: str) -> None:
+    """One line: by rank 0, or by the first of another machine, which may see other files."""
+    from aam.learning.launch import complain, own_ranks
+
+    rank, local_rank = own_ranks()
+    if not rank:
+        log(f"error: {' '.join(text.split())}")
+    elif not local_rank and not getattr(error, "told", False):
+        complain(f"rank {rank}: {text}")
+
+
+def shared(work: Callable[[Any], Any], argv: Sequence[str]) -> Callable[[Any], None]:
+    """A command whose steps other processes may share, started with the same argv."""
+    from aam.learning.distributed import together
+    from aam.learning.stopping import Stopped, requeue
+
+    def work_together(options: Any) -> None:
+        try:
+            with together(argv):
+                work(options)
+        except Stopped as stop:
+            requeue(stop.number)
+            raise
+
+    return work_together
+
+
+def parse(name: str, argv: Sequence[str]) -> Any:
+    """Options of a command: the command line over --config over --resume-from over the defaults.
+
+    Raises:
+        InputError: an option is unknown, missing or wrong, or a path cannot be used.
+        SystemExit: --help was asked for (code 0).
+    """
+    from aam.config import CONFIGS, check_paths, from_dict, read_toml
+
+    kind, given = CONFIGS[name], read_argv(name, argv)
+    if given.get("resume_from") == AUTO:
+        settle_resume(given)
+    saved: dict[str, Any] = {}
+    if "resume_from" in given:
+        saved = saved_options(kind, Path(given["resume_from"]))
+    if "config" in given:
+        saved |= read_toml(Path(given["config"]), kind)
+    options = from_dict(kind, {**saved, **given}, "", typed=True)
+    check_paths(options)
+    return options
+
+
+def read_argv(name: str, argv: Sequence[str]) -> dict[str, Any]:
+    """The options that are given, as they were typed.
+
+    Raises:
+        InputError: an option is unknown or lacks its value, or there are words without an option.
+        SystemExit: --help was asked for (code 0).
+    """
+    import tyro
+
+    from aam.config import CONFIGS, nearest, options_of
+
+    summary, example = COMMANDS[name]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            boxes, rest = tyro.cli(
+                option_boxes(name),
+                prog=f"aam {name}",
+                args=list(argv),
+                description=summary,
+                return_unknown_args=True,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            sys.stdout.write(f"\nexample:\n  aam {name} {example}\n")
+            raise
+        lacking = re.search(r"--[a-z][a-z0-9-]*", said.getvalue())
+        raise InputError(f"{lacking.group() if lacking else name}: expected a value") from None
+    if rest:
+        flags = [one.flag for one in options_of(CONFIGS[name]).values()]
+        flags += [flag.replace("--", "--no-", 1) for flag in flags]
+        word = rest[0].partition("=")[0]
+        problem = f"unknown option {word}{nearest(word, flags)}" if word.startswith("-") else ""
+        problem = problem or f"{word!r} belongs to no option"
+        raise InputError(f"{problem}; aam {name} --help lists the options")
+    return {
+        option: None if value == "None" else value
+        for box in boxes.values()
+        for option, value in box.items()
+    }
+
+
+def option_boxes(name: str, choices: bool = False) -> Any:
+    """The options of a command as tyro takes them: common ones first, the others by group.
+
+    Args:
+        name: the command.
+        choices: whether tyro checks choices, as shell completion wants it; else they are text.
+    """
+    import tyro
+
+    from aam.config import COMMON, CONFIGS, options_of
+
+    known = options_of(CONFIGS[name])
+    boxes: dict[str, dict[str, Any]] = {}
+    for option in [known[one] for one in dict.fromkeys((*COMMON, *known)) if one in known]:
+        schema, default = option.schema, option.default
+        values = schema.get("enum", ())
+        metavar = f"{{{','.join(values)}}}" if values else METAVARS.get(schema["type"])
+        if isinstance(default, bool):
+            default = "on" if default else "off"
+        shown = tyro.conf.arg(
+            help=option.help,
+            metavar="PATH" if schema.get("format") == "path" else metavar,
+            help_behavior_hint=(
+                "(required)" if option.required
+                else "" if default in (None, []) else f"(default: {default})"
+            ),
+        )  # fmt: skip
+        kind: Any = {"boolean": bool, "array": tuple[str, ...]}.get(schema["type"], str)
+        if values and choices:
+            kind = Literal[tuple(values)]
+        box = "common" if option.name in COMMON else option.group or "other"
+        boxes.setdefault(box, {})[option.name] = Annotated[kind, shown]
+    typed = {box: TypedDict(box, inner, total=False) for box, inner in boxes.items()}  # type: ignore[operator]
+    return TypedDict(name, typed)  # type: ignore[operator]
+
+
+def print_completion(argv: Sequence[str]) -> None:
+    """Print or write the shell's completion script of all commands."""
+    import tyro
+
+    kinds = tuple(
+        Annotated[option_boxes(name, choices=True), tyro.conf.subcommand(name, description=summary)]
+        for name, (summary, _) in COMMANDS.items()
+    )
+    with contextlib.suppress(SystemExit):
+        tyro.cli(
+            Union[kinds],  # type: ignore[arg-type]  # noqa: UP007  (as many as there are)
+            args=list(argv),
+            prog="aam",
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+
+
+def settle_resume(given: dict[str, Any]) -> None:
+    """Decide what ``--resume-from auto`` means: the run in --output-dir, or nothing.
+
+    A run that was ended before its first checkpoint is replaced.
+
+    Raises:
+        InputError: there are checkpoints, but none of them can be read.
+    """
+    del given["resume_from"]
+    if "output_dir" not in given:
+        raise InputError("--resume-from auto: needs --output-dir, the folder of the run")
+    folder = Path(given["output_dir"])
+    if not is_run(folder):
+        return
+    from aam.learning.checkpoint import usable_checkpoint
+
+    found = usable_checkpoint(folder)
+    if found is None:
+        given["overwrite"] = True
+    else:
+        given["resume_from"] = str(found)
+
+
+def saved_options(kind: type, resumed: Path) -> dict[str, Any]:
+    """Options of the run that --resume-from names.
+
+    A continued run stays in its folder wherever that is now, and has as many devices as before,
+    unless torchrun or SLURM have started others.
+    """
+    from aam.config import read_toml
+    from aam.learning.launch import starter
+
+    folder = resume_folder(resume_checkpoint(resumed))
+    saved: dict[str, Any] = {}
+    if (folder / CONFIG_FILE).is_file():
+        saved = read_toml(folder / CONFIG_FILE, kind)
+    if starter() != "aam":
+        saved = {key: one for key, one in saved.items() if key not in ("devices", "data_parallel")}
+    return {**saved, "output_dir": str(folder)}
+
+
+HELP = "\n".join(
+    ["usage: aam COMMAND [OPTIONS]   (aam COMMAND --help lists its options)", ""]
+    + [f"  {name:10}{summary}" for name, (summary, _) in COMMANDS.items()]
+    + ["", "train is another name of finetune; aam demo shows all of it in minutes.", ""]
+)
