@@ -29,8 +29,8 @@ COMMANDS = {
     ),
     "finetune": (
         "Train a predictor of a metadata column.",
-        "--table table.biom --metadata metadata.tsv --metadata-column age \\\n"
-        "      --pretrained-encoder runs/pretrained --output-dir runs/age",
+        "--pretrained-encoder runs/pretrained --table table.biom \\\n"
+        "      --metadata metadata.tsv --metadata-column age --output-dir runs/age",
     ),
     "predict": (
         "Predict with a fine-tuned model, in the target's units or classes.",
@@ -97,14 +97,13 @@ def run_command(name: str, argv: list[str]) -> None:
     from aam.learning.launch import refuse_several, silence_others
 
     silence_others()
+    trains = name in ("pretrain", "finetune")
+    if not trains:
+        refuse_several(name)
     options = parse(name, argv[1:])
     warnings.filterwarnings("ignore", module=r"(tensorboard|torch\.distributed)\b.*")
     work = getattr(importlib.import_module(f"aam.commands.{name}"), name)
-    if name in ("pretrain", "finetune"):
-        work = shared(work, argv)
-    else:
-        refuse_several(name)
-    work(options)
+    (shared(work, argv) if trains else work)(options)
 
 
 def guarded(work: Callable[[], Any]) -> int:
