@@ -7,11 +7,12 @@ aloud.
 
 from __future__ import annotations
 
+import contextlib
 import html
 import io
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,8 +62,6 @@ _STYLE = {
     **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 8.5),
 }
 
-Plot = Callable[[Any], None]
-
 
 @dataclass(frozen=True)
 class Figure:
@@ -74,16 +73,43 @@ class Figure:
     caption: str
 
 
-def draw(name: str, alt: str, plot: Plot, size: tuple[float, float] = (4.4, 3.3)) -> str:
-    """An `<svg>` element without any reference outside the page.
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+    """The look of all that is drawn inside."""
+    from matplotlib import rc_context
+
+    with rc_context(_STYLE), warnings.catch_warnings():
+        # Letters that matplotlib's own font lacks are drawn by the browser.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        yield
+
+
+def new_axes(width: float = 4.4, height: float = 3.3, **options: Any) -> Any:
+    """Axes of a figure of their own, in inches, or with `options` of `subplots` several of one."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained").subplots(**options)
+
+
+def svg_file(figure: Any) -> str:
+    """A matplotlib figure as an SVG file."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def svg_element(axes: Any, name: str, alt: str) -> str:
+    """The figure of the axes as an `<svg>` element without any reference outside the page.
 
     Args:
+        axes: the only ones of their figure.
         name: unique in the page: the ids of the drawing are made of it.
         alt: what the drawing shows, for those who do not see it.
-        plot: draws into the axes that it is given.
-        size: inches.
     """
-    svg = svg_file([plot], size, salt=name)
+    from matplotlib import rc_context
+
+    with rc_context({"svg.hashsalt": name}):
+        svg = svg_file(axes.figure)
     box = re.search(r'viewBox="[^"]*"', svg)
     label = html.escape(printable(alt), quote=True)
     opening = f'<svg class="plot" {box[0] if box else ""} role="img" aria-label="{label}">'
@@ -97,62 +123,29 @@ def draw(name: str, alt: str, plot: Plot, size: tuple[float, float] = (4.4, 3.3)
     return re.sub(r">\s+<", "><", svg.replace("xlink:href", "href"))
 
 
-def svg_file(
-    plots: Sequence[Plot], size: tuple[float, float], *, salt: str = "aam", **options: Any
-) -> str:
-    """Drawings below one another as an SVG file; `options` are those of `Figure.subplots`."""
-    from matplotlib import figure, rc_context
-
-    buffer = io.StringIO()
-    with rc_context({**_STYLE, "svg.hashsalt": salt}), warnings.catch_warnings():
-        # Letters that matplotlib's own font lacks are drawn by the browser.
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        drawing = figure.Figure(figsize=size, layout="constrained")
-        for plot, axes in zip(
-            plots, drawing.subplots(len(plots), squeeze=False, **options).flat, strict=True
-        ):
-            plot(axes)
-        drawing.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
-
-
 def scatter(name: str, alt: str, groups: Mapping[str, tuple[str, pd.DataFrame]], what: str) -> str:
-    """Predicted against true values, and the line on which a prediction is right.
-
-    Args:
-        name: of the drawing.
-        alt: as in `draw`.
-        groups: by label, a colour and rows with the columns true and predicted.
-        what: is predicted.
-    """
-    span = limits(np.concatenate([rows[["true", "predicted"]] for _, rows in groups.values()]))
-
-    def plot(axes: Any) -> None:
-        for label, (colour, rows) in groups.items():
-            shown = rows if len(rows) <= DOTS else rows.sample(DOTS, random_state=0)
-            axes.scatter(
-                shown["true"], shown["predicted"], s=11 if len(shown) > 600 else 20,
-                color=colour, alpha=0.55, linewidths=0, label=label,
-            )  # fmt: skip
-        identity(axes, span)
-        axes.set(xlabel=f"true {what}", ylabel=f"predicted {what}")
-        if len(groups) > 1:
-            axes.legend(loc="upper left", handletextpad=0.2)
-
-    return draw(name, alt, plot, SQUARE)
+    """Predicted against true values, by label: a colour and rows of the columns true, predicted."""
+    axes = new_axes(*SQUARE)
+    for label, (colour, rows) in groups.items():
+        shown = rows if len(rows) <= DOTS else rows.sample(DOTS, random_state=0)
+        size = 11 if len(shown) > 600 else 20
+        axes.scatter(
+            shown["true"], shown["predicted"], size, colour, alpha=0.55, linewidths=0, label=label
+        )
+    identity(axes, np.concatenate([rows[["true", "predicted"]] for _, rows in groups.values()]))
+    axes.set(xlabel=f"true {what}", ylabel=f"predicted {what}")
+    if len(groups) > 1:
+        axes.legend(loc="upper left", handletextpad=0.2)
+    return svg_element(axes, name, alt)
 
 
-def identity(axes: Any, span: tuple[float, float]) -> None:
-    """The line on which a prediction is right, on square axes from and to `span`."""
-    axes.plot(span, span, **DASHED)
-    axes.set(xlim=span, ylim=span, aspect="equal")
-
-
-def limits(values: np.ndarray) -> tuple[float, float]:
-    """Ends of an axis that holds the values with a small margin."""
+def identity(axes: Any, values: np.ndarray) -> None:
+    """The line on which a prediction is right, on square axes that hold the values."""
     low, high = float(values.min()), float(values.max())
     margin = 0.04 * (high - low) or 0.5
-    return low - margin, high + margin
+    span = (low - margin, high + margin)
+    axes.plot(span, span, **DASHED)
+    axes.set(xlim=span, ylim=span, aspect="equal")
 
 
 def stretches(table: pd.DataFrame, by: str, count: int) -> Any:

@@ -1,4 +1,4 @@
-"""The figures of a run's curves, distances, placements and ordination; None without their data."""
+"""The figures of a run's curves, distances, placements and ordination."""
 
 from __future__ import annotations
 
@@ -10,25 +10,12 @@ import numpy as np
 import pandas as pd
 from scipy.spatial import procrustes
 
-from aam.report.drawing import (
-    DASHED,
-    DOTS,
-    MUTED,
-    PAPER,
-    SERIES,
-    SQUARE,
-    Figure,
-    draw,
-    identity,
-    limits,
-    scatter,
-    short,
-    stretches,
-)  # fmt: skip
+from aam.report import drawing
+from aam.report.drawing import DASHED, MUTED, SERIES, SQUARE, Figure, new_axes, svg_element
 from aam.report.results import Result, number
 
 CURVE_POINTS = 300
-RESULTS = (
+GOODNESS = (
     "loss", "clade_loss", "unifrac_loss", "nucleotide_loss", "target_loss", "count_loss",
     "clade_jaccard", "mantel_r", "distance_mae", "nucleotide_accuracy", "r2", "mae", "accuracy",
     "balanced_accuracy", "auc",
@@ -39,59 +26,53 @@ EDIT_BINS = {"1": 1.5, "2": 2.5, "3\N{EN DASH}4": 4.5, "5\N{EN DASH}6": 6.5, "7\
 SUPPORT_GROUPS, SMALLEST_GROUP = 10, 10
 
 
-def curves_figure(metrics: pd.DataFrame, results: Sequence[Result]) -> Figure | None:
-    """Losses and validation metrics over the steps, with the best baseline of each metric."""
+def curves_figures(metrics: pd.DataFrame, results: Sequence[Result]) -> list[Figure]:
+    """Losses and metrics over the steps beside the best baselines, and all else that was logged."""
+    logged = {*metrics["metric"]}
     baselines = {one.metric.removesuffix("_new"): one.best for one in reversed(results)}
-    names = [name for name in RESULTS if (metrics["metric"] == name).any()]
+    names = [name for name in GOODNESS if name in logged]
     if "loss" in names and sum(name.endswith("_loss") for name in names) == 1:
         names = [name for name in names if not name.endswith("_loss")]  # it is the total
+    curves = [_curve(metrics, name, baselines.get(name)) for name in names]
     caption = (
         "Training (blue) is measured on each batch, in train mode; validation (orange) on what is "
         f"held out, in eval mode. Long series are means of at most {CURVE_POINTS} equal "
         "stretches. A dashed line is the best baseline. Scales with powers of ten are logarithmic."
     )
-    panels = [_curve(metrics, name, baselines.get(name)) for name in names]
-    return Figure("curves", "Learning curves", panels, caption) if panels else None
-
-
-def mechanics_figure(metrics: pd.DataFrame) -> Figure | None:
-    """Learning rate, gradient norm, speed and whatever else was logged."""
-    panels = [_curve(metrics, name, None) for name in sorted({*metrics["metric"]} - {*RESULTS})]
-    caption = "How the training itself went: step size, size of the gradient, speed."
-    return Figure("mechanics", "Course of the training", panels, caption) if panels else None
+    others = [_curve(metrics, name, None) for name in sorted(logged.difference(GOODNESS))]
+    course = "How the training itself went: step size, size of the gradient, speed."
+    found = [
+        Figure("curves", "Learning curves", curves, caption),
+        Figure("mechanics", "Course of the training", others, course),
+    ]
+    return [figure for figure in found if figure.panels]
 
 
 def _curve(metrics: pd.DataFrame, metric: str, baseline: tuple[str, float] | None) -> str:
-    rows, title = metrics[metrics["metric"] == metric], short(metric.replace("_", " "), 40)
+    rows, title = metrics[metrics["metric"] == metric], drawing.short(metric.replace("_", " "), 40)
+    axes = new_axes()
+    for part, (label, colour) in PARTS.items():
+        series = rows.loc[rows["part"] == part, ["step", "value"]]
+        if len(series):
+            points = drawing.stretches(series, "step", min(len(series), CURVE_POINTS)).mean()
+            marker = "o" if len(points) <= 40 else ""
+            axes.plot(*points.T.to_numpy(), color=colour, label=label, marker=marker, markersize=3)
+    if baseline is not None:
+        name, value = baseline
+        axes.axhline(value, **DASHED, label=f"{drawing.short(name)} {number(value)}")
     low, high = rows["value"].min(), rows["value"].max()
+    if low > 0 and high > 30 * low:
+        axes.set_yscale("log")
+        axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5) if high < 300 * low else (1,))
+        axes.yaxis.set_minor_formatter("")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.margins(x=0.02)
+    axes.set(title=title, xlabel="step")
+    axes.legend(loc="best")
     last = rows.groupby("part")["value"].last()
     said = "; ".join(f"{part} ends at {number(value)}" for part, value in last.items())
-
-    def plot(axes: Any) -> None:
-        for part, (label, colour) in PARTS.items():
-            series = rows.loc[rows["part"] == part, ["step", "value"]]
-            if len(series):
-                points = stretches(series, "step", min(len(series), CURVE_POINTS)).mean()
-                marker = "o" if len(points) <= 40 else None
-                axes.plot(
-                    points["step"], points["value"], color=colour, label=label, marker=marker,
-                    markersize=3,
-                )  # fmt: skip
-        if baseline is not None:
-            name, value = baseline
-            axes.axhline(value, **DASHED, label=f"{short(name)} {number(value)}")
-        if low > 0 and high > 30 * low:
-            axes.set_yscale("log")
-            subs = (1, 2, 5) if high < 300 * low else (1,)
-            axes.yaxis.get_major_locator().set_params(subs=subs)
-            axes.yaxis.set_minor_formatter("")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.margins(x=0.02)
-        axes.set(title=title, xlabel="step")
-        axes.legend(loc="best")
-
-    return draw(f"curve-{metric}", f"{title} over the training steps; {said}.", plot)
+    return svg_element(axes, metric, f"{title} over the training steps; {said}.")
 
 
 def distances_figure(pairs: pd.DataFrame) -> Figure:
@@ -105,31 +86,28 @@ def distances_figure(pairs: pd.DataFrame) -> Figure:
     samples = {*pairs["sample_a"], *pairs["sample_b"]}
     caption = (
         f"{len(pairs):,} pairs of {len(samples):,} validation samples; on the dashed line a "
-        f"prediction is right. Left: at most {DOTS:,} pairs of a colour are drawn. Right: all."
+        f"prediction is right. Left: at most {drawing.DOTS:,} pairs of a colour are drawn. "
+        "Right: all."
     )
     if "within a group" in groups:
         caption += f" Orange: {len(groups['within a group'][1]):,} pairs within a group."
-    alt = (
-        f"Predicted against true distances of {len(pairs)} pairs; mean true "
-        f"{number(pairs['true'].mean())}, mean predicted {number(pairs['predicted'].mean())}."
-    )
-    panels = [scatter("distances", alt, groups, "distance"), _calibration(pairs)]
+    true, predicted = (number(pairs[name].mean()) for name in ("true", "predicted"))
+    alt = f"{len(pairs)} pairs; mean true distance {true}, mean predicted {predicted}."
+    panels = [drawing.scatter("distances", alt, groups, "distance"), _calibration(pairs)]
     return Figure("distances", "Predicted against true distances", panels, caption)
 
 
 def _calibration(pairs: pd.DataFrame) -> str:
     """Median and spread of the predictions in bins of equal numbers of true distances."""
-    bins = stretches(pairs, "true", int(np.clip(len(pairs) // 5, 1, 12)))
+    bins = drawing.stretches(pairs, "true", int(np.clip(len(pairs) // 5, 1, 12)))
     centre = bins["true"].mean()
     low, middle, high = (bins["predicted"].quantile(level) for level in (0.1, 0.5, 0.9))
-
-    def plot(axes: Any) -> None:
-        axes.fill_between(centre, low, high, color=SERIES[2], alpha=0.25, linewidth=0)
-        axes.plot(centre, middle, "o-", color=SERIES[2], markersize=3.5)
-        identity(axes, limits(pairs[["true", "predicted"]].to_numpy()))
-        axes.set(xlabel="true distance", ylabel="median and 80 % range of predictions")
-
-    return draw("calibration", "Median predicted distance by true distance.", plot, SQUARE)
+    axes = new_axes(*SQUARE)
+    axes.fill_between(centre, low, high, color=SERIES[2], alpha=0.25, linewidth=0)
+    axes.plot(centre, middle, "o-", color=SERIES[2], markersize=3.5)
+    drawing.identity(axes, pairs[["true", "predicted"]].to_numpy())
+    axes.set(xlabel="true distance", ylabel="median and 80 % range of predictions")
+    return svg_element(axes, "calibration", "Median predicted distance by true distance.")
 
 
 def placements_figure(placements: pd.DataFrame) -> Figure:
@@ -154,57 +132,54 @@ def _by_distance(placements: pd.DataFrame) -> str:
     bins = pd.cut(edits, [-1, *EDIT_BINS.values(), 100], labels=[*EDIT_BINS, "10+"], right=False)
     held = placements.groupby(bins, observed=True)
     found = held[["jaccard", "jaccard_of_nearest"]].agg(["mean", "sem"]).fillna(0)
+    model, nearest = found["jaccard"], found["jaccard_of_nearest"]
     places = np.arange(len(found))
-
-    def plot(axes: Any) -> None:
-        for column, label, colour, shift, marker in (
-            ("jaccard", "model", SERIES[0], -0.06, "o"),
-            ("jaccard_of_nearest", "nearest known ASV", SERIES[1], 0.06, "s"),
-        ):
-            axes.errorbar(
-                places + shift, found[column]["mean"], found[column]["sem"], color=colour,
-                label=label, marker=marker, markersize=4.5, elinewidth=1.1, capsize=2.5,
-            )  # fmt: skip
-        axes.set_xticks(places, [f"{name}\n{size:,}" for name, size in held.size().items()])
-        axes.set_xlim(-0.5, len(found) - 0.5)
-        axes.grid(axis="x", visible=False)
-        axes.set_xlabel("edits to the nearest known ASV; number of ASVs")
-        axes.set_ylabel("mean Jaccard of clades")
-        axes.legend(loc="lower left")
-
+    axes = new_axes(*SQUARE)
+    for values, label, colour, shift, marker in (
+        (model, "model", SERIES[0], -0.06, "o"),
+        (nearest, "nearest known ASV", SERIES[1], 0.06, "s"),
+    ):
+        axes.errorbar(
+            places + shift, values["mean"], values["sem"], color=colour, label=label,
+            marker=marker, markersize=4.5, elinewidth=1.1, capsize=2.5,
+        )  # fmt: skip
+    axes.set_xticks(places, [f"{name}\n{size:,}" for name, size in held.size().items()])
+    axes.set_xlim(-0.5, len(found) - 0.5)
+    axes.grid(axis="x", visible=False)
+    axes.set_xlabel("edits to the nearest known ASV; number of ASVs")
+    axes.set_ylabel("mean Jaccard of clades")
+    axes.legend(loc="lower left")
+    means = zip(found.index, model["mean"], nearest["mean"], strict=True)
     said = "; ".join(
-        f"{name} edits: {number(row['jaccard', 'mean'])}, "
-        f"{number(row['jaccard_of_nearest', 'mean'])}"
-        for name, row in found.iterrows()
+        f"{name} edits: {number(ours)}, {number(simple)}" for name, ours, simple in means
     )
     alt = f"Mean Jaccard of the model, and of the nearest known ASV. {said}."
-    return draw("placements-distance", alt, plot, SQUARE)
+    return svg_element(axes, "placements-distance", alt)
 
 
 def _by_support(placements: pd.DataFrame) -> str:
     count = int(np.clip(len(placements) // SMALLEST_GROUP, 1, SUPPORT_GROUPS))
-    groups = stretches(placements, "support", count)
-    sure, right, error = groups["support"].mean(), groups["jaccard"].mean(), groups["jaccard"].sem()
-
-    def plot(axes: Any) -> None:
-        axes.errorbar(
-            sure, right, error, color=SERIES[2], fmt="o", markersize=5, elinewidth=1.1, capsize=2.5
-        )
-        identity(axes, limits(np.concatenate([sure, right, [1.0]])))
-        axes.set(xlabel="mean support", ylabel="mean Jaccard of clades")
-
+    groups = drawing.stretches(placements, "support", count)
+    sure, right = (groups[name].mean().to_numpy() for name in ("support", "jaccard"))
+    axes = new_axes(*SQUARE)
+    axes.errorbar(
+        sure, right, groups["jaccard"].sem(), color=SERIES[2], fmt="o", markersize=5,
+        elinewidth=1.1, capsize=2.5,
+    )  # fmt: skip
+    drawing.identity(axes, np.concatenate([sure, right, [1.0]]))
+    axes.set(xlabel="mean support", ylabel="mean Jaccard of clades")
     alt = (
-        f"Mean Jaccard by support: {number(right.iloc[0])} where support is "
-        f"{number(sure.iloc[0])}, {number(right.iloc[-1])} where it is {number(sure.iloc[-1])}."
+        f"Mean Jaccard by support: {number(right[0])} where support is {number(sure[0])}, "
+        f"{number(right[-1])} where it is {number(sure[-1])}."
     )
-    return draw("placements-support", alt, plot, SQUARE)
+    return svg_element(axes, "placements-support", alt)
 
 
 def ordination_figure(pairs: pd.DataFrame, colours: Mapping[str, Any]) -> Figure | None:
-    """Maps of the validation samples by true and by predicted distances.
+    """Maps of the validation samples by true and by predicted distances, if all pairs are there.
 
     Args:
-        pairs: all pairs of some samples.
+        pairs: of samples.
         colours: of the summary: a metadata column and its values by sample.
     """
     codes, samples = pd.factorize(pd.concat([pairs["sample_a"], pairs["sample_b"]]))
@@ -224,11 +199,22 @@ def ordination_figure(pairs: pd.DataFrame, colours: Mapping[str, Any]) -> Figure
         f"({100 * share:.0f} %), turned onto the left; both scaled to the same size (Procrustes "
         f"correlation {number(math.sqrt(max(0.0, 1 - disparity)))}; 1 is the same picture). {by}"
     )
-    reach = 1.08 * float(np.abs([true, predicted]).max())
-    panels = [
-        _map("True distances (PCoA)", true, shades, legend, reach),
-        _map("Predicted distances (PCoA)", predicted, shades, legend, reach),
-    ]
+    reach = 1.08 * np.abs([true, predicted]).max()
+    panels = []
+    for title, points in (
+        ("True distances (PCoA)", true),
+        ("Predicted distances (PCoA)", predicted),
+    ):
+        axes = new_axes(height=4.0 + 0.2 * ((len(legend) + 1) // 2))
+        axes.scatter(*points.T, 26, shades, alpha=0.85, linewidths=0.4, edgecolors=drawing.PAPER)
+        for label, colour in legend.items():
+            axes.plot([], [], "o", color=colour, label=label)
+        if legend:  # below the map, where it hides no sample
+            axes.figure.legend(loc="outside lower center", ncols=2, handletextpad=0.2)
+        axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+        axes.set(xlabel="axis 1", ylabel="axis 2", title=title)
+        alt = f"{title}: map of {len(points)} samples on two axes."
+        panels.append(svg_element(axes, title, alt))
     return Figure("ordination", "Ordination of validation samples", panels, caption)
 
 
@@ -248,36 +234,21 @@ def _sample_colours(
     from matplotlib import colormaps
 
     known = pd.Series(colours.get("values") or {}, dtype=str).reindex(samples, fill_value="")
-    column = short(str(colours.get("column")), 40)
+    column = drawing.short(str(colours.get("column")), 40)
     if colours.get("kind") == "classification":
         shade = dict(zip(sorted({*known} - {""}), SERIES, strict=False))
-        legend = {short(name): colour for name, colour in shade.items()}
+        legend = {drawing.short(name): colour for name, colour in shade.items()}
         if not known.isin(shade).all():
             legend["other or missing"] = MUTED
         shades = [shade.get(name, MUTED) for name in known]
         return f"Colours are classes of {column}.", shades, legend
     numbers = pd.to_numeric(known, errors="coerce")
-    low, high = numbers.min(), numbers.max()
-    by = f"Colours are {column}, from {number(low)} (violet) to {number(high)} (yellow)"
-    by += "; grey: not known." if numbers.isna().any() else "."
     if numbers.isna().all():
-        numbers, low, high = pd.Series(fallback), fallback.min(), fallback.max()
+        numbers = pd.Series(fallback)
         by = "A sample has the same colour in both: its place on the first axis of the left map."
-    placed = 0.15 + 0.77 * (numbers - low) / (high - low or 1.0)
+    else:
+        ends = f"from {number(numbers.min())} (violet) to {number(numbers.max())} (yellow)"
+        unknown = "; grey: not known" if numbers.isna().any() else ""
+        by = f"Colours are {column}, {ends}{unknown}."
+    placed = 0.15 + 0.77 * (numbers - numbers.min()) / (np.ptp(numbers.dropna()) or 1.0)
     return by, [MUTED if np.isnan(x) else colormaps["viridis"](x) for x in placed], {}
-
-
-def _map(
-    title: str, points: np.ndarray, shades: list[Any], legend: dict[str, str], reach: float
-) -> str:
-    def plot(axes: Any) -> None:
-        axes.scatter(*points.T, c=shades, s=26, alpha=0.85, linewidths=0.4, edgecolors=PAPER)
-        for label, colour in legend.items():
-            axes.plot([], [], "o", color=colour, label=label)
-        if legend:  # below the map, where it hides no sample
-            axes.figure.legend(loc="outside lower center", ncols=2, handletextpad=0.2)
-        axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
-        axes.set(xlabel="axis 1", ylabel="axis 2", title=title)
-
-    alt = f"{title}: map of {len(points)} samples on two axes."
-    return draw(title, alt, plot, (4.4, 4.0 + 0.2 * ((len(legend) + 1) // 2)))

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from aam.report.drawing import MUTED, SERIES, Figure, draw, short, svg_file
+from aam.report.drawing import (
+    MUTED,
+    SERIES,
+    Figure,
+    new_axes,
+    short,
+    style,
+    svg_element,
+    svg_file,
+)  # fmt: skip
 from aam.report.results import number
 from aam.report.run_files import read_table
 
@@ -22,64 +30,51 @@ def memory_figure(table: pd.DataFrame) -> Figure | None:
     """Draw memory.tsv: columns section, name, part, bytes, detail."""
     panels = []
     for title, bars in memory_bars(table).items():
-        unit, scale = unit_of(bars)
-        totals = (bars.sum(axis=1) / scale).items()
-        said = "; ".join(f"{label} {number(total)} {unit}" for label, total in totals)
-        plot = partial(plot_bars, title=title, bars=bars)
-        panels.append(draw(title, f"{title}: {said}.", plot, (WIDTH, height(bars))))
-    if not panels:
-        return None
+        axes = new_axes(WIDTH, height(bars))
+        panels.append(svg_element(axes, title, plot_bars(axes, title, bars)))
     caption = "One step, measured before training. What is kept for backward is the most at a time."
-    best = table[table["detail"].str.startswith("recommended")]
-    for row in best.itertuples():
+    for row in table[table["detail"].str.startswith("recommended")].itertuples():
         caption += f" Largest batch for the memory that was free: {row.name} in {row.part}."
-    return Figure("memory", "Memory of a step", panels, caption)
+    return Figure("memory", "Memory of a step", panels, caption) if panels else None
 
 
 def memory_bars(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Bars by title, a line each: bytes of one column, or of several that are stacked."""
-    sections = dict(iter(table.groupby("section")))
-    found = {}
-    if "stage" in sections:
-        stages = sections["stage"]
-        found["By stage, above what was there before"] = stages.assign(
+    """Bytes of the bars by title: a row a bar, stacked where there are several columns."""
+    stages, peak, modules = (
+        table[table["section"] == section] for section in ("stage", "peak", "module")
+    )
+    found = {
+        "By stage, above what was there before": stages.assign(
             name=stages["name"] + ", " + stages["part"]
-        ).set_index("name")[["bytes"]]
-    if "peak" in sections:
-        found["What the peak is made of"] = sections["peak"].set_index("part")[["bytes"]]
-    if "module" in sections:
-        wide = sections["module"].pivot_table("bytes", "name", "part", aggfunc="sum", sort=False)
-        found["By module"] = wide.reindex(columns=[name for name in PARTS if name in wide])
-    return {title: bars.fillna(0).clip(lower=0) for title, bars in found.items()}
+        ).set_index("name")[["bytes"]],
+        "What the peak is made of": peak.set_index("part")[["bytes"]],
+        "By module": modules[modules["part"].isin(PARTS)].pivot_table(
+            "bytes", "name", "part", aggfunc="sum", sort=False
+        ),
+    }
+    return {title: bars.fillna(0).clip(lower=0) for title, bars in found.items() if len(bars)}
 
 
-def plot_bars(axes: Any, title: str, bars: pd.DataFrame) -> None:
-    """Horizontal bars, their parts beside one another and their sum behind them."""
-    unit, scale = unit_of(bars)
+def plot_bars(axes: Any, title: str, bars: pd.DataFrame) -> str:
+    """Horizontal bars, their parts beside one another and their sum behind them, also in words."""
+    totals = bars.sum(axis=1)
+    unit, scale = next((unit for unit in UNITS.items() if totals.max() >= unit[1]), ("B", 1.0))
+    ends = (bars / scale).cumsum(axis=1)
     places = range(len(bars))
-    ends = pd.Series(0.0, bars.index)
     for part, colour in zip(bars, SERIES, strict=False):
-        sizes = bars[part] / scale
-        axes.barh(places, sizes, left=ends, color=colour, linewidth=0, label=part)
-        ends = ends + sizes
-    for place, end in zip(places, ends, strict=True):
-        axes.annotate(
-            number(end), (end, place), (4, 0), textcoords="offset points", va="center",
-            fontsize=8, color=MUTED,
-        )  # fmt: skip
-    axes.set_yticks(places, [short(str(label), 36) for label in bars.index])
+        width = bars[part] / scale
+        axes.barh(places, width, left=ends[part] - width, color=colour, linewidth=0, label=part)
+    for place, total in enumerate(totals / scale):
+        axes.text(total, place, f" {number(total)}", va="center", fontsize=8, color=MUTED)
+    axes.set_yticks(places, [short(label, 36) for label in bars.index])
     axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.margins(x=0.16)
     axes.grid(axis="y", visible=False)
     axes.set(title=title, xlabel=unit)
     if bars.shape[1] > 1:
         axes.legend(loc="lower right")
-
-
-def unit_of(bars: pd.DataFrame) -> tuple[str, float]:
-    """The largest unit in which the longest bar is at least 1, and its bytes."""
-    longest = bars.sum(axis=1).max()
-    return next((unit for unit in UNITS.items() if longest >= unit[1]), ("B", 1.0))
+    said = (f"{label} {number(total)} {unit}" for label, total in (totals / scale).items())
+    return f"{title}: {'; '.join(said)}."
 
 
 def height(bars: pd.DataFrame) -> float:
@@ -90,7 +85,11 @@ def height(bars: pd.DataFrame) -> float:
 def main() -> None:
     """Print the figure of the memory.tsv that is named on the command line, as an SVG file."""
     found = memory_bars(read_table(Path(sys.argv[1]))[0])
-    plots = [partial(plot_bars, title=title, bars=bars) for title, bars in found.items()]
     heights = [height(bars) for bars in found.values()]
-    svg = svg_file(plots, (WIDTH, sum(heights)), height_ratios=heights)
-    sys.stdout.buffer.write(svg.encode())
+    with style():
+        axes = new_axes(
+            WIDTH, sum(heights), nrows=len(found), squeeze=False, height_ratios=heights
+        )[:, 0]
+        for one, (title, bars) in zip(axes, found.items(), strict=True):
+            plot_bars(one, title, bars)
+        sys.stdout.buffer.write(svg_file(axes[0].figure).encode())

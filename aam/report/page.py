@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from aam.files import write_text
 from aam.report import figures
-from aam.report.drawing import PALETTE, Figure
+from aam.report.drawing import PALETTE, Figure, style
 from aam.report.memory_figure import memory_figure
 from aam.report.results import NOTHING, Result, duration, number, read_results
 from aam.report.run_files import RunFiles, read_run
@@ -103,20 +103,20 @@ def _distance_warnings(pairs: pd.DataFrame | None) -> list[str]:
 def _figures(run: RunFiles, results: list[Result]) -> list[Figure]:
     tables, summary = run.tables, run.summary
     found: list[Figure | None] = []
-    pairs, metrics = tables.get("distances.tsv"), tables.get("metrics.csv")
-    if pairs is not None:
-        found.append(figures.distances_figure(pairs))
-    if "placements.tsv" in tables:
-        found.append(figures.placements_figure(tables["placements.tsv"]))
-    if "predictions.tsv" in tables:
-        found.append(target_figure(tables["predictions.tsv"], summary.get("target") or {}))
-    if pairs is not None:
-        found.append(figures.ordination_figure(pairs, summary.get("colours") or {}))
-    if metrics is not None:
-        found.append(figures.curves_figure(metrics, results))
-        found.append(figures.mechanics_figure(metrics))
-    if "memory.tsv" in tables:
-        found.append(memory_figure(tables["memory.tsv"]))
+    with style():
+        if "distances.tsv" in tables:
+            found.append(figures.distances_figure(tables["distances.tsv"]))
+        if "placements.tsv" in tables:
+            found.append(figures.placements_figure(tables["placements.tsv"]))
+        if "predictions.tsv" in tables:
+            found.append(target_figure(tables["predictions.tsv"], summary.get("target") or {}))
+        if "distances.tsv" in tables:
+            colours = summary.get("colours") or {}
+            found.append(figures.ordination_figure(tables["distances.tsv"], colours))
+        if "metrics.csv" in tables:
+            found.extend(figures.curves_figures(tables["metrics.csv"], results))
+        if "memory.tsv" in tables:
+            found.append(memory_figure(tables["memory.tsv"]))
     return [figure for figure in found if figure is not None]
 
 
