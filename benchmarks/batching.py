@@ -86,12 +86,10 @@ def simulated(samples: int, features: int, seed: int = 0) -> FeatureTable:
 
 
 @lru_cache
-def samples_of(
-    folder: str, name: str, token_limit: int, share_asvs: bool
-) -> tuple[SampleDataset, TableDistances]:
+def samples_of(folder: str, name: str, token_limit: int) -> tuple[SampleDataset, TableDistances]:
     """Samples and their Jaccard distances."""
     table = read(folder, name)
-    dataset = SampleDataset(table, token_limit=token_limit, share_asvs=share_asvs)
+    dataset = SampleDataset(table, token_limit=token_limit)
     return dataset, TableDistances.of(table, "jaccard")
 
 
@@ -113,7 +111,6 @@ class Case:
         samples: int | None = None,
         token_limit: int = 1024,
         recompute: bool = True,
-        share_asvs: bool = True,
         effective: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -126,13 +123,12 @@ class Case:
             samples: of an epoch, drawn at random; None: all.
             token_limit: most ASVs of a sample.
             recompute: what `--no-gradient-checkpointing` turns off.
-            share_asvs: what `--no-share-asvs` turns off.
             effective: samples of a step, in pieces that fit the budget; None: as many as fit whole.
             seed: of weights, samples and order.
         """
         torch.manual_seed(seed)
         self.budget, self.seed = budget_gb * GB, seed
-        dataset, distances = samples_of(folder, name, token_limit, share_asvs)
+        dataset, distances = samples_of(folder, name, token_limit)
         self.rows = np.random.default_rng(seed).permutation(len(dataset))[:samples]
         objective = pair_objective(AsvEncoder(EncoderShape(), recompute=recompute), distances)
         self.trainer = make_trainer(

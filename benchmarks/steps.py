@@ -56,7 +56,6 @@ class Problem:
     folder: str
     token_limit: int
     batch_size: int = 8
-    share_asvs: bool = True
 
     @cached_property
     def table(self) -> FeatureTable:
@@ -66,7 +65,7 @@ class Problem:
     @cached_property
     def dataset(self) -> SampleDataset:
         """Its samples as tokens."""
-        return SampleDataset(self.table, token_limit=self.token_limit, share_asvs=self.share_asvs)
+        return SampleDataset(self.table, token_limit=self.token_limit)
 
     @cached_property
     def distances(self) -> TableDistances:
@@ -162,7 +161,6 @@ def pair_step(
     token_limit: int,
     *,
     batch_size: int = 8,
-    share_asvs: bool = True,
     recompute: bool = True,
 ) -> Step:
     """`Trainer.step` of `aam pretrain --distance jaccard` at its defaults, ready to run.
@@ -171,11 +169,10 @@ def pair_step(
         folder: data set.
         token_limit: most ASVs of a sample.
         batch_size: samples a step.
-        share_asvs: what `--no-share-asvs` turns off.
         recompute: what `--no-gradient-checkpointing` turns off.
     """
     torch.manual_seed(0)
-    data = problem(folder, token_limit, batch_size, share_asvs)
+    data = problem(folder, token_limit, batch_size)
     objective = pair_objective(AsvEncoder(EncoderShape(), recompute=recompute), data.distances)
     trainer = make_trainer(objective, data.dataset, batch_size=batch_size)
     return _in_turn(trainer.step, data.batches[0][: SHORT[0]], data.batches)

@@ -11,10 +11,8 @@ from benchmarks.steps import distances, problem
 
 pytestmark = [pytest.mark.real, pytest.mark.steps]
 PADDED, KEPT = "padded, checkpointing, dropout 0.1", "padded, kept, dropout 0"
-UNSHARED = "aam, ASVs not shared"
 OURS = {
     "aam": ("pair_step", {}),
-    UNSHARED: ("pair_step", {"share_asvs": False}),
     "aam, kept": ("pair_step", {"recompute": False}),
 }
 THEIRS = {
@@ -65,7 +63,6 @@ def test_step(measure, data):
     goals = [
         Goal("aam", 10.0),
         Goal("aam", 4.0, over=KEPT),
-        Goal(UNSHARED, 4.0),
         Goal("aam", 8.0, of="memory"),
     ]
     check_losses(measure("training step, batch 8", data, OURS | THEIRS, goals=goals))
@@ -75,7 +72,7 @@ def test_step_on_one_thread(measure, timing):
     if not timing:
         pytest.skip("the same code as with more threads")
     one = {name: {"OMP_NUM_THREADS": "1"} for name in OURS | THEIRS}
-    goals = [Goal("aam", 10.0), Goal("aam", 4.0, over=KEPT), Goal(UNSHARED, 4.0)]
+    goals = [Goal("aam", 10.0), Goal("aam", 4.0, over=KEPT)]
     title = "training step on one thread, batch 8"
     check_losses(measure(title, "ibd", OURS | THEIRS, environment=one, goals=goals))
 

@@ -194,8 +194,6 @@ def prepare(
     model: Sequence[int],
 ) -> tuple[Any, Any]:
     """Samples, and the objective of `aam pretrain --distance jaccard`, on the device."""
-    import torch
-
     from aam.data.dataset import SampleDataset
     from aam.data.table import read_table
     from aam.data.table_distances import TableDistances
@@ -208,7 +206,7 @@ def prepare(
     shape = EncoderShape(embedding_dim=dim, num_heads=heads, num_layers=layers, max_bp=max_bp)
     encoder = AsvEncoder(shape, impl=impl, recompute=recompute)
     objective = pair_objective(encoder, TableDistances.of(read, "jaccard"))
-    return dataset.to(torch.device(device)), objective.to(device).train()
+    return dataset, objective.to(device).train()
 
 
 def tsv(rows: Sequence[dict[str, Any]]) -> str:

@@ -117,8 +117,8 @@ class Finetuning(Task):
         self.truth = self.learned if classes else truth
         self.categories = category_classes(samples, columns, self.rows)
         codes = samples.category_codes(self.categories) if columns else None
-        dataset = make_dataset(samples, config.data, targets=self.learned, categories=codes)
-        self.dataset = dataset.to(device)
+        known = {"targets": self.learned, "categories": codes}
+        self.dataset = make_dataset(samples, config.data, **known)
         self.facts, self.warnings = samples.facts, samples.warnings
         self.optimizer = usual_options(config.optimizer, EPOCHS, LEARNING_RATE)
         self.best_metric = "balanced_accuracy" if classes else "r2"
@@ -203,7 +203,7 @@ class Finetuning(Task):
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The sequences of training."""
-        return known_arrays(self.dataset.sequences_of(self.dataset.asvs_of(self.rows)))
+        return known_arrays(self.dataset.sequences.take(self.dataset.asvs_of(self.rows)))
 
     def results(self, run: Run) -> dict[str, Any]:
         """Predictions of both parts, and the metrics beside their baselines."""

@@ -98,7 +98,6 @@ def _plan(
         max_memory_fraction=config.max_memory_fraction,
     )
     device = pick_device("auto")
-    dataset = dataset.to(device)
     encoder = AsvEncoder(EncoderShape(max_bp=config.data.max_bp))
     model = PretrainedModel(encoder, free_clades=FREE_CLADES, abundance=True)
     assert model.pairs is not None

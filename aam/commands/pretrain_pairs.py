@@ -53,7 +53,7 @@ class PairPretraining(Task):
         self.samples = samples
         self.distances = attach_distances(samples, table_options, config.distances)
         self.parts = split(samples, config.metadata, seed)
-        self.dataset = make_dataset(samples, table_options).to(device)
+        self.dataset = make_dataset(samples, table_options)
         self.rows = samples.rows(self.parts.train)
         self.evaluated = evaluation_rows(samples, self.parts)
         self.facts, self.warnings = samples.facts, samples.warnings
@@ -91,7 +91,7 @@ class PairPretraining(Task):
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The sequences of training."""
-        return known_arrays(self.dataset.sequences_of(self.dataset.asvs_of(self.rows)))
+        return known_arrays(self.dataset.sequences.take(self.dataset.asvs_of(self.rows)))
 
     def results(self, run: Run) -> dict[str, Any]:
         """Distances and masked nucleotides beside their baselines."""

@@ -71,8 +71,8 @@ class TreePretraining(Task):
         self.known, self.subset, self.parts = inputs.known, inputs.subset, inputs.parts
         self.facts, self.warnings = inputs.facts, inputs.warnings
         clades, max_bp = self.known.clades, config.data.max_bp
-        self.dataset = AsvDataset(clades.sequences, max_bp, mapped=inputs.mapped).to(device)
-        self.unseen = AsvDataset(self.known.unseen, max_bp, mapped=inputs.mapped).to(device)
+        self.dataset = AsvDataset(clades.sequences, max_bp)
+        self.unseen = AsvDataset(self.known.unseen, max_bp)
         # ASVs that validation places: all that are left out, or some of very many.
         order = np.random.default_rng(CHECK_SEED).permutation(len(self.unseen))
         self.placed = np.sort(order[:LEFT_OUT])

@@ -32,7 +32,6 @@ class TreeInputs:
     subset: EvaluationSubset | None  # samples whose distances are compared; of a table
     facts: list[DataFact]
     warnings: list[str] = field(default_factory=list)
-    mapped: bool = False  # whether the sequences lie in an index on disk
 
 
 def read_table_and_tree(config: PretrainConfig) -> TreeInputs:
@@ -59,8 +58,7 @@ def read_table_and_tree(config: PretrainConfig) -> TreeInputs:
     rows = placed_rows(samples, evaluation_rows(samples, parts), seen)
     samples.facts += clade_facts(known, config.data.max_bp)
     subset = EvaluationSubset(samples, truth, rows, train_rows, config.metadata)
-    mapped = isinstance(names, Texts)
-    return TreeInputs(known, parts, subset, samples.facts, samples.warnings, mapped)
+    return TreeInputs(known, parts, subset, samples.facts, samples.warnings)
 
 
 def placed_rows(samples: Samples, rows: np.ndarray, seen: np.ndarray) -> np.ndarray:

@@ -303,7 +303,7 @@ def _turned(bases: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def bases_of(sequences: Sequence[str]) -> NDArray[np.uint8]:
     """``(n, longest)`` bases of sequences as numbers, 0 past the end and for other letters."""
     texts = Texts.of(sequences)
-    return _BASE_OF_BYTE[texts.padded(np.arange(len(texts)))]
+    return _BASE_OF_BYTE[texts.padded()]
 
 
 def _words(bases: NDArray[np.uint8]) -> NDArray[np.int32]:

@@ -102,7 +102,7 @@ def _lengths(numbers: Texts) -> NDArray[np.float64] | None:
         return None
     length = np.empty(len(numbers))
     for low in range(0, len(numbers), 2**16):
-        block = np.ascontiguousarray(numbers.padded(np.arange(low, min(low + 2**16, len(numbers)))))
+        block = numbers[low : low + 2**16].padded()
         try:
             length[low : low + len(block)] = block.view(f"S{block.shape[1]}")[:, 0].astype(float)
         except ValueError:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aam.data.dataset import SampleDataset
-from aam.data.index import IndexUnwritableError, TableIndex, open_index, size_in_memory
+from aam.data.mapped import MappedTable, Source, UnwritableError, open_mapped
 from aam.data.metadata import Metadata, match_ids, read_metadata
 from aam.data.table import FeatureTable, rarefy, read_table
+from aam.data.table_files import size_in_memory
 from aam.errors import DataFact, InputError, log, name_some
 from aam.files import refuse_breaks
 
@@ -179,7 +180,7 @@ def read_samples(
     return samples
 
 
-def open_on_disk(options: TableOptions, seed: int) -> TableIndex | None:
+def open_on_disk(options: TableOptions, seed: int) -> MappedTable | None:
     """The table's index on disk, or None where the table is to be read into memory.
 
     Raises:
@@ -195,15 +196,10 @@ def open_on_disk(options: TableOptions, seed: int) -> TableIndex | None:
             f"--on-disk always: {options.table} is no BIOM 2.1 (HDF5) table: export it as one, "
             "or read it with --on-disk auto"
         )
-    how = {
-        "sequences": options.sequences,
-        "depth": options.rarefy_depth,
-        "seed": seed,
-        "by_sequence": options.asv_sampling != "first",
-    }
+    source = Source(options.table, options.sequences, options.rarefy_depth, seed)
     try:
-        return open_index(options.table, how, options.index_dir, log)
-    except IndexUnwritableError as error:
+        return open_mapped(source, options.index_dir)
+    except UnwritableError as error:
         if options.on_disk == "always":
             raise
         log(f"{options.table} is read into memory: {error}")

@@ -1,4 +1,4 @@
-"""Feature tables: BIOM 2.1 (HDF5), BIOM 1.0 (JSON), QIIME 2 artifacts and TSV; rarefaction."""
+"""Feature tables: checked counts of DNA sequences in samples, and rarefaction."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import scipy.sparse as sp
+from numpy.typing import NDArray
 
 from aam.data.sequences import resolve_sequences
 from aam.data.table_files import RawTable, read_raw_table
@@ -17,7 +18,7 @@ from aam.errors import InputError, name_some
 
 # numpy's limit for exact draws without replacement.
 _MOST_READS = 1_000_000_000
-_DIGEST_BLOCK = 2**16
+_DIGEST_BLOCK = 2**20
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,15 @@ class FeatureTable:
         feature_ids: one string a feature; after ``read_table`` its DNA in upper case.
         counts: ``(samples, features)`` integers, no explicit zeros, indices sorted in each row.
         source: the file it came from, for messages.
-        by_sequence: whether the features stand in the order of their ids.
+        position: ``(features,)`` place of each feature in the file, where they stand in the order
+            of their ids; None where they stand in any order, that of the file.
     """
 
     sample_ids: tuple[str, ...]
     feature_ids: Sequence[str]
     counts: sp.csr_array
     source: str
-    by_sequence: bool = False
+    position: NDArray[np.int64] | None = None
 
     def select(self, sample_ids: Sequence[str]) -> FeatureTable:
         """Return these samples in this order, without the features that none of them has.
@@ -44,12 +46,10 @@ class FeatureTable:
         Raises:
             InputError: an id is not in the table.
         """
-        return _without_empty_features(
-            tuple(sample_ids), self.feature_ids, self.counts[self.rows_of(sample_ids)], self.source
-        )
+        return self.with_samples(tuple(sample_ids), self.counts[self.rows_of(sample_ids)])
 
-    def rows_of(self, sample_ids: Sequence[str]) -> np.ndarray:
-        """Return the row of each id, int64.
+    def rows_of(self, sample_ids: Sequence[str]) -> NDArray[np.int64]:
+        """Return the row of each id.
 
         Raises:
             InputError: an id is not in the table.
@@ -63,17 +63,36 @@ class FeatureTable:
             )
         return np.fromiter((row_of[name] for name in sample_ids), np.int64, len(sample_ids))
 
+    def with_samples(self, sample_ids: tuple[str, ...], counts: sp.csr_array) -> FeatureTable:
+        """Other samples of the same features, without the features that none of them has."""
+        present = np.zeros(counts.shape[1], dtype=bool)
+        present[counts.indices] = True
+        columns = (np.cumsum(present) - 1)[counts.indices].astype(counts.indices.dtype)
+        shape = (len(sample_ids), int(present.sum()))
+        counts = sp.csr_array((counts.data, columns, counts.indptr), shape=shape)
+        counts.sort_indices()
+        position = None if self.position is None else self.position[present]
+        features = Texts.of(self.feature_ids).take(present)
+        return FeatureTable(sample_ids, features, counts, self.source, position)
+
+    def ordered(self) -> FeatureTable:
+        """The same table with its features in the order of their ids."""
+        if self.position is not None:
+            return self
+        features = Texts.of(self.feature_ids)
+        position = features.order()
+        counts = self.counts[:, position]
+        counts.sort_indices()
+        return FeatureTable(self.sample_ids, features.take(position), counts, self.source, position)
+
     def digest(self) -> str:
         """Return a digest of samples, features and counts, whatever the order of the features."""
-        sequences, counts = Texts.of(self.feature_ids), self.counts
-        if not self.by_sequence:
-            order = sequences.order()[0]
-            sequences, counts = sequences.take(order), counts[:, order]
-            counts.sort_indices()
-        digest = hashlib.sha256("\n".join(self.sample_ids).encode() + b"\0")
-        for low in range(0, len(sequences), _DIGEST_BLOCK):
-            digest.update("\n".join(sequences[low : low + _DIGEST_BLOCK]).encode() + b"\n")
-        for numbers in (counts.indptr, counts.indices, counts.data):
+        table = self.ordered()
+        texts, counts = Texts.of(table.feature_ids), table.counts
+        digest = hashlib.sha256("\n".join(table.sample_ids).encode() + b"\0")
+        for low in range(0, len(texts), _DIGEST_BLOCK):
+            digest.update(texts[low : low + _DIGEST_BLOCK].packed().buffer.tobytes())
+        for numbers in (texts.lengths, counts.indptr, counts.indices, counts.data):
             for low in range(0, len(numbers), _DIGEST_BLOCK):
                 digest.update(numbers[low : low + _DIGEST_BLOCK].astype(np.int64).tobytes())
         return digest.hexdigest()
@@ -103,10 +122,36 @@ def read_table(path: str | Path, *, sequences: str | Path | None = None) -> Feat
             f"{path}: the table is empty ({counts.shape[0]} samples, {counts.shape[1]} features, "
             "no reads): was everything filtered out?"
         )
-    dna = resolve_sequences(
-        raw.feature_ids, str(path), None if sequences is None else Path(sequences)
-    )
-    return _without_empty_features(raw.sample_ids, dna, counts, str(path))
+    fasta = None if sequences is None else Path(sequences)
+    dna = resolve_sequences(raw.feature_ids, str(path), fasta)
+    samples = tuple(raw.sample_ids)
+    return FeatureTable(samples, dna, counts, str(path)).with_samples(samples, counts)
+
+
+def _whole_counts(raw: RawTable, path: Path) -> sp.csr_array:
+    """Counts ``(samples, features)`` as int64; InputError where a value is no whole count."""
+    counts = raw.counts
+    data = counts.data
+    with np.errstate(invalid="ignore"):
+        problems = {
+            "are not numbers (NaN or infinite)": (~np.isfinite(data), "fill them with 0"),
+            "are negative": (data < 0, "give raw read counts"),
+            "are not whole numbers": (
+                data != np.floor(data), "give raw read counts, not relative abundances"
+            ),
+        }  # fmt: skip
+    for problem, (wrong, remedy) in problems.items():
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            sample = raw.sample_ids[int(np.searchsorted(counts.indptr, at, side="right")) - 1]
+            raise InputError(
+                f"{path}: {int(wrong.sum())} counts {problem} "
+                f"(sample {sample!r}: {data[at]:g}): {remedy}"
+            )
+    counts = sp.csr_array((data.astype(np.int64), counts.indices, counts.indptr), counts.shape)
+    counts.eliminate_zeros()
+    counts.sort_indices()
+    return counts
 
 
 def rarefy(table: FeatureTable, depth: int, seed: int) -> tuple[FeatureTable, tuple[str, ...]]:
@@ -121,107 +166,62 @@ def rarefy(table: FeatureTable, depth: int, seed: int) -> tuple[FeatureTable, tu
         seed: not negative.
 
     Returns:
-        The rarefied table (samples in order, features that lost their last read left out) and
-        the ids of the samples dropped for having fewer than ``depth`` reads.
+        The rarefied table (samples in order, features by sequence, without those that lost their
+        last read) and the ids of the samples dropped for having fewer than ``depth`` reads.
 
     Raises:
         InputError: every sample has fewer reads, or ``depth`` or ``seed`` is out of range.
     """
     if depth < 1 or seed < 0:
         raise InputError(f"rarefaction needs depth >= 1 and seed >= 0, got {depth} and {seed}")
-    reads = np.asarray(table.counts.sum(axis=1)).ravel()
+    table = table.ordered()
+    reads = table.counts.sum(axis=1)
     check_depth(reads, depth, table.source)
-    kept = np.flatnonzero(reads >= depth)
-    counts = table.counts[kept]
-    # Draws go through each sample's features in the order of their sequences.
-    rank = np.argsort(np.argsort(np.array(table.feature_ids, dtype=object)))
-    names = [table.sample_ids[row] for row in kept]
-    for row, name in enumerate(names):
-        start, stop = counts.indptr[row], counts.indptr[row + 1]
-        order = start + np.argsort(rank[counts.indices[start:stop]])
-        counts.data[order] = draw_reads(counts.data[order], name, depth, seed)
-    counts.eliminate_zeros()
     dropped = tuple(table.sample_ids[row] for row in np.flatnonzero(reads < depth))
-    return _without_empty_features(tuple(names), table.feature_ids, counts, table.source), dropped
+    kept, counts = rarefied(table.counts, table.sample_ids, depth, seed, table.source)
+    return table.with_samples(tuple(table.sample_ids[row] for row in kept), counts), dropped
 
 
-def check_depth(reads: np.ndarray, depth: int, source: str) -> None:
-    """Check the samples' reads before a rarefaction.
-
-    Raises:
-        InputError: every sample has fewer than ``depth``, or one has more than can be drawn from.
-    """
+def check_depth(reads: NDArray[np.int64], depth: int, source: str) -> None:
+    """Raise InputError where every sample has fewer reads than it is to be rarefied to."""
     most = int(reads.max(initial=0))
     if most < depth:
         raise InputError(
             f"{source}: rarefying to {depth} reads drops every one of {len(reads)} samples; "
             f"the largest has {most}: lower --rarefy-depth"
         )
+
+
+def rarefied(
+    counts: sp.csr_array, names: Sequence[str], depth: int, seed: int, source: str
+) -> tuple[NDArray[np.int64], sp.csr_array]:
+    """Rows with ``depth`` reads, and their counts with as many drawn without replacement.
+
+    Args:
+        counts: ``(samples, features)`` int64, features in the order of their sequences.
+        names: id of each sample.
+        depth: at least 1.
+        seed: not negative.
+        source: the table's file, for messages.
+
+    Raises:
+        InputError: a sample has more reads than can be drawn from.
+    """
+    reads = counts.sum(axis=1)
+    most = int(reads.max(initial=0))
     if most >= _MOST_READS:
         raise InputError(
             f"{source}: a sample has {most} reads; rarefaction takes less than {_MOST_READS}"
         )
-
-
-def draw_reads(reads: np.ndarray, name: str, depth: int, seed: int) -> np.ndarray:
-    """Draw ``depth`` of a sample's reads without replacement.
-
-    Args:
-        reads: ``(features,)`` int64 reads of its features, in the order of their sequences.
-        name: the sample's id.
-        depth: at most the sum of ``reads``.
-        seed: not negative.
-    """
-    generator = np.random.default_rng([seed, *_words_of(name)])
-    return generator.multivariate_hypergeometric(reads, depth, method="marginals")
-
-
-def _words_of(name: str) -> np.ndarray:
-    """Return four 32-bit words that stand for a sample's id in a seed."""
-    return np.frombuffer(hashlib.blake2b(name.encode(), digest_size=16).digest(), np.uint32)
-
-
-def _without_empty_features(
-    sample_ids: tuple[str, ...], feature_ids: Sequence[str], counts: sp.csr_array, source: str
-) -> FeatureTable:
-    """Build the table from the features that have at least one read."""
-    present = np.zeros(counts.shape[1], dtype=bool)
-    present[counts.indices] = True
-    if not present.all():
-        column_of = np.cumsum(present) - 1
-        shape = (counts.shape[0], int(present.sum()))
-        counts = sp.csr_array(
-            (counts.data, column_of[counts.indices].astype(counts.indices.dtype), counts.indptr),
-            shape=shape,
+    kept = np.flatnonzero(reads >= depth)
+    counts = sp.csr_array(counts[kept])
+    for row, at in enumerate(kept.tolist()):
+        # Four 32-bit words stand for the sample's id in the seed.
+        digest = hashlib.blake2b(names[at].encode(), digest_size=16).digest()
+        generator = np.random.default_rng([seed, *np.frombuffer(digest, np.uint32)])
+        own = slice(counts.indptr[row], counts.indptr[row + 1])
+        counts.data[own] = generator.multivariate_hypergeometric(
+            counts.data[own], depth, method="marginals"
         )
-        feature_ids = tuple(np.array(feature_ids, dtype=object)[present])
-    counts.sort_indices()
-    return FeatureTable(sample_ids, feature_ids, counts, source)
-
-
-def _whole_counts(raw: RawTable, path: Path) -> sp.csr_array:
-    """Return int64 counts ``(samples, features)``, or raise where a value is no whole count."""
-    counts = raw.counts
-    data = counts.data
-    with np.errstate(invalid="ignore"):
-        problems = (
-            ("are not numbers (NaN or infinite)", ~np.isfinite(data), "fill them with 0"),
-            ("are negative", data < 0, "give raw read counts"),
-            (
-                "are not whole numbers",
-                data != np.floor(data),
-                "give raw read counts, not relative abundances",
-            ),
-        )
-    for problem, wrong, remedy in problems:
-        if wrong.any():
-            at = int(np.argmax(wrong))
-            sample = raw.sample_ids[int(np.searchsorted(counts.indptr, at, side="right")) - 1]
-            raise InputError(
-                f"{path}: {int(wrong.sum())} counts {problem} "
-                f"(sample {sample!r}: {data[at]:g}): {remedy}"
-            )
-    counts = sp.csr_array((data.astype(np.int64), counts.indices, counts.indptr), counts.shape)
     counts.eliminate_zeros()
-    counts.sort_indices()
-    return counts
+    return kept, counts

@@ -14,22 +14,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
+from numpy.typing import NDArray
 
 from aam.data.sequences import is_dna, read_qza_member
 from aam.errors import InputError, name_some, one_line
 from aam.files import check_input
 
-_HDF5 = b"\x89HDF\r\n\x1a\n"
-_GZIP = b"\x1f\x8b"
 # Column names under which TSV tables carry a taxonomy instead of counts.
 _ANNOTATIONS = {"taxonomy", "consensus lineage", "consensuslineage"}
+
+_BYTES_AN_ENTRY, _BYTES_A_FEATURE = 50, 800
+"""Memory of a table that is read as a whole, at its highest (measured, 10,000 x 100,000)."""
 
 
 class RawTable(NamedTuple):
     """A table as the file has it: float counts ``(samples, features)``, unchecked."""
 
-    sample_ids: tuple[str, ...]
-    feature_ids: tuple[str, ...]
+    sample_ids: list[str]
+    feature_ids: list[str]
     counts: sp.csr_array
 
 
@@ -43,22 +45,51 @@ def read_raw_table(path: Path) -> RawTable:
     kind = path.suffix.lower()
     try:
         if kind == ".biom":
-            return _read_biom(path.read_bytes(), path)
-        if kind == ".qza":
+            table = _read_biom(path.read_bytes(), path)
+        elif kind == ".qza":
             member = read_qza_member(path, "data/feature-table.biom", "FeatureTable[Frequency]")
-            return _read_biom(member, path)
-        if kind in (".tsv", ".txt"):
-            return _read_tsv(path.read_bytes(), path)
+            table = _read_biom(member, path)
+        elif kind in (".tsv", ".txt"):
+            table = _read_tsv(path.read_bytes(), path)
+        else:
+            raise InputError(
+                f"{path}: unknown extension {kind!r}; expected a feature table as .biom, .qza "
+                "or .tsv"
+            )
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({one_line(error)})") from error
-    raise InputError(
-        f"{path}: unknown extension {kind!r}; expected a feature table as .biom, .qza or .tsv"
-    )
+    check_ids("sample", table.sample_ids, path)
+    check_ids("feature", table.feature_ids, path)
+    return table
+
+
+def size_in_memory(path: Path) -> int | None:
+    """About how many bytes a BIOM 2.1 table takes in memory; None for what is no such table."""
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            entries, features = file["sample/matrix/data"].size, file["observation/ids"].size
+    except (OSError, KeyError, AttributeError):
+        return None
+    return int(_BYTES_AN_ENTRY * entries + _BYTES_A_FEATURE * features)
+
+
+def check_ids(kind: str, ids: list[str], path: Path) -> None:
+    """Raise InputError where an id of this kind stands twice or is blank."""
+    twice = [one for one, times in Counter(ids).items() if times > 1]
+    if twice:
+        raise InputError(
+            f"{path}: {len(twice)} {kind} ids stand more than once ({name_some(twice)}): "
+            f"every {kind} needs an id of its own"
+        )
+    if "" in ids:
+        raise InputError(f"{path}: a {kind} has a blank id: give every {kind} an id")
 
 
 def _read_biom(content: bytes, path: Path) -> RawTable:
     """Read BIOM 2.1 or 1.0, told apart by the first bytes."""
-    if content.startswith(_GZIP):
+    if content.startswith(b"\x1f\x8b"):
         try:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
@@ -66,72 +97,66 @@ def _read_biom(content: bytes, path: Path) -> RawTable:
                 f"{path}: the gzip file is damaged ({one_line(error)}): copy it again"
             ) from error
     start = content[:512].lstrip()
-    if content.startswith(_HDF5):
-        return _read_hdf5(content, path)
-    if start.startswith(b"{"):
-        return _read_json(content, path)
-    if not start:
-        raise InputError(f"{path}: the file is empty; expected a BIOM table")
-    looks = "a web page" if start.startswith(b"<") else "not HDF5 (2.1) and not JSON (1.0)"
-    remedy = "download the file itself" if start.startswith(b"<") else "a table in text is a .tsv"
-    raise InputError(f"{path}: is no BIOM table, it looks like {looks}: {remedy}")
+    is_hdf5 = content.startswith(b"\x89HDF\r\n\x1a\n")
+    if not is_hdf5 and not start.startswith(b"{"):
+        if not start:
+            raise InputError(f"{path}: the file is empty; expected a BIOM table")
+        problem = "not HDF5 (2.1) and not JSON (1.0): a table in text is a .tsv"
+        if start.startswith(b"<"):
+            problem = "a web page: download the file itself"
+        raise InputError(f"{path}: is no BIOM table, it looks like {problem}")
+    try:
+        return _read_hdf5(content, path) if is_hdf5 else _read_json(content)
+    except InputError:
+        raise
+    except Exception as error:  # h5py raises a dozen kinds on damaged files
+        raise InputError(
+            f"{path}: is no complete BIOM {'2.1' if is_hdf5 else '1.0'} table "
+            f"({one_line(error)}): the file may be truncated, copy or export it again"
+        ) from error
 
 
 def _read_hdf5(content: bytes, path: Path) -> RawTable:
     import h5py
 
-    try:
-        with h5py.File(io.BytesIO(content), "r") as file:
-            if "sample/ids" not in file:
-                raise InputError(
-                    f"{path}: is HDF5 but no BIOM table (it holds {name_some(list(file))}): "
-                    "expected a feature table"
-                )
-            samples = [_text(one) for one in file["sample/ids"][()]]
-            features = [_text(one) for one in file["observation/ids"][()]]
-            check_ids(samples, features, path)
-            # Counts alone: HDF5 may crash, not raise, in damaged attributes and annotations,
-            # which biom-format reads too.
-            matrix = file["sample/matrix"]
-            data = np.asarray(matrix["data"], dtype=np.float64)
-            indices, starts = np.asarray(matrix["indices"]), np.asarray(matrix["indptr"])
-        counts = sp.csr_array((data, indices, starts), shape=(len(samples), len(features)))
-        counts.check_format(full_check=True)
-        counts.sum_duplicates()
-        return RawTable(tuple(samples), tuple(features), counts)
-    except InputError:
-        raise
-    except Exception as error:  # h5py raises a dozen kinds on damaged files
-        raise InputError(
-            f"{path}: is no complete BIOM 2.1 table ({one_line(error)}): the file may be "
-            "truncated, copy or export it again"
-        ) from error
+    with h5py.File(io.BytesIO(content), "r") as file:
+        if "sample/ids" not in file:
+            raise InputError(
+                f"{path}: is HDF5 but no BIOM table (it holds {name_some(list(file))}): "
+                "expected a feature table"
+            )
+        samples, features = (
+            [id_text(one) for one in file[f"{axis}/ids"][()]] for axis in ("sample", "observation")
+        )
+        # Counts alone: HDF5 may crash, not raise, in damaged attributes and annotations, which
+        # biom-format reads too.
+        matrix = file["sample/matrix"]
+        data = np.asarray(matrix["data"], dtype=np.float64)
+        indices, starts = np.asarray(matrix["indices"]), np.asarray(matrix["indptr"])
+    counts = sp.csr_array((data, indices, starts), shape=(len(samples), len(features)))
+    counts.check_format(full_check=True)
+    counts.sum_duplicates()
+    return RawTable(samples, features, counts)
 
 
-def _read_json(content: bytes, path: Path) -> RawTable:
-    try:
-        document = json.loads(content)
-        samples = [_text(one["id"]) for one in document["columns"]]
-        features = [_text(one["id"]) for one in document["rows"]]
-        shape = (len(features), len(samples))
-        # Not with biom-format: it takes a table without any count for one with repeated ids.
-        data = np.asarray(document["data"], dtype=np.float64)
-        if document.get("matrix_type", "sparse") == "sparse":
-            row, column, value = data.reshape(-1, 3).T
-            places = (row.astype(np.int64), column.astype(np.int64))
-            counts = sp.coo_array((value, places), shape=shape)
-        else:
-            counts = sp.coo_array(data.reshape(shape))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise InputError(
-            f"{path}: is no complete BIOM 1.0 table ({one_line(error)}): the file may be "
-            "truncated, copy or export it again"
-        ) from error
-    check_ids(samples, features, path)
-    return RawTable(tuple(samples), tuple(features), sp.csr_array(counts.T))
+def _read_json(content: bytes) -> RawTable:
+    # Not with biom-format: it takes a table without any count for one with repeated ids.
+    document = json.loads(content)
+    samples = [id_text(one["id"]) for one in document["columns"]]
+    features = [id_text(one["id"]) for one in document["rows"]]
+    data = np.asarray(document["data"], dtype=np.float64)
+    shape = (len(features), len(samples))
+    if document.get("matrix_type", "sparse") == "sparse":
+        row, column, value = data.reshape(-1, 3).T
+        places = (row.astype(np.int64), column.astype(np.int64))
+        counts = sp.coo_array((value, places), shape=shape)
+    else:
+        counts = sp.coo_array(data.reshape(shape))
+    return RawTable(samples, features, sp.csr_array(counts.T))
 
 
-def _text(name: Any) -> str:
+def id_text(name: Any) -> str:
+    """An id of a BIOM table as text."""
     return name.decode("utf-8") if isinstance(name, bytes) else str(name)
 
 
@@ -147,20 +172,18 @@ def _read_tsv(content: bytes, path: Path) -> RawTable:
         columns = columns[:-1]
     cells = np.array([row[1 : len(columns) + 1] for row in rows], dtype=object)
     counts = _tsv_numbers(cells.reshape(len(names), len(columns)), names, columns, path)
-    samples_are_rows = all(map(is_dna, columns)) and not all(map(is_dna, names))
-    samples, features = (names, columns) if samples_are_rows else (columns, names)
-    check_ids(samples, features, path)
-    matrix = sp.csr_array(counts if samples_are_rows else counts.T)
-    return RawTable(tuple(samples), tuple(features), matrix)
+    if all(map(is_dna, columns)) and not all(map(is_dna, names)):
+        return RawTable(names, columns, sp.csr_array(counts))
+    return RawTable(columns, names, sp.csr_array(counts.T))
 
 
 def _tsv_lines(content: bytes, path: Path) -> tuple[list[str], list[list[str]]]:
-    """Return the header's cells and those of each row, all equally many."""
+    """The header's cells and those of each row, all equally many."""
     try:
-        text = content.decode("utf-8-sig")
+        text = io.StringIO(content.decode("utf-8-sig"))
         lines = [
             (number, [cell.strip() for cell in row])
-            for number, row in enumerate(csv.reader(io.StringIO(text), "excel-tab"), start=1)
+            for number, row in enumerate(csv.reader(text, "excel-tab"), start=1)
             if any(row)
         ]
     except (UnicodeDecodeError, csv.Error) as error:
@@ -184,8 +207,10 @@ def _tsv_lines(content: bytes, path: Path) -> tuple[list[str], list[list[str]]]:
     return header, [row for _, row in lines[at + 1 :]]
 
 
-def _tsv_numbers(cells: np.ndarray, rows: list[str], columns: list[str], path: Path) -> np.ndarray:
-    """Return the cells as float64, or raise naming the first that is no number."""
+def _tsv_numbers(
+    cells: NDArray[Any], rows: list[str], columns: list[str], path: Path
+) -> NDArray[np.float64]:
+    """The cells as numbers; InputError names the first that is none."""
     try:
         return cells.astype(np.float64)
     except ValueError:
@@ -199,16 +224,3 @@ def _tsv_numbers(cells: np.ndarray, rows: list[str], columns: list[str], path: P
                     "are none"
                 ) from None
         raise
-
-
-def check_ids(samples: list[str], features: list[str], path: Path) -> None:
-    """Raise where an id stands twice or is blank."""
-    for kind, ids in (("sample", samples), ("feature", features)):
-        twice = [one for one, times in Counter(ids).items() if times > 1]
-        if twice:
-            raise InputError(
-                f"{path}: {len(twice)} {kind} ids stand more than once ({name_some(twice)}): "
-                f"every {kind} needs an id of its own"
-            )
-        if "" in ids:
-            raise InputError(f"{path}: a {kind} has a blank id: give every {kind} an id")

@@ -1,4 +1,4 @@
-"""Rows of different lengths in one array: strings in an array of bytes, and entries of samples.
+"""Strings in one array of bytes, and other rows of different lengths that lie in one array.
 
 A million names take no million Python objects.
 """
@@ -9,15 +9,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-
-_BLOCK = 16_384
-"""Strings looked at together; their bytes, padded to the longest, stay in the cache."""
 
 _WORD = 8
-"""Bytes compared at once when sorting."""
+"""Bytes compared or hashed at once."""
+
+_BLOCK = 16_384
+"""Strings whose bytes, padded to the longest, are looked at together."""
 
 _BLOCK_ENTRIES = 2**20
 
@@ -47,8 +45,7 @@ class Texts(Sequence[str]):
         encoded = [name.encode() for name in names]
         lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
         stops = np.cumsum(lengths)
-        buffer = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-        return cls(buffer, stops - lengths, stops)
+        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), stops - lengths, stops)
 
     def __len__(self) -> int:
         """Number of strings."""
@@ -64,22 +61,17 @@ class Texts(Sequence[str]):
             return Texts(self.buffer, self.starts[at], self.stops[at])
         return self.buffer[self.starts[at] : self.stops[at]].tobytes().decode()
 
-    def __iter__(self) -> Iterator[str]:
-        """The strings in order."""
-        for at in range(len(self)):
-            yield self[at]
-
     def __eq__(self, other: object) -> bool:
         """Whether another sequence holds the same strings."""
-        if not isinstance(other, Sequence) or len(other) != len(self):
-            return NotImplemented if not isinstance(other, Sequence) else False
-        return all(mine == theirs for mine, theirs in zip(self, other, strict=True))
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return len(other) == len(self) and all(map(str.__eq__, self, other))
 
     __hash__ = None  # type: ignore[assignment]
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """``(n,)`` int64, bytes of each string."""
+        """``(n,)`` bytes of each string."""
         return self.stops - self.starts
 
     def take(self, index: NDArray[Any]) -> Texts:
@@ -92,9 +84,8 @@ class Texts(Sequence[str]):
 
     def packed(self) -> Texts:
         """The same strings one after the other in bytes of their own."""
-        buffer = self.buffer[ranges(self.starts, self.lengths)]
         stops = np.cumsum(self.lengths)
-        return Texts(buffer, stops - self.lengths, stops)
+        return Texts(self.buffer[ranges(self.starts, self.lengths)], stops - self.lengths, stops)
 
     def joined(self, other: Texts) -> Texts:
         """These strings and then another's; the bytes are copied."""
@@ -107,79 +98,71 @@ class Texts(Sequence[str]):
 
     def upper(self) -> Texts:
         """The strings with a to z in upper case; the bytes are copied."""
-        buffer = self.buffer.copy()
-        buffer[(buffer >= ord("a")) & (buffer <= ord("z"))] -= ord("a") - ord("A")
-        return Texts(buffer, self.starts, self.stops)
+        is_lower = (self.buffer >= ord("a")) & (self.buffer <= ord("z"))
+        return Texts(np.where(is_lower, self.buffer - 32, self.buffer), self.starts, self.stops)
 
-    def padded(self, index: NDArray[Any], skip: int = 0, width: int = 0) -> NDArray[np.uint8]:
-        """Bytes ``skip`` to ``skip + width`` of some strings: ``(n, width)``, 0 past the end.
+    def padded(self, skip: int = 0, width: int | None = None) -> NDArray[np.uint8]:
+        """Bytes ``skip`` to ``skip + width`` of each string: ``(n, width)``, 0 past its end.
 
-        Args:
-            index: which strings.
-            skip: bytes left out at the start of each.
-            width: bytes wanted of each; 0: as many as the longest has.
+        Without a width as many as the longest string has.
         """
-        starts = self.starts[index] + skip
-        lengths = np.maximum(self.stops[index] - starts, 0)
-        width = width or int(lengths.max(initial=0))
-        inside = starts + width <= len(self.buffer)
-        result: NDArray[np.uint8]
-        if width and len(self.buffer) >= width:
-            windows = np.lib.stride_tricks.sliding_window_view(self.buffer, width)
-            result = windows[np.where(inside, starts, 0)]
-        else:
-            result = np.zeros((len(starts), width), dtype=np.uint8)
-        for row in np.flatnonzero(~inside):  # at the end of the buffer
-            rest = self.buffer[starts[row] : starts[row] + min(lengths[row], width)]
-            result[row, : len(rest)] = rest
-        result[np.arange(width) >= lengths[:, None]] = 0
-        return result
+        lengths = np.maximum(self.lengths - skip, 0)
+        width = int(lengths.max(initial=0)) if width is None else width
+        buffer = self.buffer if len(self.buffer) >= width else np.pad(self.buffer, (0, width))
+        starts, last = self.starts + skip, len(buffer) - width
+        # Copying whole windows is several times faster than gathering single bytes.
+        windows = np.lib.stride_tricks.sliding_window_view(buffer, width)
+        found: NDArray[np.uint8] = windows[np.minimum(starts, last)]
+        for row in np.flatnonzero((starts > last) & (lengths > 0)):
+            found[row, : len(buffer) - starts[row]] = buffer[starts[row] :]
+        found[np.arange(width) >= lengths[:, None]] = 0
+        return found
 
     def hashes(self) -> NDArray[np.uint64]:
         """``(n,)`` 64 bits of each string, the same for the same bytes."""
-        result = np.zeros(len(self), dtype=np.uint64)
+        result = np.empty(len(self), dtype=np.uint64)
         for low in range(0, len(self), _BLOCK):
-            block = np.arange(low, min(low + _BLOCK, len(self)))
-            bytes_ = self.padded(block)
-            words = np.zeros((len(block), -(-bytes_.shape[1] // 8) * 8), dtype=np.uint8)
-            words[:, : bytes_.shape[1]] = bytes_
-            state = self.lengths[block].astype(np.uint64)
-            for word in np.ascontiguousarray(words.view("<u8").T):
-                # Words past the end are 0 for one string and not there for another's block:
-                # they must not change the state.
+            block = self[low : low + _BLOCK]
+            state = block.lengths.astype(np.uint64)
+            width = -(-int(block.lengths.max()) // _WORD) * _WORD
+            for word in np.ascontiguousarray(block.padded(width=width).view("<u8").T):
+                # Words past the end, which depend on the block's longest, must change nothing.
                 mixed = (state ^ word) * np.uint64(0x9E3779B97F4A7C15)
                 state = np.where(word == 0, state, mixed ^ (mixed >> np.uint64(32)))
-            result[block] = state
+            result[low : low + _BLOCK] = state
         return result
 
-    def order(self) -> tuple[NDArray[np.int64], int]:
-        """How the strings stand when sorted as Python sorts them, and how many repeat another.
+    def order(self) -> NDArray[np.int64]:
+        """``(n,)`` places of the strings when sorted as Python sorts them; equal ones in turn.
 
-        Sorts by the first eight bytes, then only what is tied by the next eight, and so on.
+        Sorted by the last eight bytes, then, stably, by the eight before, and so on.
         """
         order = np.arange(len(self))
-        group = np.zeros(len(self), dtype=np.int64)  # of a place in `order`: where its ties start
-        active = np.arange(len(self))  # places that are still tied
-        repeats = skip = 0
-        while len(active):
-            own = order[active]
-            words = np.empty(len(own), dtype=np.uint64)
-            for low in range(0, len(own), _BLOCK):
-                part = self.padded(own[low : low + _BLOCK], skip, _WORD)
-                words[low : low + _BLOCK] = part.view(">u8")[:, 0]
-            by = np.lexsort((words, group[active]))
-            order[active], words = own[by], words[by]
-            opens = np.ones(len(active), dtype=bool)
-            ties = group[active]
-            opens[1:] = (ties[1:] != ties[:-1]) | (words[1:] != words[:-1])
-            group[active] = active[np.flatnonzero(opens)][np.cumsum(opens) - 1]
-            ended = words & np.uint64(0xFF) == 0
-            repeats += int((~opens & ended).sum())
-            tied = ~opens
-            tied[:-1] |= ~opens[1:]
-            active = active[tied & ~ended]
-            skip += _WORD
-        return order, repeats
+        for skip in reversed(range(0, int(self.lengths.max(initial=0)), _WORD)):
+            longer = self.lengths[order] > skip  # the others have ended and come first
+            rest = order[longer]
+            blocks = [
+                self.take(rest[low : low + _BLOCK]).padded(skip, _WORD).view(">u8")
+                for low in range(0, len(rest), _BLOCK)
+            ]
+            by_word = np.argsort(np.concatenate(blocks)[:, 0], kind="stable")
+            order = np.concatenate((order[~longer], rest[by_word]))
+        return order
+
+    def repeats(self, order: NDArray[np.int64]) -> int:
+        """How many strings equal an earlier one; ``order`` is that of :meth:`order`."""
+        return int(self.take(order[1:]).equal(self.take(order[:-1])).sum())
+
+    def equal(self, other: Texts) -> NDArray[np.bool_]:
+        """``(n,)`` whether each string equals the one at its place in another of this length."""
+        equal = self.lengths == other.lengths
+        for low in range(0, len(self), _BLOCK):
+            block = slice(low, low + _BLOCK)
+            width = int(self.lengths[block].max())
+            equal[block] &= (
+                self[block].padded(width=width) == other[block].padded(width=width)
+            ).all(axis=1)
+        return equal
 
 
 def match_names(wanted: Sequence[str], among: Sequence[str]) -> NDArray[np.int64]:
@@ -197,28 +180,16 @@ def match_names(wanted: Sequence[str], among: Sequence[str]) -> NDArray[np.int64
     while len(left):
         left = left[place[left] < len(hashes)]
         left = left[hashes[place[left]] == own[left]]
-        equal = _equal(wanted, left, among, order[place[left]])
-        found[left[equal]] = order[place[left[equal]]]
+        there = order[place[left]]
+        equal = wanted.take(left).equal(among.take(there))
+        found[left[equal]] = there[equal]
         left = left[~equal]
         place[left] += 1
     return found
 
 
-def _equal(
-    one: Texts, rows: NDArray[np.int64], other: Texts, theirs: NDArray[np.int64]
-) -> NDArray[np.bool_]:
-    """Whether string ``rows[i]`` of one equals ``theirs[i]`` of the other."""
-    equal = one.lengths[rows] == other.lengths[theirs]
-    for low in range(0, len(rows), _BLOCK):
-        part = slice(low, low + _BLOCK)
-        width = int(one.lengths[rows[part]].max(initial=0))
-        a, b = one.padded(rows[part], 0, width), other.padded(theirs[part], 0, width)
-        equal[part] &= (a == b).all(axis=1)
-    return equal
-
-
 def ranges(starts: NDArray[Any], lengths: NDArray[Any]) -> NDArray[np.int64]:
-    """Return starts[0]..starts[0]+lengths[0], then the same for 1, 2, ... in one array."""
+    """``starts[0]`` to ``starts[0] + lengths[0]``, then the same for 1, 2, ... in one array."""
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
     return np.repeat(starts - (ends - lengths), lengths) + np.arange(total)
@@ -236,10 +207,3 @@ def row_blocks(row_starts: NDArray[Any]) -> Iterator[slice]:
         high = max(fits, low + 1)
         yield slice(low, high)
         low = high
-
-
-def offsets_of(lengths: NDArray[Any]) -> Tensor:
-    """Return ``(n + 1,)`` int32 offsets of rows of these lengths."""
-    offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
-    np.cumsum(lengths, out=offsets[1:])
-    return torch.from_numpy(offsets)

@@ -23,7 +23,7 @@ from aam.data.neighbours import Found, Neighbours
 from aam.data.placement import Law, Placement
 from aam.data.sequences import MASK, START, tokenize
 from aam.data.table import FeatureTable
-from aam.data.texts import Texts, match_names, offsets_of
+from aam.data.texts import Texts, match_names
 from aam.data.tree import Phylogeny
 from aam.data.unifrac import UniFrac
 from aam.errors import InputError, name_some
@@ -134,7 +134,7 @@ class Placer:
         found = np.empty((len(known), encoder.shape.embedding_dim), dtype=np.float32)
         own = np.flatnonzero(known >= 0)
         for part in np.array_split(own, len(own) // ASVS_AT_ONCE + 1):
-            tokens = tokenize(Texts.of(sequences).take(part), encoder.shape.max_bp)[0]
+            tokens = tokenize(Texts.of(sequences).take(part), encoder.shape.max_bp)
             found[part] = self._encode(tokens)
         new = np.flatnonzero(known < 0)
         for part in np.array_split(np.arange(len(new)), len(new) // ASVS_AT_ONCE + 1):
@@ -313,21 +313,15 @@ def aligned_tokens(bases: np.ndarray, lengths: np.ndarray) -> Ragged:
     """
     tokens = np.full((len(bases), bases.shape[1] + 1), START, dtype=np.uint8)
     tokens[:, 1:] = np.where(bases == 0, MASK, bases)
-    inside = np.arange(tokens.shape[1]) <= lengths[:, None]
-    return Ragged(
-        torch.from_numpy(tokens[inside]), offsets_of(lengths + 1), int(lengths.max(initial=0)) + 1
-    )
+    return Ragged.from_padded(torch.from_numpy(tokens), torch.from_numpy(lengths + 1))
 
 
 def clipped(tokens: Ragged, max_bp: int) -> Ragged:
     """Rows cut after START and `max_bp` bases, as those of training are."""
-    lengths = tokens.lengths.numpy()
-    if not len(lengths) or lengths.max() <= max_bp + 1:
+    if tokens.max_length <= max_bp + 1:
         return tokens
-    kept = np.minimum(lengths, max_bp + 1)
-    padded = tokens.to_padded(0)[:, : max_bp + 1]
-    values = padded[torch.arange(max_bp + 1) < torch.from_numpy(kept)[:, None]]
-    return Ragged(values, offsets_of(kept), max_bp + 1)
+    kept = tokens.lengths.clamp(max=max_bp + 1)
+    return Ragged.from_padded(tokens.to_padded(0)[:, : max_bp + 1], kept)
 
 
 def grafted_tree(

@@ -317,8 +317,6 @@ def contents_of(dataset: SampleDataset | AsvDataset, objective: Objective) -> Co
     lengths = dataset.sequence_lengths
     if objective.frozen_asvs is not None:
         lengths = np.zeros_like(lengths)  # known already
-    if not dataset.share_asvs:
-        lengths, asvs = lengths[asvs], np.arange(len(asvs))
     return Contents(
         starts,
         asvs,

@@ -7,7 +7,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from aam.data.dataset import SampleDataset
+from aam.data.dataset import AsvDataset, SampleDataset
 from aam.data.sequences import tokenize
 from aam.data.table import FeatureTable, read_table
 from aam.errors import InputError
@@ -26,24 +26,26 @@ def random_table(samples=9, features=40, seed=0, lengths=(3, 12)):
                         sp.csr_array(counts), "random")  # fmt: skip
 
 
+def table_of(counts, dna):
+    names = tuple(f"s{n}" for n in range(len(counts)))
+    return FeatureTable(names, tuple(dna), sp.csr_array(counts), "t")
+
+
 def permuted(table, seed=1):
-    generator = np.random.default_rng(seed)
-    columns = generator.permutation(len(table.feature_ids))
-    counts = sp.csr_array(table.counts.toarray()[:, columns])
-    return FeatureTable(table.sample_ids, tuple(table.feature_ids[c] for c in columns), counts, "p")
+    columns = np.random.default_rng(seed).permutation(len(table.feature_ids))
+    return table_of(table.counts.toarray()[:, columns], (table.feature_ids[c] for c in columns))
 
 
 def read_back(dataset, batch):
-    """Return, for each sample of the batch, {sequence tokens: count} from its tensors."""
+    """For each sample of the batch {sequence: count} from its tensors."""
     result = []
     for at in range(len(batch)):
         start, stop = batch.slots.offsets[at : at + 2].tolist()
         rows = batch.slots.values[start:stop].tolist()
-        counts = batch.counts[start:stop].tolist()
         asvs = [dataset.sequences[int(batch.asv_ids[row])] for row in rows]
         for row, asv in zip(rows, asvs, strict=True):
-            assert batch.tokens[row].tolist() == tokenize([asv])[0].values.tolist()
-        result.append(dict(zip(asvs, counts, strict=True)))
+            assert batch.tokens[row].tolist() == tokenize([asv]).values.tolist()
+        result.append(dict(zip(asvs, batch.counts[start:stop].tolist(), strict=True)))
     return result
 
 
@@ -52,11 +54,10 @@ def in_table(table, row):
     return {one: float(c) for one, c in zip(table.feature_ids, counts, strict=True) if c}
 
 
-@pytest.mark.parametrize("share_asvs", [True, False])
 @pytest.mark.parametrize("lengths", [(3, 12), (8, 9)])
-def test_a_batch_says_what_the_table_says(share_asvs, lengths):
+def test_a_batch_says_what_the_table_says(lengths):
     table = random_table(lengths=lengths)
-    dataset = SampleDataset(table, share_asvs=share_asvs)
+    dataset = SampleDataset(table)
     rows = [4, 0, 7, 4]
     batch = dataset.batch(rows)
     assert read_back(dataset, batch) == [in_table(table, row) for row in rows]
@@ -65,31 +66,23 @@ def test_a_batch_says_what_the_table_says(share_asvs, lengths):
     assert batch.slots.values.dtype == batch.asv_ids.dtype == torch.int64
     assert batch.counts.dtype == torch.float32
     assert batch.targets is None and batch.categories is None
-    slots = sum(len(in_table(table, row)) for row in rows)
-    assert len(batch.counts) == slots
-    assert batch.slots.max_length == max(len(in_table(table, row)) for row in rows)
-    if share_asvs:
-        distinct = {one for row in rows for one in in_table(table, row)}
-        assert len(batch.tokens) == len(batch.asv_ids) == len(distinct)
-    else:
-        assert len(batch.tokens) == slots and batch.slots.values.tolist() == list(range(slots))
+    distinct = {one for row in rows for one in in_table(table, row)}
+    assert len(batch.tokens) == len(batch.asv_ids) == len(distinct)
 
 
-def test_lengths_for_the_planner():
+def test_lengths_for_the_planner_and_the_distinct_asvs_of_samples():
     table = random_table()
     dataset = SampleDataset(table, token_limit=15)
     full = (table.counts.toarray() > 0).sum(axis=1)
     np.testing.assert_array_equal(dataset.asv_count, np.minimum(full, 15))
     np.testing.assert_array_equal(dataset.sequence_lengths, [len(s) + 1 for s in dataset.sequences])
-    assert len(dataset) == 9
-
-
-def test_the_distinct_asvs_of_some_samples():
-    table = random_table()
-    dataset = SampleDataset(table)
+    dataset.limit_asvs(np.array([2]), np.array([4]))
+    starts, asvs = dataset.entries()
+    assert np.diff(starts).tolist() == dataset.batch(range(9)).slots.lengths.tolist()
+    assert dataset.asv_count[2] == 4
     found = dataset.asvs_of(np.array([3, 5]))
-    assert found.tolist() == sorted(found.tolist())
-    assert {dataset.sequences[n] for n in found} == {*in_table(table, 3), *in_table(table, 5)}
+    expected = {*asvs[starts[3] : starts[4]].tolist(), *asvs[starts[5] : starts[6]].tolist()}
+    assert found.tolist() == sorted(expected)
 
 
 def test_an_empty_batch_and_rows_that_are_not_there():
@@ -101,38 +94,30 @@ def test_an_empty_batch_and_rows_that_are_not_there():
             dataset.batch([0, wrong])
 
 
-def test_abundance_keeps_the_most_abundant_and_breaks_ties_by_sequence():
-    counts = np.array([[2, 9, 2, 2, 1]])
-    dna = ("TTT", "GGG", "CCC", "AAA", "ACG")
-    table = FeatureTable(("s",), dna, sp.csr_array(counts), "t")
-    for order in ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [2, 0, 3, 1, 4]):
-        moved = FeatureTable(("s",), tuple(dna[n] for n in order),
-                             sp.csr_array(counts[:, order]), "t")  # fmt: skip
-        dataset = SampleDataset(moved, token_limit=3)
-        assert read_back(dataset, dataset.batch([0])) == [{"GGG": 9.0, "AAA": 2.0, "CCC": 2.0}]
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [2, 0, 3, 1, 4]])
+def test_which_asvs_a_sample_keeps(order):
+    """The most abundant, ties by sequence, whatever the table's order; or its first ones."""
+    counts, dna = np.array([[2, 9, 2, 2, 1]])[:, order], ["TTT", "GGG", "CCC", "AAA", "ACG"]
+    table = table_of(counts, [dna[n] for n in order])
+    dataset = SampleDataset(table, token_limit=3)
+    assert read_back(dataset, dataset.batch([0])) == [{"GGG": 9.0, "AAA": 2.0, "CCC": 2.0}]
     first = SampleDataset(table, token_limit=3, asv_sampling="first")
-    assert list(read_back(first, first.batch([0]))[0]) == ["TTT", "GGG", "CCC"]
+    assert set(read_back(first, first.batch([0]))[0]) == {dna[n] for n in order[:3]}
 
 
 def test_ties_among_many_are_broken_by_sequence():
     generator = np.random.default_rng(0)
     dna = sorted({"".join(generator.choice(list("ACGT"), 8)) for _ in range(300)})
     counts = generator.integers(1, 4, (2, len(dna)))
-    order = generator.permutation(len(dna))
-    table = FeatureTable(
-        ("s", "t"), tuple(dna[n] for n in order), sp.csr_array(counts[:, order]), "t"
-    )
-    dataset = SampleDataset(table, token_limit=40)
+    dataset = SampleDataset(permuted(table_of(counts, dna)), token_limit=40)
     for row, found in enumerate(read_back(dataset, dataset.batch([0, 1]))):
         ranked = sorted(range(len(dna)), key=lambda n: (-counts[row, n], dna[n]))
         assert set(found) == {dna[n] for n in ranked[:40]}
 
 
 def test_random_sampling_is_seeded_uniform_and_without_repeats():
-    table = FeatureTable(
-        ("s", "small"), tuple(f"{a}{b}" for a in "ACGT" for b in "AC"),
-        sp.csr_array(np.array([[5] * 8, [1, 1] + [0] * 6])), "t",
-    )  # fmt: skip
+    dna = [f"{a}{b}" for a in "ACGT" for b in "AC"]
+    table = table_of(np.array([[5] * 8, [1, 1] + [0] * 6]), dna)
     dataset = SampleDataset(table, token_limit=3, asv_sampling="random")
 
     def draw(seed):
@@ -145,23 +130,21 @@ def test_random_sampling_is_seeded_uniform_and_without_repeats():
     assert all(len(one) == 3 for one in drawn)
     times = [sum(name in one for one in drawn) for name in dataset.sequences]
     assert min(times) > 75 and max(times) < 150  # 300 * 3 / 8 = 112
-    torch.manual_seed(3)
-    one = dataset.batch([0]).asv_ids
-    torch.manual_seed(3)
-    assert torch.equal(one, dataset.batch([0]).asv_ids)
+    assert len(dataset.entries()[1]) == 10 and len(dataset.asvs_of(np.array([0]))) == 8
 
 
 @pytest.mark.parametrize("asv_sampling", ["abundance", "random"])
 @pytest.mark.parametrize("token_limit", [7, 1024])
 def test_the_order_of_the_tables_features_changes_nothing(asv_sampling, token_limit):
     table = random_table(samples=20, features=60)
-    batches = []
+    datasets, batches = [], []
     for one in (table, permuted(table)):
         dataset = SampleDataset(one, token_limit=token_limit, asv_sampling=asv_sampling)
+        datasets.append(dataset)
         generator = torch.Generator().manual_seed(0)
-        batches.append((dataset, dataset.batch([3, 11, 5], generator=generator)))
-    (first, a), (second, b) = batches
-    assert first.sequences == second.sequences
+        batches.append(dataset.batch([3, 11, 5], generator=generator))
+    a, b = batches
+    assert datasets[0].sequences == datasets[1].sequences
     assert torch.equal(a.tokens.values, b.tokens.values)
     assert torch.equal(a.slots.values, b.slots.values)
     assert torch.equal(a.counts, b.counts) and torch.equal(a.asv_ids, b.asv_ids)
@@ -170,55 +153,52 @@ def test_the_order_of_the_tables_features_changes_nothing(asv_sampling, token_li
 def test_facts_count_what_was_cut():
     table = random_table()
     full = (table.counts.toarray() > 0).sum(axis=1)
-    long = sum(len(one) > 6 for one in table.feature_ids)
     sequences, samples = SampleDataset(table, max_bp=6, token_limit=18).facts
-    assert (sequences.count, sequences.kind) == (long, "cut")
+    assert (sequences.count, sequences.kind) == (sum(len(s) > 6 for s in table.feature_ids), "cut")
     alike = 40 - len({one[:6] for one in table.feature_ids})
     assert sequences.what == "sequences cut at 6 bases"
     assert sequences.detail == f"longest 11, {alike} equal to another after the cut"
     assert (samples.count, samples.kind) == (int((full > 18).sum()), "cut")
-    lost = int((full - 18).clip(0).sum())
-    assert f"{lost} of {int(full.sum())}" in samples.detail
+    assert f"{int((full - 18).clip(0).sum())} of {int(full.sum())}" in samples.detail
     assert SampleDataset(table).facts == []
 
 
-def test_targets_and_categories_follow_their_samples():
+def test_targets_and_categories_follow_their_samples_to_a_device():
     table = random_table()
-    values = np.linspace(0, 1, 9)
-    categories = np.arange(18).reshape(9, 2)
+    values, categories = np.linspace(0, 1, 9), np.arange(18).reshape(9, 2)
     batch = SampleDataset(table, targets=values, categories=categories).batch([8, 2])
     assert batch.targets.dtype == torch.float32
     np.testing.assert_allclose(batch.targets.numpy(), values[[8, 2]], rtol=1e-6)
     assert batch.categories.tolist() == [[16, 17], [4, 5]]
     classes = SampleDataset(table, targets=np.arange(9, dtype=np.int32)).batch([8, 2]).targets
     assert classes.dtype == torch.int64 and classes.tolist() == [8, 2]
+    there = batch.to("meta")
+    assert there.tokens.max_length == batch.tokens.max_length
+    for tensor in (there.rows, there.tokens.values, there.tokens.offsets, there.asv_ids,
+                   there.slots.values, there.counts, there.targets, there.categories):  # fmt: skip
+        assert tensor.device.type == "meta"
     with pytest.raises(ValueError, match="one row a sample"):
         SampleDataset(table, targets=values[:-1])
 
 
-def test_a_dataset_moves_to_a_device_with_its_batches():
-    dataset = SampleDataset(random_table(), targets=np.zeros(9))
-    here = dataset.batch([0])
-    batch = dataset.to("meta").batch([0])
-    assert batch.tokens.values.shape == here.tokens.values.shape
-    assert here.to("meta").tokens.max_length == here.tokens.max_length
-    for tensor in (batch.rows, batch.tokens.values, batch.tokens.offsets, batch.asv_ids,
-                   batch.slots.values, batch.counts, batch.targets):  # fmt: skip
-        assert tensor.device.type == "meta"
-    assert dataset.to("cpu").device.type == "cpu"
-
-
-def test_options_and_samples_that_do_not_serve():
+def test_samples_and_limits_that_do_not_serve():
     table = random_table()
-    with pytest.raises(InputError, match="token_limit must be at least 1, got 0"):
-        SampleDataset(table, token_limit=0)
-    with pytest.raises(InputError, match="asv_sampling must be abundance, first or random"):
-        SampleDataset(table, asv_sampling="best")
     counts = table.counts.toarray()
     counts[[2, 5]] = 0
-    empty = FeatureTable(table.sample_ids, table.feature_ids, sp.csr_array(counts), "t.biom")
-    with pytest.raises(InputError, match=r"t\.biom: 2 samples have no reads \('s2', 's5'\)"):
-        SampleDataset(empty)
+    with pytest.raises(InputError, match=r"t: 2 samples have no reads \('s2', 's5'\)"):
+        SampleDataset(table_of(counts, table.feature_ids))
+    for option in ("token_limit", "max_bp"):
+        with pytest.raises(InputError, match="must be 1 or more"):
+            SampleDataset(table, **{option: 0})
+
+
+def test_asvs_alone_are_batches_too():
+    dataset = AsvDataset(["ACGT", "GG", "TTTTT"], 4)
+    batch = dataset.batch([2, 0])
+    assert batch.rows.tolist() == [2, 0] and len(batch) == 2 and len(dataset) == 3
+    assert batch.tokens.values.tolist() == tokenize(["TTTT", "ACGT"]).values.tolist()
+    assert [one.tolist() for one in dataset.entries()] == [[0, 1, 2, 3], [0, 1, 2]]
+    assert dataset.default_batch == round(16_384 / (13 / 3))
 
 
 @pytest.mark.real

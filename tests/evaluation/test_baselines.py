@@ -212,8 +212,8 @@ def test_numbers_and_speed_on_real_data(real_data):
 
 def test_masked_bases_of_the_nearest_sequence(monkeypatch):
     monkeypatch.setattr(baselines, "NEAREST_BLOCK", 2)
-    known = tokenize(["ACGTACGT", "TTTTCCCC", "GGGGGGGG"])[0]
-    judged = tokenize(["ACGTACGA", "TTTTCC", "GGGGGGGGGG"])[0]
+    known = tokenize(["ACGTACGT", "TTTTCCCC", "GGGGGGGG"])
+    judged = tokenize(["ACGTACGA", "TTTTCC", "GGGGGGGGGG"])
     rows, positions = np.array([0, 0, 1, 2]), np.array([0, 7, 5, 9])
     found = baselines.nearest_accuracy(known, judged, rows, positions, np.array([1, 1, 2, 3]))
     assert found == 0.5  # the second differs, the last is past the end

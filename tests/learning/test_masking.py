@@ -22,7 +22,7 @@ from aam.learning.masking import (
 def rows_of_bases(count=400, length=100, seed=0):
     generator = np.random.default_rng(seed)
     bases = generator.choice(list("ACGT"), (count, length))
-    return tokenize(["".join(row) for row in bases], 150)[0]
+    return tokenize(["".join(row) for row in bases], 150)
 
 
 def test_noise_has_the_asked_shares_and_never_touches_start():
