@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aam.data.texts import Texts, match_names, ranges
+from aam.data.texts import Texts, match_names
 from aam.data.tree import Phylogeny
 
 LEAST_LENGTH = 1e-5
@@ -160,18 +160,12 @@ class Clades:
             at = np.unique(self.parent[at])
         return np.flatnonzero(on_path)
 
-    @cached_property
-    def _children(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Clades by the clade that holds them, and where those of each begin; outermost last."""
-        above = np.where(self.parent < 0, len(self), self.parent)
-        order = np.argsort(above, kind="stable")
-        return order, np.searchsorted(above[order], np.arange(len(self) + 2))
-
     def near(self, tips: NDArray[np.int64]) -> NDArray[np.int64]:
         """The clades of some known ASVs ``(n,)`` and the sisters of these clades, ascending."""
-        order, starts = self._children
-        holding = np.append(self.on_paths(tips), len(self))  # and what holds the outermost ones
-        return np.sort(order[ranges(starts[holding], starts[holding + 1] - starts[holding])])
+        on_path = np.zeros(len(self) + 1, dtype=bool)
+        on_path[self.on_paths(tips)] = True
+        on_path[-1] = True  # holds the outermost ones
+        return np.flatnonzero(on_path[self.parent])
 
     def members(self, lowest: NDArray[np.int64]) -> NDArray[np.bool_]:
         """``(n, clades)`` whether ASVs of these smallest clades ``(n,)`` (-1: none) are in each."""

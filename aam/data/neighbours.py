@@ -44,6 +44,7 @@ FOREIGN = 0.3
 """Edits a base from which a query counts as one of another region."""
 
 _CODES = 4**WORD
+_COMPLEMENT = str.maketrans("ACGTUacgtu", "TGCAATGCAA")
 _BLOCK_PAIRS = 8192
 _BLOCK_SEQUENCES = 16_384
 _BLOCK_ALIGNED = 4096
@@ -60,7 +61,6 @@ class Found:
     Attributes:
         index: ``(n, candidates)`` int64, known sequences, nearest first; -1: no more were found.
         distance: ``(n, candidates)`` float64, edits; infinite where ``index`` is -1.
-        diagonal: ``(n, candidates)`` int64, place in the known sequence less place in the query.
         aligned: ``(n, longest known)`` uint8, the query's base (A1 C2 G3 T4) at each position of
             the nearest known sequence; 0 where it has none. Insertions are left out.
         reverse: ``(n,)`` bool, the query's reverse complement is far nearer than the query.
@@ -69,7 +69,6 @@ class Found:
 
     index: NDArray[np.int64]
     distance: NDArray[np.float64]
-    diagonal: NDArray[np.int64]
     aligned: NDArray[np.uint8]
     reverse: NDArray[np.bool_]
     foreign: NDArray[np.bool_]
@@ -132,11 +131,12 @@ class Neighbours:
         far = np.flatnonzero(distance[:, 0] > FOREIGN / 2 * lengths)
         reverse = np.zeros(len(bases), dtype=bool)
         if len(far):
-            turned = self._nearest(_turned(bases[far]), leave_out[far])[1][:, 0]
-            reverse[far] = turned < np.minimum(distance[far, 0] / 2, FOREIGN * lengths[far])
+            turned = bases_of([queries[int(at)].translate(_COMPLEMENT)[::-1] for at in far])
+            least = self._nearest(turned, leave_out[far])[1][:, 0]
+            reverse[far] = least < np.minimum(distance[far, 0] / 2, FOREIGN * lengths[far])
         foreign = (distance[:, 0] > FOREIGN * lengths) & ~reverse
         aligned = self._align(bases, index[:, 0], diagonal[:, 0])
-        return Found(index, distance, diagonal, aligned, reverse, foreign)
+        return Found(index, distance, aligned, reverse, foreign)
 
     def _nearest(
         self, bases: NDArray[np.uint8], leave_out: NDArray[np.int64]
@@ -290,14 +290,6 @@ def _matched(query: NDArray[np.uint8], window: NDArray[np.uint8]) -> NDArray[np.
             diagonal[left] = on + insert - skip
             left = left[skip]
     return matched
-
-
-def _turned(bases: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The reverse complements, starting at the first column again."""
-    turned = np.where(bases > 0, 5 - bases, 0)[:, ::-1].astype(np.uint8)
-    at = np.arange(bases.shape[1]) + (turned > 0).argmax(axis=1)[:, None]
-    inside = at < bases.shape[1]
-    return np.where(inside, np.take_along_axis(turned, np.where(inside, at, 0), axis=1), 0)
 
 
 def bases_of(sequences: Sequence[str]) -> NDArray[np.uint8]:

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from aam.data.clades import LEAST_LENGTH, Clades, Grafts
 from aam.data.neighbours import NEAREST, Found, Neighbours
+from aam.data.tree import Phylogeny
 
 CALIBRATED = 3000
 """Known sequences that are taken out and placed again, at most."""
@@ -176,14 +177,24 @@ class Placement:
             column: ``(clades,)`` where in `sure` a clade stands, -1: it has no chance; None: all
                 clades stand there in order.
         """
-        index, distance = near.index[:, :NEAREST], self.clades.root_distance
-        own, rise = self.law.predict(near, self.clades.pendant[index])
-        mean = (near.weights * distance[self.clades.tree.tip_nodes[index]]).sum(axis=1)
+        clades, tree, distance = self.clades, self.clades.tree, self.clades.root_distance
+        index = near.index[:, :NEAREST]
+        own, rise = self.law.predict(near, clades.pendant[index])
+        mean = (near.weights * distance[tree.tip_nodes[index]]).sum(axis=1)
         tip, deepest = self._way(index, lowest)
         depth = np.minimum(np.maximum(mean - rise, 0.0), deepest)
-        expected = self._expected(tip, depth, sure, column)
-        node, shared = self._branch(tip, expected)
-        return Grafts(node, shared, own + (1 - KEPT) * (depth - expected))
+        # The way is as long as its branches down to that depth, each counted by its probability.
+        node, root = _upwards(tree, tip), len(tree) - 1
+        top = distance[np.where(node == root, root, tree.parent[node])]
+        clade = clades.clade_of_node[node]
+        place = clade if column is None else np.where(clade >= 0, column[clade], -1)
+        chance = np.where(clade >= 0, 0.0, 1.0)
+        chance[place >= 0] = sure[np.nonzero(place >= 0)[0], place[place >= 0]]
+        length = np.clip(depth[:, None] - top, 0.0, tree.length[node])
+        expected = (chance * length).sum(axis=1)
+        branch = np.arange(len(tip)), (expected[:, None] < top).sum(axis=1)
+        shared = np.clip(expected - top[branch], 0.0, tree.length[node[branch]])
+        return Grafts(node[branch], shared, own + (1 - KEPT) * (depth - expected))
 
     def _way(
         self, index: NDArray[np.int64], lowest: NDArray[np.int64]
@@ -203,40 +214,13 @@ class Placement:
         end = np.where(lowest >= 0, clades.root_distance[clades.nodes[lowest]], 0.0)
         return tip, np.where(found & (index[:, 0] >= 0), np.inf, end)
 
-    def _expected(
-        self,
-        tip: NDArray[np.int64],
-        depth: NDArray[np.float64],
-        sure: NDArray[np.float32],
-        column: NDArray[np.int64] | None,
-    ) -> NDArray[np.float64]:
-        """``(n,)`` length of the ways down to a depth, each branch counted by its probability."""
-        clades, tree = self.clades, self.clades.tree
-        rows, root = np.arange(len(tip)), len(tree) - 1
-        node, total = tree.tip_nodes[tip], np.zeros(len(tip))
-        while (going := node != root).any():
-            above = np.where(going, tree.parent[node], root)
-            clade = clades.clade_of_node[node]
-            place = clade if column is None else np.where(clade >= 0, column[clade], -1)
-            chance = np.where(clade >= 0, 0.0, 1.0)
-            chance[place >= 0] = sure[rows[place >= 0], place[place >= 0]]
-            length = np.clip(depth - clades.root_distance[above], 0.0, tree.length[node])
-            total += np.where(going, chance * length, 0.0)
-            node = above
-        return total
 
-    def _branch(
-        self, tip: NDArray[np.int64], depth: NDArray[np.float64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """The branch on each way at a depth, ``(n,)``, and how much of it lies above, ``(n,)``."""
-        tree, distance = self.clades.tree, self.clades.root_distance
-        root, node = len(tree) - 1, tree.tip_nodes[tip]
-        while True:
-            above = np.where(node == root, root, tree.parent[node])
-            rises = (depth < distance[above]) & (node != root)
-            if not rises.any():
-                return node, np.clip(depth - distance[above], 0.0, tree.length[node])
-            node = np.where(rises, above, node)
+def _upwards(tree: Phylogeny, tip: NDArray[np.int64]) -> NDArray[np.int64]:
+    """``(n, longest way)`` the nodes from each tip up to the root, and then the root."""
+    root, ways = len(tree) - 1, [tree.tip_nodes[tip]]
+    while (ways[-1] != root).any():
+        ways.append(np.where(ways[-1] == root, root, tree.parent[ways[-1]]))
+    return np.stack(ways, axis=1)
 
 
 def _step_of(distance: NDArray[np.float64]) -> NDArray[np.int64]:

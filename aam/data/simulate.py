@@ -17,33 +17,28 @@ model that is given the site predicts better. ``diagnosis`` acts on the ASVs tha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse
 from numpy.typing import NDArray
 
 from aam.errors import InputError
+from aam.files import write_table
 
 DIAGNOSES = ("healthy", "colitis", "crohn")
 SITES = ("Boston", "Lima", "Nairobi", "Oslo")
 
 _DIAGNOSIS_SHARE = (0.5, 0.28, 0.22)
-_DIAGNOSIS_RICHNESS = (1.08, 1.0, 0.82)
-"""Richness under a diagnosis, relative to the mean: disease goes with fewer ASVs."""
-
-_SITE_YEARS = (-9.0, -3.0, 3.0, 9.0)
-"""Years that a site adds to the age that a community stands for."""
-
-_CORE_SHARE = 0.025
-"""Share of the ASVs that nearly every sample has."""
+_DIAGNOSIS_RICHNESS = (1.08, 1.0, 0.82)  # relative to the mean: disease goes with fewer ASVs
+_SITE_YEARS = (-9.0, -3.0, 3.0, 9.0)  # that a site adds to the age that a community stands for
+_CORE_SHARE = 0.025  # of the ASVs, which nearly every sample has
 
 _BASES = np.frombuffer(b"ACGT", dtype=np.uint8)
 
 
-@dataclass(frozen=True)
-class DemoFiles:
+class DemoFiles(NamedTuple):
     """The files of a simulated community: a BIOM 2.1 table, a Newick tree, QIIME 2 metadata."""
 
     table: Path
@@ -51,8 +46,7 @@ class DemoFiles:
     metadata: Path
 
 
-@dataclass(frozen=True)
-class _Tree:
+class _Tree(NamedTuple):
     """A binary tree; nodes 0 to tips - 1 are the tips, the last node is the root."""
 
     parent: NDArray[np.int64]
@@ -63,9 +57,8 @@ class _Tree:
         return (len(self.parent) + 1) // 2
 
 
-@dataclass(frozen=True)
-class _Samples:
-    """What is true of each sample (n,) before its community is drawn."""
+class _Samples(NamedTuple):
+    """What is true of each sample ``(n,)`` before its community is drawn."""
 
     subject: NDArray[np.int64]
     visit: NDArray[np.int64]
@@ -92,7 +85,7 @@ def simulate_community(
 
     Args:
         folder: where to write; made if it is not there.
-        samples: number of samples, at least 2.
+        samples: at least 2.
         asvs: tips of the tree; the table has those that were seen in a sample.
         asvs_per_sample: mean number of ASVs a sample that are there, before rare ones are missed.
         sequence_length: nucleotides an ASV.
@@ -113,16 +106,19 @@ def simulate_community(
     sequences = _evolve_sequences(tree, sequence_length, generator)
     drawn = _draw_samples(samples, visits, generator)
     counts = _draw_counts(tree, drawn, asvs_per_sample, generator)
+    rows = [
+        [f"S{who:03d}.{visit}", f"P{who:03d}", SITES[site], DIAGNOSES[diagnosis], f"{age:.1f}"]
+        for who, visit, site, diagnosis, _, age in zip(*drawn, strict=True)
+    ]
+    kinds = ["#q2:types", "categorical", "categorical", "categorical", "numeric"]
+    header = ["sample-id", "subject", "site", "diagnosis", "age"]
     folder = Path(folder)
     files = DemoFiles(folder / "table.biom", folder / "tree.nwk", folder / "metadata.tsv")
-    sample_ids = [
-        f"S{one:03d}.{visit}" for one, visit in zip(drawn.subject, drawn.visit, strict=True)
-    ]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         files.tree.write_text(_newick(tree, sequences), encoding="utf-8")
-        files.metadata.write_text(_metadata(sample_ids, drawn), encoding="utf-8")
-        _write_biom(files.table, sample_ids, sequences, counts)
+        write_table(files.metadata, header, [kinds, *rows])
+        _write_biom(files.table, [row[0] for row in rows], sequences, counts)
     except OSError as error:
         raise InputError(f"{folder}: cannot write the simulated community ({error})") from error
     return files
@@ -169,21 +165,13 @@ def _evolve_sequences(tree: _Tree, length: int, generator: np.random.Generator) 
         bases[node] = np.where(
             changes, np.where(is_transition, transition[inherited], anything), inherited
         )
-    tips = bases[: tree.tips]
-    _make_distinct(tips, rates, generator)
-    return [_BASES[row].tobytes().decode() for row in tips]
-
-
-def _make_distinct(
-    tips: NDArray[np.uint8], rates: NDArray[np.float64], generator: np.random.Generator
-) -> None:
-    """Two ASVs differ by one nucleotide at least: equal tips get further substitutions."""
     seen: set[bytes] = set()
-    for row in tips:
-        while row.tobytes() in seen:
-            position = generator.choice(len(row), p=rates / rates.sum())
+    for row in bases[: tree.tips]:
+        while row.tobytes() in seen:  # equal tips get further substitutions
+            position = generator.choice(length, p=rates / rates.sum())
             row[position] = (row[position] + generator.integers(1, 4)) % 4
         seen.add(row.tobytes())
+    return [_BASES[row].tobytes().decode() for row in bases[: tree.tips]]
 
 
 def _evolve_trait(
@@ -194,13 +182,10 @@ def _evolve_trait(
     steps = generator.standard_normal(len(tree.parent)) * np.sqrt(tree.length)
     for node in range(len(tree.parent) - 2, -1, -1):
         trait[node] = trait[tree.parent[node]] + steps[node]
-    inherited = _standardise(trait[: tree.tips])
+    inherited = trait[: tree.tips] - trait[: tree.tips].mean()
+    inherited /= max(float(inherited.std()), 1e-12)
     own = generator.standard_normal(tree.tips)
     return np.sqrt(heritability) * inherited + np.sqrt(1.0 - heritability) * own
-
-
-def _standardise(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    return (values - values.mean()) / max(float(values.std()), 1e-12)
 
 
 # -------------------------------------------------------------------------- samples and counts
@@ -230,20 +215,15 @@ def _draw_counts(
     suitability = np.tile(commonness + 2.5 * core, (samples, 1))
     optimum = 1.6 * _evolve_trait(tree, generator, 0.9)
     suitability -= 0.55 * (drawn.gradient[:, None] - optimum) ** 2
-    response = np.stack(
-        [np.zeros(tips)] + [_evolve_trait(tree, generator, 0.85) for _ in DIAGNOSES[1:]]
-    )
+    responses = [_evolve_trait(tree, generator, 0.85) for _ in DIAGNOSES[1:]]
+    response = np.stack([np.zeros(tips), *responses])
     suitability += 0.65 * response[drawn.diagnosis]
     subjects = int(drawn.subject[-1]) + 1
     suitability += 1.2 * generator.standard_normal((subjects, tips))[drawn.subject]
     suitability += 0.9 * generator.standard_normal((samples, tips))
-    richness = np.clip(
-        asvs_per_sample
-        * np.array(_DIAGNOSIS_RICHNESS)[drawn.diagnosis]
-        * np.exp(0.45 * generator.standard_normal(samples)),
-        2,
-        tips - 1,
-    ).astype(np.int64)
+    richness = asvs_per_sample * np.array(_DIAGNOSIS_RICHNESS)[drawn.diagnosis]
+    richness = richness * np.exp(0.45 * generator.standard_normal(samples))
+    richness = np.clip(richness, 2, tips - 1).astype(np.int64)
     depth = (8000 * np.exp(0.5 * generator.standard_normal(samples))).astype(np.int64)
     rows = []
     for row in range(samples):
@@ -257,27 +237,12 @@ def _draw_counts(
 # ------------------------------------------------------------------------------------- the files
 def _newick(tree: _Tree, sequences: list[str]) -> str:
     """The tree as text; built from the tips up, so its depth does not matter."""
-    children: list[list[str]] = [[] for _ in tree.parent]
-    for node, parent in enumerate(tree.parent):
-        inner = f"({','.join(children[node])})" if children[node] else sequences[node]
-        children[node] = []
-        if parent < 0:
-            return inner + ";\n"
-        children[parent].append(f"{inner}:{tree.length[node]:.6g}")
-    raise AssertionError("a tree without a root")
-
-
-def _metadata(sample_ids: list[str], drawn: _Samples) -> str:
-    lines = [
-        "sample-id\tsubject\tsite\tdiagnosis\tage",
-        "#q2:types\tcategorical\tcategorical\tcategorical\tnumeric",
-    ]
-    for row, name in enumerate(sample_ids):
-        site, diagnosis = SITES[drawn.site[row]], DIAGNOSES[drawn.diagnosis[row]]
-        lines.append(
-            f"{name}\tP{drawn.subject[row]:03d}\t{site}\t{diagnosis}\t{drawn.age[row]:.1f}"
-        )
-    return "\n".join(lines) + "\n"
+    text = [*sequences, *[""] * (tree.tips - 1)]
+    for node, parent in enumerate(tree.parent[:-1]):
+        own = f"({text[node]})" if node >= tree.tips else text[node]
+        text[parent] += f"{',' if text[parent] else ''}{own}:{tree.length[node]:.6g}"
+        text[node] = ""
+    return f"({text[-1]});\n"
 
 
 def _write_biom(

@@ -84,45 +84,31 @@ class TreeWalk:
         order = order[tip[order] >= 0]
         keys = keys[order]  # sample * tips + tip, rising
         sample, tip = np.divmod(keys, tips)
-        entry, branches, starts = self._climb(sample, tip)
-        row_starts = np.searchsorted(sample, np.arange(counts.shape[0] + 1))
-        values = self.tree.length[branches]
-        if weighted:
-            reads = np.concatenate(([0], np.cumsum(counts.data[order])))
-            own = sample[entry]
-            first = np.searchsorted(keys, own * tips + self.tree.tip_start[branches])
-            values *= (reads[entry + 1] - reads[first]) / np.diff(reads[row_starts])[own]
-        found = csr_array((values, branches, starts[row_starts]), (counts.shape[0], len(self.up)))
-        found.has_sorted_indices = found.has_canonical_format = True
-        return found
-
-    def _climb(
-        self, sample: NDArray[np.int64], tip: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """The branches found from each entry, as long as they do not hold the sample's next tip.
-
-        Returns:
-            The entry of each branch, the branches in order, and ``(entries + 1,)`` where those of
-            each entry start.
-        """
-        following = np.full(len(tip), len(self.tree.tip_names))
-        following[:-1] = np.where(sample[1:] == sample[:-1], tip[1:], following[:-1])
+        # From each entry up, as long as the branch does not hold the sample's next tip.
+        following = np.append(np.where(sample[1:] == sample[:-1], tip[1:], tips), tips)
         walking, at = np.arange(len(tip)), self.first[tip]
         steps = np.zeros(len(tip), dtype=np.int64)
         found: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
-        while True:
+        while len(walking):
             own = (at >= 0) & (self.tree.tip_stop[at] <= following[walking])
             walking, at = walking[own], at[own]
-            if not len(walking):
-                break
             found.append((walking, at))
             steps[walking] += 1
             at = self.up[at]
-        starts = np.concatenate(([0], np.cumsum(steps)))
-        branches = np.empty(int(starts[-1]), dtype=np.int64)
-        for step, (entries, nodes) in enumerate(found):
-            branches[starts[entries] + step] = nodes
-        return np.repeat(np.arange(len(tip)), steps), branches, starts
+        entry, first = np.repeat(np.arange(len(tip)), steps), np.cumsum(steps) - steps
+        branches = np.empty(len(entry), dtype=np.int64)
+        for step, (walking, at) in enumerate(found):
+            branches[first[walking] + step] = at
+        values, own = self.tree.length[branches], sample[entry]
+        if weighted:
+            reads = np.concatenate(([0], np.cumsum(counts.data[order])))
+            first = np.searchsorted(keys, own * tips + self.tree.tip_start[branches])
+            depth = np.diff(reads[np.searchsorted(sample, np.arange(counts.shape[0] + 1))])
+            values *= (reads[entry + 1] - reads[first]) / depth[own]
+        starts = np.searchsorted(own, np.arange(counts.shape[0] + 1))
+        reached = csr_array((values, branches, starts), (counts.shape[0], len(self.up)))
+        reached.has_sorted_indices = reached.has_canonical_format = True
+        return reached
 
 
 class UniFrac:
@@ -133,10 +119,9 @@ class UniFrac:
     dense work is done in blocks of at most 64 MB. Row numbers are those of the table's samples.
 
     Attributes:
-        facts: what was left out, as counted facts.
-        sample_ids: the ids of the samples, in the order of the rows.
         tree: the sheared phylogeny.
         tip_of_column: ``(features,)`` int64, each feature's tip in it; -1 where it has none.
+        facts: what was left out, as counted facts.
     """
 
     def __init__(
@@ -162,19 +147,18 @@ class UniFrac:
             raise InputError(f"unknown UniFrac metric {metric!r}; choose {', '.join(METRICS)}")
         if not isinstance(tree, Phylogeny):
             tree = read_tree(tree)
-        self.metric = metric
-        self.sample_ids = tuple(table.sample_ids)
-        self.facts: list[DataFact] = []
+        self.metric, self.sample_ids = metric, tuple(table.sample_ids)
         self._counts = table.counts
-        tips = _match(table, tree)
-        missing = np.flatnonzero(tips < 0)
-        if len(missing):
-            self.facts.append(_missing_fact(table, tree, missing, drop_missing))
+        tips = match_names(table.feature_ids, tree.tip_names)
+        if (tips < 0).any():  # sequences may be written in lower case in the tree
+            lower = match_names(table.feature_ids, Texts.of(tree.tip_names).upper())
+            tips = np.where(tips < 0, lower, tips)
+        _check_features(table, tree, tips, drop_missing)
+        self.facts = _count_reads(table, tips)
         kept = np.zeros(len(tree.tip_names), dtype=bool)
         kept[tips[tips >= 0]] = True
         self.tree = tree.shear(kept)
         self.tip_of_column = np.where(tips >= 0, np.cumsum(kept)[tips] - 1, -1)
-        self._check_reads(table)
         self._walk = TreeWalk(self.tree)
 
     def __len__(self) -> int:
@@ -189,7 +173,7 @@ class UniFrac:
 
     def pairwise(self, rows: ArrayLike | None = None) -> NDArray[np.float64]:
         """``(n, n)`` float64 distances between some samples ``(n,)``, or all; 0 on the diagonal."""
-        reached = _compressed(self._branches(self._rows(rows)))
+        reached = self._branches(self._rows(rows), self.metric != "unweighted")
         count = reached.shape[0]
         distances = np.empty((count, count))
         for low, high in _blocks(count, reached.shape[1]):
@@ -203,13 +187,13 @@ class UniFrac:
     def cross(self, rows_a: ArrayLike, rows_b: ArrayLike) -> NDArray[np.float64]:
         """``(n, m)`` float64 distances from the samples ``rows_a`` ``(n,)`` to ``rows_b``."""
         a, b = self._rows(rows_a), self._rows(rows_b)
-        reached = _compressed(self._branches(np.concatenate((a, b))))
-        distances = np.empty((len(a), len(b)))
+        reached = self._branches(np.concatenate((a, b)), self.metric != "unweighted")
+        ours, theirs = reached[: len(a)], reached[len(a) :]
+        found = np.empty((len(a), len(b)))
         for low, high in _blocks(len(b), reached.shape[1]):
-            theirs = reached[len(a) + low : len(a) + high]
-            distances[:, low:high] = self._distances(reached[: len(a)], theirs)
-        distances[a[:, None] == b] = 0.0
-        return distances
+            found[:, low:high] = self._distances(ours, theirs[low:high])
+        found[a[:, None] == b] = 0.0
+        return found
 
     def faith_pd(self, rows: ArrayLike | None = None) -> NDArray[np.float64]:
         """``(n,)`` float64 Faith's phylogenetic diversity of some samples ``(n,)``, or all.
@@ -218,7 +202,7 @@ class UniFrac:
         """
         rows = self._rows(rows)
         parts = np.array_split(rows, len(rows) // _FAITH_ROWS + 1)
-        return np.concatenate([_sums(self._branches(part, weighted=False)) for part in parts])
+        return np.concatenate([_sums(self._branches(part, False)) for part in parts])
 
     def _rows(self, rows: ArrayLike | None) -> NDArray[np.int64]:
         numbers = np.arange(len(self)) if rows is None else np.asarray(rows, dtype=np.int64)
@@ -227,11 +211,6 @@ class UniFrac:
                 f"sample rows must be in 0..{len(self) - 1}, got {numbers.min()}..{numbers.max()}"
             )
         return numbers
-
-    def _branches(self, rows: NDArray[np.int64], weighted: bool | None = None) -> csr_array:
-        if weighted is None:
-            weighted = self.metric != "unweighted"
-        return self._walk.branches(self._counts[rows], self.tip_of_column, weighted)
 
     def _distances(self, a: csr_array, b: csr_array) -> NDArray[np.float64]:
         """``(n, m)`` distances by the branches of n and m samples; the m fit one dense block."""
@@ -247,64 +226,53 @@ class UniFrac:
         shared_part = np.divide(shared, whole, out=np.ones_like(whole), where=whole > 0)
         return np.maximum(1.0 - shared_part, 0.0)
 
-    def _check_reads(self, table: FeatureTable) -> None:
-        counts = table.counts
-        on_tree = np.diff(counts.indptr)
-        if self.facts:
-            for part in row_blocks(counts.indptr):
-                low, high = counts.indptr[part.start], counts.indptr[part.stop]
-                missing = self.tip_of_column[counts.indices[low:high]] < 0
-                rows = np.repeat(np.arange(part.start, part.stop), on_tree[part])
-                on_tree -= np.bincount(rows[missing], minlength=len(on_tree))
-        empty = np.flatnonzero(on_tree == 0)
-        if len(empty):
-            names = [table.sample_ids[row] for row in empty[:4]]
-            where = " on tips of the tree" if self.facts else ""
-            raise InputError(
-                f"{table.source}: {len(empty)} of {len(table.sample_ids)} samples have no "
-                f"reads{where} ({name_some(names)}); UniFrac is not defined for them: remove "
-                "them from the table"
-            )
+    def _branches(self, rows: NDArray[np.int64], weighted: bool) -> csr_array:
+        """The branches of some samples, without those of no sample where these are most."""
+        reached = self._walk.branches(self._counts[rows], self.tip_of_column, weighted)
+        if reached.shape[1] <= 4 * reached.nnz:
+            return reached
+        distinct, columns = np.unique(reached.indices, return_inverse=True)
+        return csr_array((reached.data, columns, reached.indptr), (len(rows), len(distinct)))
 
 
-def _match(table: FeatureTable, tree: Phylogeny) -> NDArray[np.int64]:
-    """``(features,)`` the tip of each feature; -1: none."""
-    tips = match_names(table.feature_ids, tree.tip_names)
-    missing = np.flatnonzero(tips < 0)
-    if len(missing):  # sequences may be written in lower case in the tree
-        wanted = Texts.of(table.feature_ids).take(missing)
-        tips[missing] = match_names(wanted, Texts.of(tree.tip_names).upper())
-    return tips
-
-
-def _missing_fact(
-    table: FeatureTable, tree: Phylogeny, missing: NDArray[np.int64], drop_missing: bool
-) -> DataFact:
-    """Features that are not in the tree, as an error or a fact."""
-    count = len(table.feature_ids)
-    names = [table.feature_ids[int(column)] for column in missing[:4]]
+def _check_features(
+    table: FeatureTable, tree: Phylogeny, tips: NDArray[np.int64], drop_missing: bool
+) -> None:
+    missing, count = np.flatnonzero(tips < 0), len(tips)
+    names = name_some([table.feature_ids[int(column)] for column in missing[:4]])
     if len(missing) == count:
         raise InputError(
             f"{tree.source}: none of the {count} features of {table.source} is a tip of the tree "
-            f"(features: {name_some(names)}; tips: {name_some(tree.tip_names)}); use the tree that "
-            "was made for this table"
+            f"(features: {names}; tips: {name_some(tree.tip_names)}); use the tree that was made "
+            "for this table"
         )
-    if not drop_missing:
+    if len(missing) and not drop_missing:
         raise InputError(
             f"{tree.source}: {len(missing)} of {count} features of {table.source} are not tips of "
-            f"the tree ({name_some(names)}); use a tree that holds them, or leave them out with "
+            f"the tree ({names}); use a tree that holds them, or leave them out with "
             "--drop-missing-tips"
         )
-    is_missing = np.zeros(count, dtype=bool)
-    is_missing[missing] = True
-    lost = table.counts.data[is_missing[table.counts.indices]].sum()
-    share = float(lost) / (float(table.counts.sum()) or 1.0)
-    return DataFact(
-        "features left out of UniFrac: not in the tree",
-        len(missing),
-        f"of {count}, {share:.2%} of the reads: {name_some(names)}",
-        "dropped",
-    )
+
+
+def _count_reads(table: FeatureTable, tips: NDArray[np.int64]) -> list[DataFact]:
+    """Features that are not in the tree as a fact; samples without reads on it are an error."""
+    counts, missing = table.counts, np.flatnonzero(tips < 0)
+    on_tree = (tips >= 0).astype(np.int64)
+    reads = np.concatenate([counts[part] @ on_tree for part in row_blocks(counts.indptr)])
+    empty = np.flatnonzero(reads == 0)
+    if len(empty):
+        names = name_some([table.sample_ids[row] for row in empty[:4]])
+        where = " on tips of the tree" if len(missing) else ""
+        raise InputError(
+            f"{table.source}: {len(empty)} of {len(reads)} samples have no reads{where} ({names}); "
+            "UniFrac is not defined for them: remove them from the table"
+        )
+    if not len(missing):
+        return []
+    names = name_some([table.feature_ids[int(column)] for column in missing[:4]])
+    detail = f"of {len(tips)}, {1 - reads.sum() / counts.sum():.2%} of the reads: {names}"
+    what = "features left out of UniFrac: not in the tree"
+    return [DataFact(what, len(missing), detail, "dropped")]
 
 
 def _blocks(samples: int, branches: int) -> Iterator[tuple[int, int]]:
@@ -312,14 +280,6 @@ def _blocks(samples: int, branches: int) -> Iterator[tuple[int, int]]:
     width = max(1, min(_BLOCK_SAMPLES, _BLOCK_BYTES // (8 * (branches + 1))))
     for low in range(0, samples, width):
         yield low, min(low + width, samples)
-
-
-def _compressed(reached: csr_array) -> csr_array:
-    """The same, without columns that no sample reaches where these are most of them."""
-    if reached.shape[1] <= 4 * reached.nnz:
-        return reached
-    distinct, columns = np.unique(reached.indices, return_inverse=True)
-    return csr_array((reached.data, columns, reached.indptr), (reached.shape[0], len(distinct)))
 
 
 def _sums(reached: csr_array) -> NDArray[np.float64]:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-import scipy.sparse
+from scipy.sparse import csr_array
 
 from aam.data import embedding
 from aam.data.clades import Clades, Grafts, split_tree
@@ -16,14 +16,6 @@ WIDE = 2**20
 """Numbers for the pendants among which hardly two fall on one place."""
 
 
-def shared(table, tree):
-    """``(n, n)`` length that samples share, by UniFrac: u = 1 - S / (PD + PD' - S)."""
-    unifrac = UniFrac(table, tree)
-    faith = unifrac.faith_pd(range(len(unifrac)))
-    apart = unifrac.pairwise()
-    return (1 - apart) * (faith[:, None] + faith) / (2 - apart), faith, apart
-
-
 def vectors_of(own, table, clades, grafted=None, dimensions=WIDE):
     if grafted is None:
         grafted = clades.graft(Grafts(*(np.empty(0, dtype=np.int64),) * 3), [])
@@ -31,54 +23,52 @@ def vectors_of(own, table, clades, grafted=None, dimensions=WIDE):
     return tuple(np.concatenate(part) for part in zip(*blocks, strict=True))
 
 
-def no_communities(clades):
-    return scipy.sparse.csr_array((0, len(clades.tree.tip_names)))
+def check_products(own, table, clades, grafted=None):
+    """S by UniFrac: u = 1 - S / (PD + PD' - S)."""
+    unifrac = UniFrac(table, clades.tree if grafted is None else grafted[0])
+    expected, apart = unifrac.faith_pd(), unifrac.pairwise()
+    vectors, faith = vectors_of(own, table, clades, grafted)
+    assert vectors.dtype == np.float32 and vectors.shape == (len(expected), WIDE)
+    np.testing.assert_allclose(faith, expected, rtol=1e-12)
+    shared = (1 - apart) * (expected[:, None] + expected) / (2 - apart)
+    np.testing.assert_allclose(vectors @ vectors.T, shared, rtol=1e-4, atol=1e-4)
+
+
+def fit(clades):
+    return Embedding.fit(clades, csr_array((0, len(clades.sequences))), 0)
 
 
 @pytest.fixture(scope="module")
 def small():
     generator = np.random.default_rng(0)
-    tree = parse(random_newick(generator, 60, plain=True))
-    known = generator.random(60) < 0.7
-    split = split_tree(tree, known)
-    return generator, split, Embedding.fit(split.clades, no_communities(split.clades), 0)
+    split = split_tree(parse(random_newick(generator, 60, plain=True)), generator.random(60) < 0.7)
+    return generator, split.clades, fit(split.clades)
 
 
-def test_products_of_all_directions_are_the_shared_lengths(small):
-    generator, split, own = small
-    clades = split.clades
+def test_products_of_all_directions_are_the_shared_lengths(small, tmp_path):
+    generator, clades, own = small
     count = ((clades.tree.tip_stop - clades.tree.tip_start > 1) & (clades.tree.length > 0)).sum()
     assert own.directions.shape == (count, count) and own.most == 2 * count
     np.testing.assert_allclose(own.directions @ own.directions.T, np.eye(count), atol=1e-5)
-    table = random_table(generator, 12, list(clades.sequences))
-    vectors, faith = vectors_of(own, table, clades)
-    expected, true_faith, _ = shared(table, clades.tree)
-    assert vectors.dtype == np.float32 and vectors.shape == (12, WIDE)
-    np.testing.assert_allclose(faith, true_faith, rtol=1e-12)
-    np.testing.assert_allclose(vectors @ vectors.T, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_new_asvs_are_embedded_by_the_tree_that_they_were_grafted_on(small):
-    """Places on whole branches only: there the products stay exact."""
-    generator, split, own = small
-    clades = split.clades
+    check_products(own, random_table(generator, 12, list(clades.sequences)), clades)
+    # New ASVs that are grafted on whole branches: there the products stay exact.
     node = generator.integers(0, len(clades.tree), 9)
     grafts = Grafts(node, clades.tree.length[node], generator.random(9))
     names = [f"x{i}" for i in range(9)]
-    grown = clades.graft(grafts, names)
     table = random_table(generator, 12, [*clades.sequences, *names])
-    vectors, faith = vectors_of(own, table, clades, grown)
-    expected, true_faith, _ = shared(table, grown[0])
-    np.testing.assert_allclose(faith, true_faith, rtol=1e-12)
-    np.testing.assert_allclose(vectors @ vectors.T, expected, rtol=1e-4, atol=1e-4)
+    check_products(own, table, clades, clades.graft(grafts, names))
+    # Directions are a function of their arguments and come back from a file.
+    assert np.array_equal(fit(clades).directions, own.directions)
+    np.savez(tmp_path / "model.npz", **own.to_arrays())
+    with np.load(tmp_path / "model.npz") as arrays:
+        assert np.array_equal(Embedding.from_arrays(arrays).directions, own.directions)
 
 
 def test_a_part_of_a_pendant_that_a_new_asv_shares_counts_as_what_it_is():
     clades = Clades(parse("((a:4,b:1):2,c:3);"))
-    own = Embedding.fit(clades, no_communities(clades), 0)
     grown = clades.graft(Grafts(np.array([0]), np.array([3.0]), np.array([0.5])), ["x"])
     table = make_table(np.eye(4, dtype=int), ["a", "b", "c", "x"])
-    vectors, faith = vectors_of(own, table, clades, grown)
+    vectors, faith = vectors_of(fit(clades), table, clades, grown)
     assert faith.tolist() == [6, 3, 3, 5.5]
     expected = np.array([[6, 2, 0, 5], [2, 3, 0, 2], [0, 0, 3, 0], [5, 2, 0, 2 + 9 / 4 + 0.5]])
     np.testing.assert_allclose(vectors @ vectors.T, expected, atol=1e-5)
@@ -86,72 +76,45 @@ def test_a_part_of_a_pendant_that_a_new_asv_shares_counts_as_what_it_is():
 
 @pytest.mark.parametrize("dimensions", [1, 2, 7, "most"])
 def test_any_number_of_dimensions(small, dimensions):
-    generator, split, own = small
+    generator, clades, own = small
     dimensions = own.most if dimensions == "most" else dimensions
-    table = random_table(generator, 5, list(split.clades.sequences))
-    vectors, faith = vectors_of(own, table, split.clades, dimensions=dimensions)
+    table = random_table(generator, 5, list(clades.sequences))
+    vectors, faith = vectors_of(own, table, clades, dimensions=dimensions)
     assert vectors.shape == (5, dimensions) and np.isfinite(vectors).all() and len(faith) == 5
     # Half are the first directions, whatever comes after.
-    whole, _ = vectors_of(own, table, split.clades)
-    half = dimensions // 2
+    whole, half = vectors_of(own, table, clades)[0], dimensions // 2
     np.testing.assert_allclose(vectors[:, :half], whole[:, :half], atol=1e-5)
 
 
-def test_blocks_of_samples_change_nothing(small, monkeypatch):
-    generator, split, own = small
-    table = random_table(generator, 23, list(split.clades.sequences))
-    whole, faith = vectors_of(own, table, split.clades, dimensions=16)
-    monkeypatch.setattr(embedding, "_ROWS", 4)
-    parts, own_faith = vectors_of(own, table, split.clades, dimensions=16)
-    np.testing.assert_allclose(parts, whole, atol=1e-6)
-    assert np.array_equal(own_faith, faith)
-
-
-def test_features_in_another_order_and_others_than_the_tree_has_change_nothing(small):
-    generator, split, own = small
-    table = random_table(generator, 6, list(split.clades.sequences))
-    whole, faith = vectors_of(own, table, split.clades, dimensions=20)
+def test_blocks_the_order_of_features_and_features_of_no_tree_change_nothing(small, monkeypatch):
+    generator, clades, own = small
+    table = random_table(generator, 23, list(clades.sequences))
+    whole, faith = vectors_of(own, table, clades, dimensions=20)
     order = generator.permutation(len(table.feature_ids))
     counts = np.pad(table.counts.toarray()[:, order], ((0, 0), (0, 1)), constant_values=3)
     names = [*(table.feature_ids[at] for at in order), "foreign"]
-    again, own_faith = vectors_of(own, make_table(counts, names), split.clades, dimensions=20)
+    monkeypatch.setattr(embedding, "_ROWS", 4)
+    again, own_faith = vectors_of(own, make_table(counts, names), clades, dimensions=20)
     np.testing.assert_allclose(again, whole, atol=1e-6)
     assert np.array_equal(own_faith, faith)
-
-
-def test_directions_are_a_function_of_their_arguments_and_come_back_from_a_file(small, tmp_path):
-    _, split, own = small
-    again = Embedding.fit(split.clades, no_communities(split.clades), 0)
-    assert np.array_equal(again.directions, own.directions)
-    np.savez(tmp_path / "model.npz", **own.to_arrays())
-    with np.load(tmp_path / "model.npz") as arrays:
-        assert np.array_equal(Embedding.from_arrays(arrays).directions, own.directions)
 
 
 @pytest.mark.parametrize("text", ["(a:1,b:2,c:3);", "(a:1,(b:2,c:3):0);"])
 def test_a_tree_without_inner_branches_has_only_pendants(text):
     clades = Clades(parse(text))
-    own = Embedding.fit(clades, no_communities(clades), 0)
     table = make_table([[1, 0, 0], [1, 1, 0], [0, 1, 1]], list(clades.sequences))
-    vectors, faith = vectors_of(own, table, clades)
+    vectors, faith = vectors_of(fit(clades), table, clades)
     np.testing.assert_allclose(vectors @ vectors.T, [[1, 1, 0], [1, 3, 2], [0, 2, 5]], atol=1e-5)
     assert faith.tolist() == [1, 3, 5]
-
-
-def tanimoto(vectors, faith):
-    product = vectors @ vectors.T
-    return 1 - product / (faith[:, None] + faith - product)
 
 
 def test_the_tanimoto_distance_of_short_vectors_follows_unifrac(community):
     table, tree = read_table(community.table), read_tree(community.tree)
     unifrac = UniFrac(table, tree)
     clades = Clades(unifrac.tree)
-    place = {name: tip for tip, name in enumerate(clades.sequences)}
-    order = np.argsort([place[name] for name in table.feature_ids])
-    own = Embedding.fit(clades, scipy.sparse.csr_array(table.counts[:, order]), 0)
-    pairs = np.triu_indices(len(table.sample_ids), 1)
-    expected = unifrac.pairwise()[pairs]
+    own = Embedding.fit(clades, table.counts[:, np.argsort(unifrac.tip_of_column)], 0)
     vectors, faith = vectors_of(own, table, clades, dimensions=own.most)
-    found = tanimoto(vectors, faith)[pairs]
-    assert np.corrcoef(found, expected)[0, 1] > 0.95
+    product = vectors @ vectors.T
+    found = 1 - product / (faith[:, None] + faith - product)
+    pairs = np.triu_indices(len(table.sample_ids), 1)
+    assert np.corrcoef(found[pairs], unifrac.pairwise()[pairs])[0, 1] > 0.95

@@ -9,11 +9,10 @@ from scipy.spatial.distance import pdist, squareform
 from aam.data.metadata import read_metadata
 from aam.data.simulate import DIAGNOSES, SITES, simulate_community
 from aam.data.table import read_table
-from aam.data.tree import read_tree
 from aam.data.unifrac import UniFrac
 from aam.errors import InputError
 
-TINY = {"samples": 24, "asvs": 60, "asvs_per_sample": 12}
+TINY = {"samples": 24, "asvs": 60, "asvs_per_sample": 12, "sequence_length": 40, "visits": 2}
 
 
 class Study:
@@ -24,16 +23,15 @@ class Study:
         files = simulate_community(folder)
         self.seconds = time.process_time() - start
         self.table = read_table(files.table)
-        self.tree = read_tree(files.tree)
         self.metadata = read_metadata(files.metadata).select(self.table.sample_ids)
         self.present = self.table.counts.toarray() > 0
-        self.unifrac = UniFrac(self.table, self.tree)
-        self.pairs = np.triu_indices(len(self.unifrac), 1)
+        self.unifrac = UniFrac(self.table, files.tree)
+        self.pairs = np.triu_indices(240, 1)
         self.distances = self.unifrac.pairwise()[self.pairs]
         self.age = self.metadata.numeric("age")
-        self.diagnosis = np.array(self.metadata.text("diagnosis"))
-        self.subject = np.array(self.metadata.text("subject"))
-        self.site = np.array(self.metadata.text("site"))
+        self.diagnosis, self.subject, self.site = (
+            np.array(self.metadata.text(column)) for column in ("diagnosis", "subject", "site")
+        )
 
 
 @pytest.fixture(scope="module")
@@ -41,32 +39,21 @@ def study(tmp_path_factory):
     return Study(tmp_path_factory.mktemp("study"))
 
 
-def content(files):
-    table = read_table(files.table)
-    text = (files.tree.read_text(), files.metadata.read_text())
-    return (table.sample_ids, table.feature_ids, table.counts.toarray().tolist(), *text)
-
-
-def test_a_seed_gives_the_same_study_and_another_one_another(tmp_path):
-    first = content(simulate_community(tmp_path / "a", seed=3, **TINY))
-    assert content(simulate_community(tmp_path / "b", seed=3, **TINY)) == first
-    other = content(simulate_community(tmp_path / "c", seed=4, **TINY))
-    assert all(one != two for one, two in zip(first[1:], other[1:], strict=True))
-
-
-def test_a_tiny_study_takes_half_a_second_and_has_every_class(tmp_path):
-    import biom  # noqa: F401  (the time counts from after the imports)
-
-    start = time.process_time()
-    files = simulate_community(tmp_path, sequence_length=40, visits=2, **TINY)
-    assert time.process_time() - start < 0.5  # measured 0.01 to 0.07 s
-    table, metadata = read_table(files.table), read_metadata(files.metadata)
-    assert len(table.sample_ids) == 24
-    assert {len(name) for name in table.feature_ids} == {40}
-    assert set(metadata.text("diagnosis")) == set(DIAGNOSES)
-    assert set(metadata.text("site")) == set(SITES)
-    assert len(set(metadata.text("subject"))) == 12
-    assert UniFrac(table, files.tree).facts == []
+def test_a_seed_gives_the_same_tiny_study_with_every_class_and_another_one_another(tmp_path):
+    studies = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        files = simulate_community(tmp_path / name, seed=seed, **TINY)
+        table, metadata = read_table(files.table), read_metadata(files.metadata)
+        assert len(table.sample_ids) == 24 and {len(one) for one in table.feature_ids} == {40}
+        assert set(metadata.text("diagnosis")) == set(DIAGNOSES)
+        assert set(metadata.text("site")) == set(SITES)
+        assert len(set(metadata.text("subject"))) == 12
+        assert UniFrac(table, files.tree).facts == []
+        text = files.tree.read_text(), files.metadata.read_text()
+        studies.append((table.feature_ids, table.counts.toarray().tolist(), *text))
+    first, same, other = studies
+    assert first == same
+    assert all(one != two for one, two in zip(first, other, strict=True))
 
 
 def test_sizes_are_those_of_a_small_study(study):
@@ -82,7 +69,7 @@ def test_sizes_are_those_of_a_small_study(study):
     assert study.age.mean() - 1.5 * study.age.std() > 15  # years of grown people
 
 
-def test_asvs_are_distinct_and_neither_constant_nor_random(study):
+def test_asvs_are_distinct_and_tell_where_they_are_in_the_tree(study):
     sequences = study.table.feature_ids
     assert len(set(sequences)) == len(sequences)
     bases = np.array([list(one) for one in sequences])
@@ -90,22 +77,16 @@ def test_asvs_are_distinct_and_neither_constant_nor_random(study):
     assert 0.7 < commonest.mean() < 0.87  # ibd: 0.79 to 0.81
     assert (commonest > 0.97).mean() > 0.15 and (commonest < 0.6).mean() > 0.1
     codes = np.searchsorted(["A", "C", "G", "T"], bases)
-    different = squareform(pdist(codes, "hamming")) + np.eye(len(codes))
-    assert 0.01 <= np.median(different.min(axis=1)) < 0.06  # one to five of 100 nucleotides
+    different = squareform(pdist(codes, "hamming"))
+    nearest = (different + np.eye(len(codes))).min(axis=1)
+    assert 0.01 <= np.median(nearest) < 0.06  # one to five of 100 nucleotides
     assert different.mean() > 0.2
-
-
-def test_sequences_tell_where_an_asv_is_in_the_tree(study):
-    """Hamming distance follows the path between two tips: the phylogeny can be learned."""
-    tree = study.unifrac.tree
-    tips = np.arange(0, len(tree.tip_names), 6)
+    # Hamming distance follows the path between two tips: the phylogeny can be learned.
+    tree, tips = study.unifrac.tree, study.unifrac.tip_of_column
     above = (tree.tip_start[:, None] <= tips) & (tips < tree.tip_stop[:, None])
-    depth = tree.length @ above
-    shared = above.T @ (tree.length[:, None] * above)
-    path = depth[:, None] + depth - 2 * shared
-    codes = np.array([[ord(base) for base in tree.tip_names[tip]] for tip in tips])
-    pairs = np.triu_indices(len(tips), 1)
-    assert np.corrcoef(path[pairs], pdist(codes, "hamming"))[0, 1] > 0.6  # measured 0.72; ibd: 0.34
+    depth, shared = tree.length @ above, above.T @ (tree.length[:, None] * above)
+    path, pairs = depth[:, None] + depth - 2 * shared, np.triu_indices(len(tips), 1)
+    assert np.corrcoef(path[pairs], different[pairs])[0, 1] > 0.6  # measured 0.72; ibd: 0.34
 
 
 def test_distances_are_like_those_of_real_data_and_not_only_shared_asvs(study):
@@ -120,9 +101,6 @@ def test_distances_are_like_those_of_real_data_and_not_only_shared_asvs(study):
     batches = [study.present[generator.choice(240, 8, replace=False)] for _ in range(50)]
     share = np.mean([batch.any(axis=0).sum() / batch.sum() for batch in batches])
     assert 0.42 < share < 0.62  # ibd: 0.53, oral: 0.44
-
-
-def test_subjects_diagnoses_and_ages_show_in_the_distances(study):
     first, second = study.pairs
     for same, least in (
         (study.subject[first] == study.subject[second], 1.5),
@@ -145,10 +123,9 @@ def test_a_random_forest_learns_the_metadata_of_new_subjects_but_not_all_of_it(s
     r2 = 1 - residual.var() / study.age.var()
     assert 0.4 < r2 < 0.8  # measured 0.53 to 0.67 over seeds
     # The site shifts the age that a community stands for: knowing it must help much.
-    offsets = np.zeros(len(residual))
     for site in SITES:
-        offsets[study.site == site] = residual[study.site == site].mean()
-    assert 1 - (residual - offsets).var() / study.age.var() > r2 + 0.1
+        residual[study.site == site] -= residual[study.site == site].mean()
+    assert 1 - residual.var() / study.age.var() > r2 + 0.1
     forest = RandomForestClassifier(class_weight="balanced", **trees)
     correct = cross_val_predict(forest, present, study.diagnosis, **options) == study.diagnosis
     majority = max((study.diagnosis == one).mean() for one in DIAGNOSES)
@@ -159,13 +136,10 @@ def test_a_random_forest_learns_the_metadata_of_new_subjects_but_not_all_of_it(s
 @pytest.mark.parametrize(
     "sizes", [{"samples": 1}, {"asvs": 50}, {"sequence_length": 5}, {"visits": 0}]
 )
-def test_sizes_that_make_no_study(tmp_path, sizes):
+def test_sizes_that_make_no_study_and_folders_that_cannot_be_made(tmp_path, sizes):
     with pytest.raises(InputError, match="a simulated study needs"):
         simulate_community(tmp_path / "study", **sizes)
     assert not (tmp_path / "study").exists()
-
-
-def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write the simulated community"):
         simulate_community(tmp_path / "file" / "study", **TINY)

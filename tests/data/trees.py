@@ -1,4 +1,4 @@
-"""Random trees, and what walks from their tips say: references for `aam.data.clades`."""
+"""Random trees and tables, and what walks from tips say: references for trees, UniFrac, clades."""
 
 import numpy as np
 import scipy.sparse
@@ -28,7 +28,7 @@ def random_newick(generator, tips, *, plain=False):
 
     def length():
         choices = [generator.random() + 0.01] if plain else [0.0, 1e-6, *generator.random(4)]
-        return f":{generator.choice(choices)!r}".replace("np.float64(", "").replace(")", "")
+        return f":{float(generator.choice(choices))!r}"
 
     nodes = [f"t{tip}{length()}" for tip in range(tips)]
     while len(nodes) > 1:
@@ -79,12 +79,11 @@ def check_ranges(tree):
         assert below == set(range(tree.tip_start[node], tree.tip_stop[node]))
 
 
-def make_table(counts, features, source="table.biom"):
+def make_table(counts, features, samples=None):
     counts = scipy.sparse.csr_array(np.asarray(counts, dtype=np.int64))
     counts.eliminate_zeros()
-    return FeatureTable(
-        tuple(f"s{row}" for row in range(counts.shape[0])), tuple(features), counts, source
-    )
+    samples = samples or [f"s{row}" for row in range(counts.shape[0])]
+    return FeatureTable(tuple(samples), tuple(features), counts, "table.biom")
 
 
 def random_table(generator, samples, features, share=0.3):
