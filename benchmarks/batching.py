@@ -90,7 +90,7 @@ def samples_of(folder: str, name: str, token_limit: int) -> tuple[SampleDataset,
     """Samples and their Jaccard distances."""
     table = read(folder, name)
     dataset = SampleDataset(table, token_limit=token_limit)
-    return dataset, TableDistances.of(table, "jaccard")
+    return dataset, TableDistances(table, "jaccard")
 
 
 class Case:

@@ -70,7 +70,7 @@ class Problem:
     @cached_property
     def distances(self) -> TableDistances:
         """Those of `--distance jaccard`."""
-        return TableDistances.of(self.table, "jaccard")
+        return TableDistances(self.table, "jaccard")
 
     @cached_property
     def batches(self) -> list[np.ndarray]:

@@ -205,7 +205,7 @@ def prepare(
     dim, heads, layers = model
     shape = EncoderShape(embedding_dim=dim, num_heads=heads, num_layers=layers, max_bp=max_bp)
     encoder = AsvEncoder(shape, impl=impl, recompute=recompute)
-    objective = pair_objective(encoder, TableDistances.of(read, "jaccard"))
+    objective = pair_objective(encoder, TableDistances(read, "jaccard"))
     return dataset, objective.to(device).train()
 
 

@@ -42,7 +42,7 @@ def attach_distances(
             "give one of --tree, --unifrac-matrix and --distance: what samples are compared by"
         )
     if options.distance is not None:
-        return TableDistances.of(samples.table, options.distance)
+        return TableDistances(samples.table, options.distance)
     if options.tree is not None:
         tree = read_tree(options.tree, sequences=table_options.sequences)
         return attach_tree(samples, tree, options.drop_missing_tips)

@@ -38,13 +38,11 @@ def read_distances(
     """Read a square matrix of distances and check it.
 
     Args:
-        path: ``.h5``, ``.tsv``, ``.txt``, ``.qza`` or ``.npy``.
-        sample_ids: the samples wanted, in this order; others in the file are not used. None:
-            all of the file, in its order.
-        ids_file: text file, one sample id a line in the order of the rows; for ``.npy`` alone,
-            which holds none.
+        path: the file.
+        sample_ids: the samples wanted, in this order; None: all of the file, in its order.
+        ids_file: one sample id a line in the order of the rows, for ``.npy`` alone.
         allow_missing: leave out samples that are not in the file (counted in ``facts``) instead
-            of raising; ``sample_ids`` of the result are those that were found.
+            of raising.
         table_source: the table's file, for messages.
 
     Raises:

@@ -100,18 +100,19 @@ class Neighbours:
         # Of very many sequences a quarter of the words, drawn by a hash, finds candidates too.
         code = np.arange(_CODES + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         self._indexed = (code >> np.uint64(62) == 0) | (len(self.bases) <= MOST_INDEXED_WHOLE)
-        words, counts = [], []
+        blocks, counts = [], []
         for low in range(0, len(self.bases), _BLOCK_SEQUENCES):
             block = np.sort(_words(self.bases[low : low + _BLOCK_SEQUENCES]), axis=1)
             is_first = (block < _CODES) & self._indexed[block]
             is_first[:, 1:] &= block[:, 1:] != block[:, :-1]
-            words.append(block[is_first])
+            blocks.append(block[is_first])
             counts.append(is_first.sum(axis=1))
-        stops = np.cumsum(np.concatenate(counts))
-        held = np.ones(stops[-1], dtype=bool), np.concatenate(words), np.append(0, stops)
-        by_word = csr_array(held, shape=(len(self.bases), _CODES)).tocsc()
+        held, words = np.concatenate(counts), np.concatenate(blocks)
+        blocks.clear()
+        starts, ones = np.append(0, np.cumsum(held)), np.ones(len(words), dtype=bool)
+        by_word = csr_array((ones, words, starts), shape=(len(held), _CODES)).tocsc()
         self._holders, self._starts = by_word.indices, by_word.indptr
-        self._words = np.maximum(np.diff(stops, prepend=0), 1).astype(np.float32)
+        self._words = np.maximum(held, 1).astype(np.float32)
 
     def __len__(self) -> int:
         """Number of known sequences."""

@@ -69,12 +69,12 @@ class Law:
 
     @classmethod
     def fit(cls, clades: Clades, neighbours: Neighbours, *, seed: int = 0) -> Law:
-        """Take known sequences out of the tree, one by one, and place them.
+        """Take known sequences out of the tree, one by one, and find them by their neighbours.
 
         Args:
             clades: the tree.
             neighbours: index of its tips, in their order.
-            seed: of the choice of tips that are taken out, where there are more than 3,000.
+            seed: of the choice of ``CALIBRATED`` tips, where there are more.
         """
         tree, tip_nodes = clades.tree, clades.tree.tip_nodes
         tips = np.arange(len(tip_nodes))
@@ -112,9 +112,7 @@ class Law:
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """``(n,)`` own lengths and ``(n,)`` heights above the neighbours' mean depth.
 
-        Args:
-            found: the neighbours of n sequences.
-            pendant: ``(n, NEAREST)`` length that each neighbour has for itself.
+        Of n sequences whose neighbours have lengths ``(n, NEAREST)`` for themselves.
         """
         terms = _terms(found, pendant, self.farthest) - self.centre
         own, rise = (self.levels + terms @ self.slopes.T).T
@@ -172,7 +170,7 @@ class Placement:
 
         Args:
             near: neighbours of n sequences.
-            lowest: ``(n,)`` the smallest clade decoded for each; -1: none.
+            lowest: ``(n,)`` the smallest clade that was decoded for each; -1: none.
             sure: ``(n, columns)`` probability of each clade.
             column: ``(clades,)`` where in `sure` a clade stands, -1: it has no chance; None: all
                 clades stand there in order.
@@ -224,18 +222,11 @@ def _upwards(tree: Phylogeny, tip: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _step_of(distance: NDArray[np.float64]) -> NDArray[np.int64]:
-    """``(n,)`` step of G(h) for distances ``(n,)``."""
     return np.searchsorted(STEPS, distance, side="right") - 1
 
 
 def _terms(found: Found, pendant: NDArray[np.float64], farthest: float) -> NDArray[np.float64]:
-    """``(n, 5)`` what own lengths and heights are regressed on.
-
-    Args:
-        found: the neighbours.
-        pendant: ``(n, NEAREST)`` length that each has for itself.
-        farthest: distances beyond it count as it.
-    """
+    """``(n, 5)`` what own lengths and heights are regressed on; the arguments are `predict`'s."""
     present = found.index[:, :NEAREST] >= 0
     count = np.maximum(present.sum(axis=1), 1)
     distance = np.sqrt(np.minimum(found.distance[:, 0], farthest))

@@ -107,22 +107,11 @@ _METRICS: dict[str, Callable[..., NDArray[np.float64]]] = {
 
 @dataclass(frozen=True, eq=False)
 class TableDistances:
-    """Distances between the samples of a table, computed for the rows that are asked for.
+    """Distances between the samples of a table, computed for the rows that are asked for."""
 
-    Attributes:
-        sample_ids: the samples that the rows number.
-        counts: ``(samples, features)`` reads.
-        metric: ``jaccard``, ``bray-curtis`` or ``aitchison``.
-    """
-
-    sample_ids: Sequence[str]
-    counts: csr_array
+    table: FeatureTable
     metric: str
-
-    @classmethod
-    def of(cls, table: FeatureTable, metric: str) -> TableDistances:
-        """Distances of a table's samples."""
-        return cls(table.sample_ids, table.counts, metric)
+    """``jaccard``, ``bray-curtis`` or ``aitchison``."""
 
     def pairwise(self, rows: ArrayLike) -> NDArray[np.float64]:
         """``(n, n)`` distances between the samples ``rows`` ``(n,)``, 0 on the diagonal."""
@@ -131,7 +120,7 @@ class TableDistances:
     def cross(self, rows_a: ArrayLike, rows_b: ArrayLike) -> NDArray[np.float64]:
         """``(n, m)`` distances from the samples ``rows_a`` ``(n,)`` to ``rows_b`` ``(m,)``."""
         a, b = np.asarray(rows_a, dtype=np.int64), np.asarray(rows_b, dtype=np.int64)
-        found = _METRICS[self.metric](self.counts[a], self.counts[b])
+        found = _METRICS[self.metric](self.table.counts[a], self.table.counts[b])
         found[a[:, None] == b] = 0.0
         return found
 

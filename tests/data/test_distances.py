@@ -36,7 +36,7 @@ def test_distances_are_those_of_scipy_and_skbio(metric):
     table = random_table(np.random.default_rng(0), 150, [f"f{i}" for i in range(80)])
     table.counts.data[::7] *= 1000  # depths and abundances of very different size
     expected = reference(table.counts.toarray().astype(float), metric)
-    found = TableDistances.of(table, metric)
+    found = TableDistances(table, metric)
     np.testing.assert_allclose(found.pairwise(np.arange(150)), expected, atol=1e-9)
     a, b = np.array([3, 3, 129, 0]), np.array([129, 5, 3])
     np.testing.assert_allclose(found.cross(a, b), expected[np.ix_(a, b)], atol=1e-9)
@@ -46,9 +46,9 @@ def test_distances_are_those_of_scipy_and_skbio(metric):
 @pytest.mark.parametrize("metric", METRICS)
 def test_identical_and_unlike_samples_and_features_of_none(metric):
     counts = np.array([[3, 5, 0, 0], [3, 5, 0, 0], [0, 0, 1, 9], [30, 50, 0, 0]])
-    found = TableDistances.of(make_table(counts, "ACGT"), metric).pairwise(range(4))
+    found = TableDistances(make_table(counts, "ACGT"), metric).pairwise(range(4))
     wide = make_table(np.pad(counts, ((0, 0), (0, 4))), "ACGTacgt")
-    wider = TableDistances.of(wide, metric).pairwise(range(4))
+    wider = TableDistances(wide, metric).pairwise(range(4))
     assert found[0, 1] == pytest.approx(0, abs=1e-6) and (np.diag(found) == 0).all()
     if metric == "aitchison":  # of reads + 1: depth and features that no sample has are seen
         assert found[0, 3] > 1 and wider[0, 2] != pytest.approx(found[0, 2])
