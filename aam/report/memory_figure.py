@@ -10,6 +10,7 @@ import pandas as pd
 
 from aam.report.drawing import (
     MUTED,
+    PAPER,
     SERIES,
     Figure,
     new_axes,
@@ -17,7 +18,7 @@ from aam.report.drawing import (
     style,
     svg_element,
     svg_file,
-)  # fmt: skip
+)
 from aam.report.results import number
 from aam.report.run_files import read_table
 
@@ -59,13 +60,12 @@ def plot_bars(axes: Any, title: str, bars: pd.DataFrame) -> str:
     """Horizontal bars, their parts beside one another and their sum behind them, also in words."""
     totals = bars.sum(axis=1)
     unit, scale = next((unit for unit in UNITS.items() if totals.max() >= unit[1]), ("B", 1.0))
-    ends = (bars / scale).cumsum(axis=1)
-    places = range(len(bars))
+    places, left = range(len(bars)), 0.0
     for part, colour in zip(bars, SERIES, strict=False):
         width = bars[part] / scale
-        axes.barh(places, width, left=ends[part] - width, color=colour, linewidth=0, label=part)
-    for place, total in enumerate(totals / scale):
-        axes.text(total, place, f" {number(total)}", va="center", fontsize=8, color=MUTED)
+        drawn = axes.barh(places, width, left=left, color=colour, linewidth=0, label=part)
+        left = left + width
+    axes.bar_label(drawn, map(number, totals / scale), padding=4, fontsize=8, color=MUTED)
     axes.set_yticks(places, [short(label, 36) for label in bars.index])
     axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.margins(x=0.16)
@@ -92,4 +92,5 @@ def main() -> None:
         )[:, 0]
         for one, (title, bars) in zip(axes, found.items(), strict=True):
             plot_bars(one, title, bars)
+        axes[0].figure.set_facecolor(PAPER)
         sys.stdout.buffer.write(svg_file(axes[0].figure).encode())
