@@ -31,21 +31,10 @@ from aam.learning import distributed
 
 METRIC_COLUMNS = ("step", "epoch", "part", "metric", "value")
 RUN_FILES = (
-    CONFIG_FILE,
-    MODEL_FILE,
-    CHECKPOINTS,
-    "metrics.csv",
-    "tensorboard",
-    "train_ids.txt",
-    "validation_ids.txt",
-    "predictions.tsv",
-    "embeddings.tsv",
-    "distances.tsv",
-    "memory.tsv",
-    "memory.svg",
-    "summary.json",
-    "report.html",
-)
+    CONFIG_FILE, MODEL_FILE, CHECKPOINTS, "metrics.csv", "tensorboard", "train_ids.txt",
+    "validation_ids.txt", "predictions.tsv", "embeddings.tsv", "distances.tsv", "placements.tsv",
+    "memory.tsv", "memory.svg", "summary.json", "report.html",
+)  # fmt: skip
 FLUSH_SECONDS = 2.0
 
 
@@ -67,7 +56,6 @@ class Run:
         self.source = None if keep_steps is None else options.resume_from
         self.writes = distributed.is_rank_zero()
         self.checkpoint_seconds = 60 * options.checkpoint_minutes
-        self._started = time.monotonic()
         self._pending: list[tuple[Any, ...]] = []
         self._flushed = time.monotonic()
         self._metrics = self.path / "metrics.csv"
@@ -96,16 +84,16 @@ class Run:
             )
 
     def take_over_metrics(self, last_step: int, last_validation: int) -> None:
-        """Begin metrics.csv with those of the run that is continued.
-
-        Args:
-            last_step: training steps beyond it are left out.
-            last_validation: validations beyond it are left out.
-        """
+        """Begin metrics.csv with those of the continued run, up to a step and a validation."""
         assert self.source is not None
-        if not self.writes:
+        path = resume_folder(self.source) / "metrics.csv"
+        if not self.writes or not path.is_file():
             return
-        self._write_metrics(read_metrics(resume_folder(self.source), last_step, last_validation))
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file))[1:]
+        complete = [row for row in rows if len(row) == len(METRIC_COLUMNS) and row[0].isdigit()]
+        last = {"validation": last_validation}
+        self._write_metrics([row for row in complete if int(row[0]) <= last.get(row[2], last_step)])
 
     def _write_metrics(self, rows: list[list[str]]) -> None:
         text = io.StringIO()
@@ -113,11 +101,6 @@ class Run:
         writer.writerow(METRIC_COLUMNS)
         writer.writerows(rows)
         write_text(self._metrics, text.getvalue())
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since the run was opened."""
-        return time.monotonic() - self._started
 
     def log(self, step: int, epoch: int, part: str, values: Mapping[str, float | None]) -> None:
         """Add metrics of a step; undefined ones (None, NaN) are left out."""
@@ -161,15 +144,11 @@ class Run:
             folder = self.path / "tensorboard"
             raise InputError(f"{folder}: cannot be written ({error.strerror})") from error
 
-    def write_ids(self, name: str, ids: tuple[str, ...]) -> None:
-        """Write sample ids, one a line."""
-        if self.writes:
-            write_text(self.path / name, "".join(f"{one}\n" for one in ids))
-
     def write_split(self, parts: Split) -> None:
-        """Write the ids of each part."""
-        self.write_ids("train_ids.txt", parts.train)
-        self.write_ids("validation_ids.txt", parts.validation)
+        """Write the ids of each part, one a line."""
+        for name, ids in (("train", parts.train), ("validation", parts.validation)):
+            if self.writes:
+                write_text(self.path / f"{name}_ids.txt", "".join(f"{one}\n" for one in ids))
 
     def write_table(self, name: str, header: list[str], rows: Any) -> None:
         """Write a tab-separated table."""
@@ -180,18 +159,6 @@ class Run:
         """Write summary.json."""
         if self.writes:
             write_text(self.path / "summary.json", json_text(summary))
-
-
-def read_metrics(run: Path, last_step: int, last_validation: int) -> list[list[str]]:
-    """Rows of a run's metrics.csv up to a training step and a validation."""
-    path = run / "metrics.csv"
-    if not path.is_file():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.reader(file))[1:]
-    complete = [row for row in rows if len(row) == len(METRIC_COLUMNS) and row[0].isdigit()]
-    last = {"train": last_step, "validation": last_validation}
-    return [row for row in complete if int(row[0]) <= last.get(row[2], last_step)]
 
 
 def remove_run(path: Path) -> None:
@@ -206,9 +173,7 @@ def remove_run(path: Path) -> None:
 
 def remove_leftovers(path: Path) -> None:
     """Delete what a process that was killed while it wrote has left in a run's folder."""
-    names = (*RUN_FILES, f"{CHECKPOINTS}/*.pt")
-    for name in names:
-        folder, last = (path / name).parent, Path(name).name
-        for one in folder.glob(f".{last}.*"):
+    for name in (*RUN_FILES, f"{CHECKPOINTS}/*.pt"):
+        for one in (path / name).parent.glob(f".{Path(name).name}.*"):
             if one.is_file():
                 one.unlink(missing_ok=True)
