@@ -165,9 +165,7 @@ def parse(name: str, argv: Sequence[str]) -> Any:
     kind, given = CONFIGS[name], read_argv(name, argv)
     if given.get("resume_from") == AUTO:
         settle_resume(given)
-    saved: dict[str, Any] = {}
-    if "resume_from" in given:
-        saved = saved_options(kind, Path(given["resume_from"]))
+    saved = saved_options(kind, Path(given["resume_from"])) if "resume_from" in given else {}
     if "config" in given:
         saved |= read_toml(Path(given["config"]), kind)
     options = from_dict(kind, {**saved, **given}, "", typed=True)
@@ -274,41 +272,33 @@ def print_completion(argv: Sequence[str]) -> None:
 def settle_resume(given: dict[str, Any]) -> None:
     """Decide what ``--resume-from auto`` means: the run in --output-dir, or nothing.
 
-    A run that was ended before its first checkpoint is replaced.
-
-    Raises:
-        InputError: there are checkpoints, but none of them can be read.
+    A run that was ended before its first checkpoint is replaced; one whose checkpoints are all
+    damaged is an error.
     """
     del given["resume_from"]
     if "output_dir" not in given:
         raise InputError("--resume-from auto: needs --output-dir, the folder of the run")
     folder = Path(given["output_dir"])
-    if not is_run(folder):
-        return
-    from aam.learning.checkpoint import usable_checkpoint
+    if is_run(folder):
+        from aam.learning.checkpoint import usable_checkpoint
 
-    found = usable_checkpoint(folder)
-    if found is None:
-        given["overwrite"] = True
-    else:
-        given["resume_from"] = str(found)
+        found = usable_checkpoint(folder)
+        given |= {"overwrite": True} if found is None else {"resume_from": str(found)}
 
 
 def saved_options(kind: type, resumed: Path) -> dict[str, Any]:
-    """Options of the run that --resume-from names.
+    """Options of the run that --resume-from names, wherever its folder is now.
 
-    A continued run stays in its folder wherever that is now, and has as many devices as before,
-    unless torchrun or SLURM have started others.
+    It has as many devices as before, unless torchrun or SLURM have started others.
     """
     from aam.config import read_toml
     from aam.learning.launch import starter
 
     folder = resume_folder(resume_checkpoint(resumed))
-    saved: dict[str, Any] = {}
-    if (folder / CONFIG_FILE).is_file():
-        saved = read_toml(folder / CONFIG_FILE, kind)
-    if starter() != "aam":
-        saved = {key: one for key, one in saved.items() if key not in ("devices", "data_parallel")}
+    file = folder / CONFIG_FILE
+    saved = read_toml(file, kind) if file.is_file() else {}
+    for name in ("devices", "data_parallel") if starter() != "aam" else ():
+        saved.pop(name, None)
     return {**saved, "output_dir": str(folder)}
 
 

@@ -156,7 +156,7 @@ def test_keywords_are_checked_like_the_command_line(options, expected):
     given = {"sequences": __file__, "tree": Path(__file__), "output_dir": "run"}
     with pytest.raises(InputError, match=expected):
         aam.pretrain(**given | options)
-    with pytest.raises(InputError, match=r"aam.finetune: option 'table' is missing"):
+    with pytest.raises(InputError, match=r"aam\.finetune needs table; aam finetune"):
         aam.finetune(output_dir="run", metadata_column="age")
 
 

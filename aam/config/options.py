@@ -108,7 +108,7 @@ def _docstring(config_class: type, name: str) -> str:
 
 
 def from_dict(
-    config_class: type,
+    config_class: Any,
     values: Mapping[str, Any],
     source: str = "options",
     *,
@@ -133,9 +133,15 @@ def from_dict(
         return _adapter(config_class).validate_json(text, strict=not typed)
     except pydantic.ValidationError as found:
         errors = found.errors()
-    missing = [one["loc"][-1] for one in errors if one["type"] == "missing"]
+    missing = [str(one["loc"][-1]) for one in errors if one["type"] == "missing"]
     if missing and not partial:
-        raise InputError(_missing(config_class, missing, source))
+        names, command = (
+            " and ".join(missing if source else map(flag, missing)),
+            config_class.command,
+        )
+        raise InputError(
+            f"{source or f'aam {command}'} needs {names}; aam {command} --help lists the options"
+        )
     for error in errors:
         if error["type"] == "value_error":  # raised by the class, about two options
             raise InputError(str(error["ctx"]["error"]))
@@ -146,13 +152,6 @@ def from_dict(
             given = f"{source}: {option.name} = {value!r}" if source else f"{option.flag} {value}"
             raise InputError(f"{given}: expected {option.expected}")
     return None
-
-
-def _missing(config_class: Any, names: Iterable[Any], source: str) -> str:
-    if source:
-        return f"{source}: option {next(iter(names))!r} is missing"
-    flags, command = " and ".join(map(flag, names)), config_class.command
-    return f"aam {command} needs {flags}; aam {command} --help lists the options"
 
 
 def flat(config_class: type, values: Mapping[str, Any], source: str) -> dict[str, Any]:
