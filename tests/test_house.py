@@ -1,10 +1,13 @@
 """The house rules: layout, floors, light imports, and commands that exist."""
 
+import ast
+import graphlib
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import grimp
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -69,13 +72,33 @@ def test_relative_links_of_the_documentation_lead_somewhere():
                 assert (page.parent / link).exists(), f"{page.relative_to(ROOT)} links to {link}"
 
 
-def test_no_file_holds_more_than_one_idea():
-    long = {
-        str(path.relative_to(ROOT)): lines
-        for path in SOURCES
-        if (lines := len(path.read_text().splitlines())) > 450
-    }
-    assert not long
+# Files and functions of aam that are longer than the house allows. Shorten them, and empty this.
+TOO_LONG = {"aam/evaluation/baselines.py", "aam/learning/memory_profile.py"}
+CYCLES = {  # arrows to be turned
+    ("aam.data.index_build", "aam.data.index"),
+    ("aam.learning.launch", "aam.learning.distributed"),
+}
+
+
+def test_no_file_and_no_function_of_aam_is_too_long():
+    long = set()
+    for path in SOURCES:
+        text, name = path.read_text(), str(path.relative_to(ROOT))
+        if len(text.splitlines()) > (400 if name.startswith("aam/") else 450):
+            long.add(name)
+        functions = [one for one in ast.walk(ast.parse(text)) if isinstance(one, ast.FunctionDef)]
+        for one in functions if name.startswith("aam/") else ():
+            if one.end_lineno - one.lineno >= 60:
+                long.add(f"{name}:{one.name}")
+    assert not long - TOO_LONG
+
+
+def test_no_import_cycle_not_even_a_lazy_one():
+    graph = grimp.build_graph("aam", exclude_type_checking_imports=True, cache_dir=None)
+    edges = {one: graph.find_modules_directly_imported_by(one) for one in graph.modules}
+    for importer, imported in CYCLES:
+        edges.get(importer, set()).discard(imported)
+    graphlib.TopologicalSorter(edges).prepare()  # raises CycleError, which names the modules
 
 
 @pytest.mark.parametrize("modules", ["aam.train, aam.data", "aam_kernels"])
