@@ -6,70 +6,56 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
-from aam.config import (
-    CategoricalOptions,
-    DemoConfig,
-    DistanceOptions,
-    FinetuneConfig,
-    MetadataOptions,
-    ModelOptions,
-    OptimizerOptions,
-    OptionalTableOptions,
-    PredictConfig,
-    PretrainConfig,
-    RunOptions,
-    TableOptions,
-    TargetOptions,
-)
-from aam.data.simulate import DemoFiles, simulate_community
+from aam.commands.finetune import finetune
+from aam.commands.predict import predict
+from aam.commands.pretrain import pretrain
+from aam.config import DemoConfig, MetadataOptions, from_options
+from aam.data.simulate import simulate_community
 from aam.errors import InputError, log
 from aam.evaluation.results import print_results
 from aam.files import is_run
 
 MARK = "simulated"  # folder of the simulated files; tells a demo's folder from any other
-FINETUNE_BATCH = 16
-GROUPS = MetadataOptions(group_column="subject")
+BATCH = 16  # samples a step of fine-tuning
 
 
 def demo(config: DemoConfig) -> Path:
-    """Run `aam demo`.
-
-    Returns:
-        The folder of the demo.
-    """
-    from aam.commands.finetune import finetune
-    from aam.commands.predict import predict
-    from aam.commands.pretrain import pretrain
-
+    """Run `aam demo`; returns its folder."""
     started = time.monotonic()
     folder = prepare_folder(config.output_dir)
     log(f"simulating {config.samples} samples in {folder / MARK}")
     files = simulate_community(folder / MARK, samples=config.samples, seed=config.seed)
+    shared = {
+        "table": files.table, "rarefy_depth": 0, "metadata": files.metadata,
+        "group_column": "subject", "seed": config.seed,
+    }  # fmt: skip
+
     log("pretraining on the tree's clades and masked nucleotides")
-    pretrained = pretrain(pretrain_options(config, files, folder / "pretrained"))
+    own = {"tree": files.tree, "epochs": config.pretrain_epochs}
+    pretrained = folder / "pretrained"
+    pretrain(from_options("pretrain", **shared, **own, output_dir=pretrained))
+
     log("fine-tuning on age, given the site")
-    age = finetune(finetune_options(config, files, pretrained, folder / "age", "age"))
+    train_samples = max(2, round(config.samples * (1 - MetadataOptions().validation_fraction)))
+    epochs = max(1, round(config.finetune_steps * BATCH / train_samples))  # end where the steps do
+    own = {
+        "metadata_column": "age", "categorical_columns": ("site",), "freeze_base": True,
+        "pretrained_encoder": pretrained, "dropout": 0.0, "batch_size": BATCH, "lr": 3e-4,
+        "epochs": epochs, "max_steps": config.finetune_steps, "validate_every": 3,
+    }  # fmt: skip
+    age = folder / "age"
+    finetune(from_options("finetune", **shared, **own, output_dir=age))
+
     log("predicting age")
-    predict(
-        PredictConfig(
-            model=age,
-            table=files.table,
-            metadata=files.metadata,
-            output=folder / "predicted-age.tsv",
-        )
-    )
-    print_results([one for name in ("pretrained", "age") for one in results_of(folder / name)])
+    own = {"table": files.table, "metadata": files.metadata}
+    predict(from_options("predict", model=age, **own, output=folder / "predicted-age.tsv"))
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (pretrained, age)]
+    print_results([result for summary in summaries for result in summary["results"]])
     log(f"demo finished in {time.monotonic() - started:.0f} s; open these in a browser:")
-    for name in ("pretrained", "age"):
-        log(f"  {folder / name / 'report.html'}")
+    for run in (pretrained, age):
+        log(f"  {run / 'report.html'}")
     return folder
-
-
-def results_of(run: Path) -> list[dict[str, Any]]:
-    """The measured numbers of a finished run."""
-    return json.loads((run / "summary.json").read_text(encoding="utf-8"))["results"]
 
 
 def prepare_folder(folder: Path) -> Path:
@@ -83,40 +69,3 @@ def prepare_folder(folder: Path) -> Path:
             )
         shutil.rmtree(folder)
     return folder
-
-
-def pretrain_options(config: DemoConfig, files: DemoFiles, output: Path) -> PretrainConfig:
-    """Options of the demo's pretraining."""
-    return PretrainConfig(
-        data=OptionalTableOptions(table=files.table, rarefy_depth=0),
-        distances=DistanceOptions(tree=files.tree),
-        metadata=MetadataOptions(metadata=files.metadata, group_column=GROUPS.group_column),
-        optimizer=OptimizerOptions(epochs=config.pretrain_epochs),
-        run=RunOptions(output_dir=output, seed=config.seed),
-    )
-
-
-def finetune_options(
-    config: DemoConfig, files: DemoFiles, pretrained: Path, output: Path, column: str
-) -> FinetuneConfig:
-    """Options of the demo's fine-tuning on a column, with the site as covariate."""
-    return FinetuneConfig(
-        data=TableOptions(table=files.table, rarefy_depth=0),
-        metadata=MetadataOptions(metadata=files.metadata, group_column=GROUPS.group_column),
-        target=TargetOptions(metadata_column=column),
-        pretrained_encoder=pretrained,
-        freeze_base=True,
-        categorical=CategoricalOptions(categorical_columns=("site",)),
-        model=ModelOptions(dropout=0.0),
-        optimizer=OptimizerOptions(
-            batch_size=FINETUNE_BATCH, epochs=epochs_for(config.finetune_steps, config), lr=3e-4,
-            max_steps=config.finetune_steps, validate_every=3,
-        ),
-        run=RunOptions(output_dir=output, seed=config.seed),
-    )  # fmt: skip
-
-
-def epochs_for(steps: int, config: DemoConfig) -> int:
-    """Epochs whose schedule ends about where the steps do."""
-    training = max(2, round(config.samples * (1 - MetadataOptions().validation_fraction)))
-    return max(1, round(steps * FINETUNE_BATCH / training))
