@@ -59,6 +59,7 @@ COMMANDS = {
 }
 ALIASES = {"train": "finetune"}
 METAVARS = {"integer": "INT", "number": "NUMBER", "array": "NAME", "string": "TEXT"}
+SHELLS = ("bash", "zsh", "fish", "tcsh")
 AUTO = "auto"  # --resume-from
 STOPPED = 128  # and the number of the signal, as shells have it
 
@@ -84,8 +85,8 @@ def run(argv: list[str]) -> None:
         from aam import __version__
 
         sys.stdout.write(HELP if name != "--version" else f"aam {__version__}\n")
-    elif name.startswith("--tyro"):
-        print_completion(argv)
+    elif name == "--completion":
+        print_completion(argv[1] if argv[1:] else "")
     elif name not in COMMANDS:
         raise InputError(f"unknown command {name!r}; choose {', '.join(COMMANDS)}")
     else:
@@ -252,10 +253,12 @@ def option_boxes(name: str, choices: bool = False) -> Any:
     return TypedDict(name, typed)  # type: ignore[operator]
 
 
-def print_completion(argv: Sequence[str]) -> None:
-    """Print or write the shell's completion script of all commands."""
+def print_completion(shell: str) -> None:
+    """Print what a shell reads to complete commands, options and choices."""
     import tyro
 
+    if shell not in SHELLS:
+        raise InputError(f"--completion {shell}: expected one of {', '.join(SHELLS)}")
     kinds = tuple(
         Annotated[option_boxes(name, choices=True), tyro.conf.subcommand(name, description=summary)]
         for name, (summary, _) in COMMANDS.items()
@@ -263,7 +266,7 @@ def print_completion(argv: Sequence[str]) -> None:
     with contextlib.suppress(SystemExit):
         tyro.cli(
             Union[kinds],  # type: ignore[arg-type]  # noqa: UP007  (as many as there are)
-            args=list(argv),
+            args=["--tyro-print-completion", shell],
             prog="aam",
             config=(tyro.conf.OmitArgPrefixes,),
         )

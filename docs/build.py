@@ -22,7 +22,7 @@ from aam.config import CONFIGS, options_of
 ROOT = Path(__file__).parent.parent
 GUIDE = [
     "inspect", "pretrain", "finetune", "predict", "evaluate", "unifrac", "embed", "demo",
-    "batches-and-memory", "memory-profile", "several-devices", "files", "glossary",
+    "python", "batches-and-memory", "memory-profile", "several-devices", "files", "glossary",
     "troubleshooting",
     "other-models", "verification",
 ]  # fmt: skip

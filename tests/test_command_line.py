@@ -111,6 +111,7 @@ def test_a_wrong_toml_file_gives_one_line(capsys, tmp_path, text, expected):
     [
         (("pretrian",), "unknown command 'pretrian'; choose pretrain, finetune"),
         (("pretrain", "--table", "t"), "aam pretrain needs --output-dir; aam pretrain --help"),
+        (("--completion", "sh"), "--completion sh: expected one of bash, zsh, fish, tcsh"),
         (("predict",), "aam predict needs --table and --model and --output"),
         (("finetune", "--output-dir", "run", "--metadata-column", "x"), "finetune needs --table;"),
         (("inspect", "--rarefy-depth", 0), "aam inspect needs --table;"),
@@ -219,7 +220,7 @@ def test_a_reader_that_has_enough_is_no_error():
 
 
 def test_shell_completion_knows_commands_options_and_choices(capsys):
-    assert cli.main(["--tyro-print-completion", "bash"]) == 0
+    assert cli.main(["--completion", "bash"]) == 0
     said = capsys.readouterr().out
     assert all(word in said for word in ("pretrain", "--rarefy-depth", "bf16-mixed"))
 
