@@ -210,16 +210,14 @@ def _with_empty_rows(
     metadata: Metadata, ids: Sequence[str], facts: list[DataFact]
 ) -> tuple[Metadata, list[DataFact]]:
     """Metadata with a row of missing cells for every id that has none, and facts that say so."""
-    known = set(metadata.ids)
-    lacking = tuple(name for name in ids if name not in known)
-    cells = {name: column + (None,) * len(lacking) for name, column in metadata.cells.items()}
+    frame = metadata.frame.reindex(dict.fromkeys([*metadata.ids, *ids]))
     told = [
         replace(one, kind="info", detail=f"kept as unknown: {one.detail}")
         if one.kind == "dropped"
         else one
         for one in facts
     ]
-    return replace(metadata, ids=metadata.ids + lacking, cells=cells), told
+    return replace(metadata, frame=frame), told
 
 
 def make_dataset(samples: Samples, options: Any, **known: Any) -> SampleDataset:

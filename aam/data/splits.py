@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from aam.data.metadata import Metadata
 from aam.errors import InputError, name_some
@@ -56,48 +57,46 @@ def split_samples(
         )
     if len(ids) < 2:
         raise InputError(f"a split needs at least 2 samples, got {len(ids)}")
-    # Sorted by id, so that the order of the table's rows does not matter.
-    order = np.array(sorted(range(len(ids)), key=lambda row: ids[row]))
-    classes = None if labels is None else _codes(labels, ids, "class")[order]
-    parts = None if groups is None else _codes(groups, ids, "group")[order]
-    if labels is not None and classes is not None:
-        _check_classes(classes, sorted(set(labels)))
+    order = np.argsort(np.array(ids, dtype=object))
+    classes = np.zeros(len(ids), dtype=np.int64)
+    if labels is not None:
+        names, classes = _codes(labels, ids, "class")
+        _check_classes(classes, names)
     generator = np.random.default_rng(seed)
-    if parts is not None:
-        chosen = _grouped(parts, classes, validation_fraction, generator)
-    else:
-        flat = np.zeros(len(ids), dtype=np.int64) if classes is None else classes
-        chosen = _stratified(flat, validation_fraction, generator)
     in_validation = np.zeros(len(ids), dtype=bool)
-    in_validation[order] = chosen
+    if groups is not None:
+        own = _codes(groups, ids, "group")[1][order]
+        in_validation[order] = _grouped(own, classes[order], validation_fraction, generator)
+    else:
+        in_validation[order] = _stratified(classes[order], validation_fraction, generator)
     return Split(
-        train=tuple(one for one, out in zip(ids, in_validation, strict=True) if not out),
-        validation=tuple(one for one, out in zip(ids, in_validation, strict=True) if out),
+        tuple(one for one, held_out in zip(ids, in_validation, strict=True) if not held_out),
+        tuple(one for one, held_out in zip(ids, in_validation, strict=True) if held_out),
     )
 
 
-def _codes(values: Sequence[str], ids: Sequence[str], kind: str) -> np.ndarray:
-    """Return the values as integers in sorted order, or raise where one is missing."""
-    if len(values) != len(ids):
-        raise ValueError(f"expected one {kind} a sample: {len(ids)}, got {len(values)}")
+def _codes(
+    values: Sequence[str], ids: Sequence[str], kind: str
+) -> tuple[list[str], NDArray[np.int64]]:
+    """The distinct values in order, and the number of each sample's; InputError where it lacks."""
     missing = [name for name, value in zip(ids, values, strict=True) if value is None]
     if missing:
         raise InputError(
             f"{len(missing)} samples have no {kind} ({name_some(missing)}): fill the metadata "
             "column in or leave these samples out"
         )
-    return np.unique(np.array(values, dtype=str), return_inverse=True)[1]
+    names, codes = np.unique(np.array(values, dtype=str), return_inverse=True)
+    return names.tolist(), codes
 
 
-def _check_classes(classes: np.ndarray, names: list[str]) -> None:
-    """Raise where a split cannot have every class in both parts."""
-    sizes = np.bincount(classes)
-    if len(sizes) < 2:
+def _check_classes(classes: NDArray[np.int64], names: list[str]) -> None:
+    """Raise InputError where a split cannot have every class in both parts."""
+    if len(names) < 2:
         raise InputError(
             f"all {len(classes)} samples are of one class ({names[0]!r}): a classification needs "
             "two or more"
         )
-    lonely = [names[code] for code in np.flatnonzero(sizes < 2)]
+    lonely = [names[code] for code in np.flatnonzero(np.bincount(classes) < 2)]
     if lonely:
         raise InputError(
             f"{len(lonely)} classes have one sample only ({name_some(lonely)}): merge them with "
@@ -105,8 +104,10 @@ def _check_classes(classes: np.ndarray, names: list[str]) -> None:
         )
 
 
-def _stratified(classes: np.ndarray, fraction: float, generator: np.random.Generator) -> np.ndarray:
-    """Return which samples are for validation: the fraction of every class, one at the least.
+def _stratified(
+    classes: NDArray[np.int64], fraction: float, generator: np.random.Generator
+) -> NDArray[np.bool_]:
+    """Which samples are for validation: the fraction of every class, one at the least.
 
     scikit-learn's StratifiedShuffleSplit may leave a small class out of the validation part.
     """
@@ -125,12 +126,12 @@ def _stratified(classes: np.ndarray, fraction: float, generator: np.random.Gener
 
 
 def _grouped(
-    groups: np.ndarray,
-    classes: np.ndarray | None,
+    groups: NDArray[np.int64],
+    classes: NDArray[np.int64],
     fraction: float,
     generator: np.random.Generator,
-) -> np.ndarray:
-    """Return which samples are for validation, whole groups, nearest to the fraction.
+) -> NDArray[np.bool_]:
+    """Which samples are for validation, whole groups, nearest to the fraction.
 
     Groups in random order are cut where the classes' counts come closest to their shares; of
     several orders the closest wins.
@@ -141,9 +142,8 @@ def _grouped(
             "all samples are of one group: a grouped split needs two or more; choose another "
             "--group-column or none"
         )
-    flat = np.zeros(len(groups), dtype=np.int64) if classes is None else classes
-    members = np.zeros((number, int(flat.max()) + 1), dtype=np.int64)  # (groups, classes)
-    np.add.at(members, (groups, flat), 1)
+    members = np.zeros((number, int(classes.max()) + 1), dtype=np.int64)  # (groups, classes)
+    np.add.at(members, (groups, classes), 1)
     total = members.sum(axis=0)
     best_miss, best = np.inf, None
     for _ in range(_GROUP_ORDERS):
@@ -175,17 +175,12 @@ _FEWEST_SETTLED_COLUMNS = 8
 
 
 def leaking_columns(metadata: Metadata, split: Split) -> list[str]:
-    """Return columns that look like a subject id and have values in both parts of the split.
+    """Columns that look like a subject id and have values in both parts of the split.
 
-    Those that say so by their name come first, as the likeliest subjects.
-
-    A column looks like a subject id where its values repeat and either its name says so
-    (``host_subject_id``, ``patient``), or it is text of many values that settle most other
-    columns (all samples of one value have the same sex, height, diagnosis, ...).
-
-    Args:
-        metadata: rows for at least the split's samples.
-        split: the two parts.
+    Those that say so by their name come first, as the likeliest subjects. A column looks like a
+    subject id where its values repeat and either its name says so (``host_subject_id``,
+    ``patient``), or it is text of many values that settle most other columns (all samples of one
+    value have the same sex, height, diagnosis, ...).
 
     Raises:
         InputError: a sample of the split has no row.
@@ -202,35 +197,22 @@ def leaking_columns(metadata: Metadata, split: Split) -> list[str]:
 
 
 def _looks_like_subjects(metadata: Metadata, column: str) -> bool:
-    present = [one for one in metadata.text(column) if one is not None]
-    distinct = len(set(present))
-    if distinct < 3 or len(present) < 1.5 * distinct:
+    values = metadata.frame[column]
+    present, distinct = values.count(), values.nunique()
+    if distinct < 3 or present < 1.5 * distinct:
         return False
     if _names_subjects(column):
         return True
     if distinct < _FEWEST_SUBJECTS or metadata.is_numeric(column):
         return False
-    settled, compared = _settled_columns(metadata, column)
-    return compared >= _FEWEST_SETTLED_COLUMNS and 2 * settled >= compared
+    others = metadata.frame[values.notna()].drop(columns=column)
+    others = others.loc[:, (others.nunique() > 1) & (2 * others.count() >= len(values))]
+    if len(others.columns) < _FEWEST_SETTLED_COLUMNS:
+        return False
+    settled = (others.groupby(values).nunique() <= 1).all()
+    return bool(2 * settled.sum() >= len(settled))
 
 
 def _names_subjects(column: str) -> bool:
     snake = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", column)
     return bool(_SUBJECT_NAME.search(re.sub(r"[^a-z0-9]+", "_", snake.lower()).strip("_")))
-
-
-def _settled_columns(metadata: Metadata, column: str) -> tuple[int, int]:
-    """Return how many other columns one value of ``column`` settles, and how many vary at all."""
-    values = metadata.text(column)
-    settled = compared = 0
-    for other in metadata.columns:
-        pairs = [
-            (value, theirs)
-            for value, theirs in zip(values, metadata.text(other), strict=True)
-            if value is not None and theirs is not None
-        ]
-        varies = len({theirs for _, theirs in pairs}) > 1
-        if other != column and varies and 2 * len(pairs) >= len(values):
-            compared += 1
-            settled += len(set(pairs)) == len({value for value, _ in pairs})
-    return settled, compared

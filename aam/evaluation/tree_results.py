@@ -49,7 +49,7 @@ def colours(samples: Samples, rows: np.ndarray) -> dict[str, Any] | None:
     if metadata is None:
         return None
     numeric = None
-    for column in metadata.cells:
+    for column in metadata.columns:
         values = [metadata.text(column)[row] for row in rows]
         present = {value for value in values if value is not None}
         named = {samples.ids[row]: value or "" for row, value in zip(rows, values, strict=True)}

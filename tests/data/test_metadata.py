@@ -93,7 +93,7 @@ def test_a_missing_column_suggests_near_names(tmp_path):
 def test_rows_are_selected_in_order(tmp_path):
     metadata = read_metadata(write(tmp_path, "id\tx\na\t1\nb\t2\nc\t3\n"))
     chosen = metadata.select(["c", "a"])
-    assert chosen.ids == ("c", "a") and chosen.text("x") == ["3", "1"] and len(chosen) == 2
+    assert chosen.ids == ("c", "a") and chosen.text("x") == ["3", "1"]
     assert "1 samples have no metadata ('d')" in error_of(metadata.select, ["a", "d"])
 
 
@@ -143,7 +143,7 @@ def test_targets_without_values_or_with_one_class(tmp_path):
 @pytest.mark.real
 def test_real_metadata_keep_ids_and_classes(real_data):
     metadata = read_metadata(real_data / "ibd" / "metadata.tsv")
-    assert len(metadata) == 646 and len(metadata.columns) == 127
+    assert len(metadata.ids) == 646 and len(metadata.columns) == 127
     assert "2538.1000102" in metadata.ids
     assert metadata.is_numeric("body_mass_index") and not metadata.is_numeric("ibd")
     assert len(set(metadata.text("ibd")) - {None}) >= 2

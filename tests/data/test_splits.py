@@ -1,6 +1,7 @@
 """Splits: sizes, classes and groups, determinism, and the warning about subjects."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -124,6 +125,11 @@ def test_one_sample_cannot_be_split():
         split_samples(["a"])
 
 
+def metadata_of(columns):
+    number = len(next(iter(columns.values())))
+    return Metadata(pd.DataFrame(columns, index=[f"v{n}" for n in range(number)]), "study", {})
+
+
 def study(subjects=12, visits=6, named="host_subject_id"):
     """Return metadata of repeated visits: subject-level columns, and ordinary categories."""
     generator = np.random.default_rng(0)
@@ -140,8 +146,7 @@ def study(subjects=12, visits=6, named="host_subject_id"):
     columns["sex"] = ["FM"[one % 2] for one in who]
     columns["site"] = [f"site{one}" for one in generator.integers(0, 9, number)]
     columns["barcode"] = [f"b{n}" for n in range(number)]
-    ids = tuple(f"v{n}" for n in range(number))
-    return Metadata(ids, "study", {name: tuple(c) for name, c in columns.items()}, {})
+    return metadata_of(columns)
 
 
 @pytest.mark.parametrize(
@@ -157,25 +162,21 @@ def test_a_subject_column_that_crosses_is_found_by_name_or_by_what_it_settles(na
 def test_other_columns_raise_no_alarm():
     metadata = study(named="subject_diet")
     barcodes = metadata.text("barcode")
-    cells = (
-        metadata.cells
-        | {
-            "subject_diet": metadata.cells["site"],  # a word of subjects, but no id
-            "donor": metadata.cells["sex"],  # two values sort nobody
-            # Nearly one a sample settles everything; the two alike are visits of one subject.
-            "barcode": (*barcodes[:-1], barcodes[-2]),
-        }
-    )
-    metadata = Metadata(metadata.ids, "study", cells, {})
-    split = Split(metadata.ids[:-1], metadata.ids[-1:])
-    assert leaking_columns(metadata, split) == []
+    columns = {
+        **metadata.frame,
+        "subject_diet": metadata.text("site"),  # a word of subjects, but no id
+        "donor": metadata.text("sex"),  # two values sort nobody
+        # Nearly one a sample settles everything; the two alike are visits of one subject.
+        "barcode": [*barcodes[:-1], barcodes[-2]],
+    }
+    metadata = metadata_of(columns)
+    assert leaking_columns(metadata, Split(metadata.ids[:-1], metadata.ids[-1:])) == []
 
 
 def test_a_subject_column_with_few_others_is_found_by_its_name():
-    ids = tuple(f"v{n}" for n in range(12))
-    cells = {"patient_id": tuple("123123123123"), "visit": tuple("112233112233")}
-    metadata = Metadata(ids, "study", cells, {})
-    assert leaking_columns(metadata, Split(ids[:9], ids[9:])) == ["patient_id"]
+    metadata = metadata_of({"patient_id": list("123123123123"), "visit": list("112233112233")})
+    split = Split(metadata.ids[:9], metadata.ids[9:])
+    assert leaking_columns(metadata, split) == ["patient_id"]
 
 
 @pytest.mark.real
