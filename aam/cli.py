@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict, Union
 
-from aam.errors import InputError, log
+from aam.errors import InputError
 from aam.files import CONFIG_FILE, is_run, resume_checkpoint, resume_folder
 
 # What each command does, and an example of its options. The function of the same name in
@@ -78,8 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guarded(lambda: run(argv))
 
 
-def run(argv: list[str]) -> None:
-    """Run a command; raises what it raises."""
+def run(argv: list[str]) -> int:
+    """Run a command; returns the exit code, or raises what it raises."""
     name = ALIASES.get(argv[0], argv[0]) if argv else "--help"
     if name in ("-h", "--help", "--version"):
         from aam import __version__
@@ -90,68 +90,43 @@ def run(argv: list[str]) -> None:
     elif name not in COMMANDS:
         raise InputError(f"unknown command {name!r}; choose {', '.join(COMMANDS)}")
     else:
-        run_command(name, argv)
-
-
-def run_command(name: str, argv: list[str]) -> None:
-    """Check the options of a command, and then load and run it."""
-    from aam.learning.launch import refuse_several, silence_others
-
-    silence_others()
-    trains = name in ("pretrain", "finetune")
-    if not trains:
-        refuse_several(name)
-    options = parse(name, argv[1:])
-    warnings.filterwarnings("ignore", module=r"(tensorboard|torch\.distributed)\b.*")
-    work = getattr(importlib.import_module(f"aam.commands.{name}"), name)
-    (shared(work, argv) if trains else work)(options)
-
-
-def guarded(work: Callable[[], Any]) -> int:
-    """The exit code of work that may meet bad input, a full disk or a signal."""
-    try:
-        work()
-        sys.stdout.flush()
-    except InputError as error:
-        tell_error(error, str(error))
-        return 2
-    except BrokenPipeError:  # whoever read what we print has enough: | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return STOPPED + signal.SIGPIPE
-    except OSError as error:  # a disk that fills up while a log or a report is written
-        place = f"{error.filename}: " if error.filename else ""
-        tell_error(error, f"{place}{error.strerror or error}")
-        return 2
-    except KeyboardInterrupt as stop:
-        return STOPPED + getattr(stop, "number", signal.SIGINT)
+        return run_command(name, argv)
     return 0
 
 
-def tell_error(error: Exception, text: str) -> None:
-    """One line: by rank 0, or by the first of another machine, which may see other files."""
-    from aam.learning.launch import complain, own_ranks
+def run_command(name: str, argv: list[str]) -> int:
+    """Check the options of a command, and then load and run it."""
+    from aam.learning import launch
 
-    rank, local_rank = own_ranks()
-    if not rank:
-        log(f"error: {' '.join(text.split())}")
-    elif not local_rank and not getattr(error, "told", False):
-        complain(f"rank {rank}: {text}")
+    launch.begin()
+    trains = name in ("pretrain", "finetune")
+    if not trains:
+        launch.refuse_several(name)
+    options = parse(name, argv[1:])
+    warnings.filterwarnings("ignore", module=r"(tensorboard|torch\.distributed)\b.*")
+    work = getattr(importlib.import_module(f"aam.commands.{name}"), name)
+    if not trains:
+        work(options)
+        return 0
+    if options.run.resume_from is not None:
+        argv = [*argv, "--resume-from", str(options.run.resume_from)]  # for others: not auto
+    return launch.run(work, argv, options)
 
 
-def shared(work: Callable[[Any], Any], argv: Sequence[str]) -> Callable[[Any], None]:
-    """A command whose steps other processes may share, started with the same argv."""
-    from aam.learning.distributed import together
-    from aam.learning.stopping import Stopped, requeue
+def guarded(work: Callable[[], int]) -> int:
+    """The exit code of work that may meet bad input, a full disk or a signal."""
+    try:
+        code = work()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read what we print has enough: | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return STOPPED + signal.SIGPIPE
+    except (InputError, OSError, KeyboardInterrupt) as error:
+        from aam.learning import launch
 
-    def work_together(options: Any) -> None:
-        try:
-            with together(argv):
-                work(options)
-        except Stopped as stop:
-            requeue(stop.number)
-            raise
-
-    return work_together
+        launch.complain(error)
+        return launch.exit_code(error)
 
 
 def parse(name: str, argv: Sequence[str]) -> Any:
@@ -295,12 +270,12 @@ def saved_options(kind: type, resumed: Path) -> dict[str, Any]:
     It has as many devices as before, unless torchrun or SLURM have started others.
     """
     from aam.config import read_toml
-    from aam.learning.launch import starter
+    from aam.learning.launch import find_layout
 
     folder = resume_folder(resume_checkpoint(resumed))
     file = folder / CONFIG_FILE
     saved = read_toml(file, kind) if file.is_file() else {}
-    for name in ("devices", "data_parallel") if starter() != "aam" else ():
+    for name in ("devices", "data_parallel") if find_layout().starter != "aam" else ():
         saved.pop(name, None)
     return {**saved, "output_dir": str(folder)}
 

@@ -76,7 +76,6 @@ def test_relative_links_of_the_documentation_lead_somewhere():
 TOO_LONG = {"aam/evaluation/baselines.py", "aam/learning/memory_profile.py"}
 CYCLES = {  # arrows to be turned
     ("aam.data.index_build", "aam.data.index"),
-    ("aam.learning.launch", "aam.learning.distributed"),
 }
 
 

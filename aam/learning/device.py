@@ -23,14 +23,41 @@ def find_device(name: str) -> torch.device:
         InputError: there is no such device.
     """
     kind, _, index = name.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (index and not index.isdigit()):
-        raise InputError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
     count = torch.cuda.device_count()
     if kind == "cuda" and int(index or 0) >= count:
         raise InputError(f"--device {name}: torch sees {count} GPUs; use --device cpu")
     if kind == "cpu" or not count:
         return torch.device("cpu")
     return torch.device("cuda", int(index or 0))
+
+
+def count_devices(options: RunOptions) -> int:
+    """How many devices of this machine are asked for.
+
+    Raises:
+        InputError: there are fewer, or the options do not go together.
+    """
+    device, count = find_device(options.device), torch.cuda.device_count()
+    if options.strategy == "fsdp" and options.compile_model:
+        raise InputError("--compile-model: does not go together with --strategy fsdp; leave it out")
+    if ":" in options.device and (options.devices > 1 or options.data_parallel):
+        raise InputError(
+            f"--device {options.device}: names one device; use --device {device.type} for several"
+        )
+    if device.type == "cuda" and options.devices > count:
+        raise InputError(f"--devices {options.devices}: torch sees {count} GPUs")
+    if not options.data_parallel:
+        return options.devices
+    if device.type == "cpu":
+        raise InputError(
+            "--data-parallel: a CPU is one device; --devices N shares it among N processes"
+        )
+    if options.devices not in (1, count):
+        raise InputError(
+            f"--devices {options.devices} with --data-parallel, which means all {count}: use one "
+            "of the two"
+        )
+    return count
 
 
 def check_attention(implementation: str, device: torch.device) -> None:

@@ -1,23 +1,12 @@
-"""The processes that share a run: who they are, how they start, agree, wait and end together.
+"""What the ranks of a run say to one another, by torch.distributed.
 
-They are started by this program (``--devices N``), by torchrun or by SLURM's srun. Rank 0 alone
-writes and speaks. One process is the special case in which nothing has to be agreed.
+Every rank sees the same batch, computes a contiguous share of its ASVs and samples, and has the
+others' results from here. One process is the special case in which nothing has to be sent.
 """
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import os
-import signal
-import socket
-import subprocess
-import sys
-import threading
-import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -28,117 +17,25 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from aam.errors import InputError
-from aam.learning.launch import PARENT, Layout, complain
-from aam.learning.watch import Watch
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=30)  # of ranks that wait for rank 0: the watch ends a hopeless wait
-BLAME_SECONDS = 5.0  # an error of a collective is explained by the watch within this time
-CHILD_SECONDS = 1.0
-PARTING_SECONDS = 10.0  # for processes that rank 0 started to end after it has
+PATIENCE = timedelta(days=1)  # of ranks that wait for rank 0
+
+_control: dist.ProcessGroup | None = None  # on the CPU, where waiting may take long
 
 
-@dataclass
-class State:
-    """What this process knows of the others."""
-
-    words: Sequence[str] = ()  # of the command line, for the processes that rank 0 starts
-    watch: Watch | None = None
-    control: Any = None  # process group on the CPU, where waiting may take long
-    children: list[subprocess.Popen[bytes]] = field(default_factory=list)
+def join(device: torch.device, rank: int, size: int) -> None:
+    """Meet the other ranks, where the environment says (MASTER_ADDR, MASTER_PORT)."""
+    global _control
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=size)
+    _control = dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
-_state = State()
-
-
-def remember_words(words: Sequence[str]) -> None:
-    """Keep the command line for the processes that `start_others` starts."""
-    _state.words = tuple(words)
-
-
-def start_others(layout: Layout) -> None:
-    """Start the other processes of this machine, where nobody else does."""
-    if layout.starter == "aam" and layout.size > 1 and PARENT not in os.environ:
-        if not _state.words:
-            raise InputError("--devices: only the command line can start several processes")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        shared = {
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0",
-            "WORLD_SIZE": str(layout.size),
-        }  # fmt: skip
-        command = [sys.executable, "-m", "aam.train", *_state.words]
-        for rank in range(1, layout.size):
-            own = {**os.environ, **shared, "LOCAL_RANK": str(rank), PARENT: str(os.getpid())}
-            _state.children.append(subprocess.Popen(command, env=own, stdin=subprocess.DEVNULL))
-        os.environ.update(shared, LOCAL_RANK="0")
-        threading.Thread(target=_watch_children, daemon=True).start()
-    if PARENT in os.environ:
-        threading.Thread(target=_watch_parent, daemon=True).start()
-
-
-def _watch_children() -> None:
-    """Until the watch is there: a process that rank 0 started and that ends, ends rank 0."""
-    while _state.watch is None:
-        for rank, child in enumerate(_state.children, 1):
-            if child.poll():
-                time.sleep(CHILD_SECONDS)  # rank 0 may be about to say why itself
-                if _state.watch is None:
-                    complain(explain_loss(rank))
-                    end_children()
-                    os._exit(2 if child.returncode == 2 else 1)
-        time.sleep(CHILD_SECONDS / 5)
-
-
-def _watch_parent() -> None:
-    """Until the watch is there: a process does not outlive the rank 0 that started it."""
-    while _state.watch is None:
-        if os.getppid() != int(os.environ[PARENT]):
-            os._exit(1)
-        time.sleep(CHILD_SECONDS / 5)
-
-
-def end_children(seconds: float = 0.0) -> None:
-    """Kill the processes that this one started and that do not end by themselves in time."""
-    deadline = time.monotonic() + seconds
-    for child in _state.children:
-        try:
-            child.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            child.kill()
-
-
-def join(layout: Layout) -> None:
-    """Meet the other ranks, once the default process group stands, and watch each other."""
-    if layout.size == 1:
-        return
-    _state.control = dist.new_group(backend="gloo", timeout=PATIENCE)
-    watch = Watch(layout.rank, layout.size, explain_loss)
-    place = watch.listen(os.environ["MASTER_ADDR"]) if is_rank_zero() else None
-    address, port, token = broadcast(place or ("", 0, ""))
-    if not is_rank_zero():
-        watch.connect(address, port, token)
-    watch.start()
-    _state.watch = watch
-    watch.wait_for_all()
-    broadcast(None)
-
-
-def explain_loss(rank: int) -> str:
-    """Why a rank may be gone, as far as this process knows."""
-    how = "killed, out of memory, or its machine is lost"
-    if 0 < rank <= len(_state.children):
-        child = _state.children[rank - 1]
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            code = child.wait(CHILD_SECONDS)
-            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return f"rank {rank} has ended ({how}); continue from the last checkpoint with --resume-from"
-
-
-def is_rank_zero() -> bool:
-    """Whether this process writes and speaks."""
-    return rank() == 0
+def leave() -> None:
+    """Part from the other ranks, at the end of a run that went well."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank() -> int:
@@ -151,13 +48,23 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def is_rank_zero() -> bool:
+    """Whether this process writes and speaks."""
+    return rank() == 0
+
+
 def broadcast(value: T) -> T:
     """Rank 0's value, on every rank; the others wait for it as long as it takes."""
     if world_size() == 1:
         return value
     box: list[Any] = [value]
-    dist.broadcast_object_list(box, src=0, group=_state.control)
+    dist.broadcast_object_list(box, src=0, group=_control)
     return box[0]
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    all_reduce_max(0)
 
 
 def on_rank_zero(work: Callable[[], T]) -> T:
@@ -170,7 +77,7 @@ def all_reduce_max(number: int) -> int:
     if world_size() == 1:
         return number
     found = torch.tensor(number)
-    dist.all_reduce(found, dist.ReduceOp.MAX, group=_state.control)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=_control)
     return int(found)
 
 
@@ -178,83 +85,18 @@ def check_equal(what: str, value: Any) -> None:
     """Refuse ranks that do not see the same.
 
     Raises:
-        InputError: names what, and the ranks with another value than rank 0's.
+        InputError: names what, and the first rank with another value than rank 0's.
     """
     if world_size() == 1:
         return
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value, group=_state.control)
+    dist.all_gather_object(values, value, group=_control)
     other = [rank for rank, one in enumerate(values) if one != values[0]]
     if other:
         raise InputError(
             f"{what} of rank {other[0]} differs from that of rank 0: all machines need the same "
             "files, options and version, and a run folder that they share"
         )
-
-
-@contextlib.contextmanager
-def together(words: Sequence[str]) -> Iterator[None]:
-    """Run a command; if it ends badly on one rank, it ends on all with one message.
-
-    Args:
-        words: of the command line.
-    """
-    remember_words(words)
-    try:
-        yield
-        _part()
-    except (InputError, OSError) as error:
-        _fail(error, str(error), 2)
-        raise
-    except KeyboardInterrupt as stop:
-        _part(agreed=hasattr(stop, "number"))  # else a second Ctrl-C
-        raise
-    except Exception as error:
-        if _state.watch is not None:
-            time.sleep(BLAME_SECONDS)  # a collective fails where a rank is gone: the watch says so
-            if not is_rank_zero():
-                _print_traceback()
-            _fail(error, f"{type(error).__name__}: {error}", 1)
-        raise
-    finally:
-        end_children(PARTING_SECONDS if _state.watch is not None else 0.0)
-
-
-def _part(agreed: bool = True) -> None:
-    """This rank has done its part."""
-    if _state.watch is not None:
-        _state.watch.finish()
-        if agreed:
-            dist.destroy_process_group()
-        else:
-            _end_hard(128 + signal.SIGINT)
-
-
-def _end_hard(code: int) -> None:
-    """Have the process end without cleaning up collectives: that would wait for ranks now gone."""
-
-    def end() -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-    atexit.register(end)
-
-
-def _fail(error: Exception, text: str, code: int) -> None:
-    """The others end: rank 0 is about to say what went wrong, or is told by this one."""
-    if _state.watch is not None:
-        error.told = True  # type: ignore[attr-defined]
-        _state.watch.fail(text, code)
-        _end_hard(code)
-
-
-def _print_traceback() -> None:
-    lines = "".join(
-        f"rank {dist.get_rank()}: {one}\n" for one in traceback.format_exc().split("\n")
-    )
-    if sys.__stderr__ is not None:
-        sys.__stderr__.write(lines)
 
 
 class RankGroup:

@@ -1,70 +1,69 @@
-"""Who started this process, and with how many others; known before torch is loaded."""
+"""The processes that share a run: who started them, how they meet, and how they end together.
+
+torchrun or SLURM's srun start them, or this program does (``--devices N``, see `workers`). Rank 0
+alone writes and speaks. This module is imported before torch is.
+"""
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import os
 import re
+import signal
 import sys
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aam.config import RunOptions
 from aam.errors import InputError
+from aam.learning.stopping import Stopped, requeue
 
 if TYPE_CHECKING:
     import torch
 
-PARENT = "AAM_PARENT"  # in the environment of a process that rank 0 started: rank 0's process id
+LAUNCHER = "AAM_LAUNCHER"  # in the environment of a worker: process id of what launched it
+DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
+GRACE_SECONDS = 1.5  # an error that all ranks meet is said by rank 0 within this time
+BLAME_SECONDS = (
+    5.0  # a collective fails where a rank is gone: its launcher says so within this time
+)
 
 
 @dataclass(frozen=True)
 class Layout:
     """How many processes there are, and which of them this is."""
 
-    starter: str  # aam, torchrun or slurm
-    local: int  # processes of this machine
-    nodes: int
-    rank: int
-    local_rank: int
-
-    @property
-    def size(self) -> int:
-        """Processes of all machines."""
-        return self.local * self.nodes
+    starter: str = "aam"  # or torchrun (workers of `aam` too), or slurm
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+    local_size: int = 1  # processes of this machine
 
 
-def starter() -> str:
-    """Who started the processes of this run: torchrun, slurm (srun) or aam."""
+def find_layout() -> Layout:
+    """What torchrun or srun say of this process; without them it is alone."""
     said = os.environ
     if "TORCHELASTIC_RUN_ID" in said:
-        return "torchrun"
-    step = "SLURM_STEP_ID" in said and int(said.get("SLURM_NTASKS", "1")) > 1
-    return "slurm" if step else "aam"
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+        return Layout("torchrun", *(int(said[name]) for name in names))
+    size = int(said.get("SLURM_NTASKS", "1"))
+    if "SLURM_STEP_ID" in said and size > 1:
+        local = int(said.get("SLURM_NTASKS_PER_NODE", size // int(said.get("SLURM_NNODES", "1"))))
+        return Layout("slurm", int(said["SLURM_PROCID"]), int(said["SLURM_LOCALID"]), size, local)
+    return Layout()
 
 
-def own_ranks() -> tuple[int, int]:
-    """This process's rank among all, and among those of its machine."""
-    said = os.environ
-    by = starter()
-    if by == "torchrun":
-        return int(said["RANK"]), int(said["LOCAL_RANK"])
-    if by == "slurm":
-        return int(said["SLURM_PROCID"]), int(said["SLURM_LOCALID"])
-    rank = int(said["LOCAL_RANK"]) if PARENT in said else 0
-    return rank, rank
-
-
-def silence_others() -> None:
-    """Leave the screen to rank 0."""
-    if own_ranks()[0]:
+def begin() -> None:
+    """Leave the screen to rank 0, and have Linux end a worker when its launcher is killed."""
+    if find_layout().rank:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
-
-
-def complain(text: str) -> None:
-    """Write an error line on the screen, of whatever rank."""
-    if sys.__stderr__ is not None:
-        sys.__stderr__.write(f"error: {' '.join(text.split())}\n")
-        sys.__stderr__.flush()
+    if LAUNCHER in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
+        if os.getppid() != int(os.environ[LAUNCHER]):
+            os._exit(1)
 
 
 def refuse_several(command: str) -> None:
@@ -73,62 +72,42 @@ def refuse_several(command: str) -> None:
     Raises:
         InputError: torchrun or SLURM have started several.
     """
-    count = os.environ.get({"torchrun": "WORLD_SIZE", "slurm": "SLURM_NTASKS"}.get(starter(), ""))
-    if count is not None and int(count) > 1:
-        raise InputError(f"{command} runs in one process; {starter()} started {count} of them")
+    layout = find_layout()
+    if layout.size > 1:
+        raise InputError(
+            f"{command} runs in one process; {layout.starter} started {layout.size} of them"
+        )
 
 
-def find_layout(devices: int) -> Layout:
-    """Who started this process, and with how many others.
+def run(command: Callable[[Any], Any], argv: Sequence[str], options: Any) -> int:
+    """Run a command that trains: here, or in workers that are launched with its argv.
 
-    Args:
-        devices: of this machine, as asked for; 1 under torchrun and srun: as they say.
-
-    Raises:
-        InputError: the options say another number than torchrun or SLURM.
+    Returns:
+        The exit code, of workers too.
     """
-    said, by = os.environ, starter()
-    if by == "aam":
-        return Layout(by, devices, 1, *own_ranks())
-    if by == "torchrun":
-        size, local = int(said["WORLD_SIZE"]), int(said["LOCAL_WORLD_SIZE"])
-        found = Layout(by, local, size // local, *own_ranks())
-        if size % local:
-            raise InputError(
-                f"torchrun: {size} processes, {local} of them here: every machine needs as many; "
-                "use the same --nproc-per-node everywhere"
-            )
-        many = "--nproc-per-node"
-    else:
-        found = _slurm_layout()
-        many = "--ntasks-per-node"
-    if devices not in (1, found.local):
-        raise InputError(
-            f"--devices {devices}: {found.starter} started {found.local} processes here; leave "
-            f"the option out or use {many}={devices}"
-        )
-    return found
+    layout = find_layout()
+    several = options.run.devices > 1 or options.run.data_parallel
+    if several and layout.starter == "aam":
+        from aam.learning.device import count_devices
+        from aam.learning.workers import launch
 
+        count = count_devices(options.run)
+        if count > 1:
+            os.environ[LAUNCHER] = str(os.getpid())
+            return launch(argv, count)
+    try:
+        command(options)
+    except BaseException as error:
+        if isinstance(error, Stopped) and not layout.rank:
+            requeue(error.number)
+        if layout.size > 1:
+            _leave(error)
+        raise
+    if layout.size > 1:
+        from aam.learning import distributed
 
-def _slurm_layout() -> Layout:
-    """The tasks of a job step.
-
-    Raises:
-        InputError: there is no equal number of tasks a machine.
-    """
-    said = os.environ
-    size, nodes = int(said["SLURM_NTASKS"]), int(said.get("SLURM_NNODES", "1"))
-    if "SLURM_NTASKS_PER_NODE" not in said:
-        raise InputError(
-            f"srun: {size} tasks without --ntasks-per-node; set it to the devices of a machine"
-        )
-    local = int(said["SLURM_NTASKS_PER_NODE"])
-    if local * nodes != size:
-        raise InputError(
-            f"srun: {size} tasks, but --nodes={nodes} with --ntasks-per-node={local} makes "
-            f"{local * nodes}; leave --ntasks out"
-        )
-    return Layout("slurm", local, nodes, *own_ranks())
+        distributed.leave()
+    return 0
 
 
 def start(options: RunOptions) -> torch.device:
@@ -139,85 +118,90 @@ def start(options: RunOptions) -> torch.device:
             others than torchrun or SLURM have started.
     """
     import torch
-    import torch.distributed as dist
 
     from aam.learning import distributed
-    from aam.learning.device import check_attention, check_precision, find_device
+    from aam.learning.device import (
+        check_attention,
+        check_precision,
+        count_devices,
+        find_device,
+    )
 
+    layout, count = find_layout(), count_devices(options)
+    if layout.starter == "aam" and count > 1:
+        raise InputError("--devices: only the command line can start several processes")
+    if count not in (1, layout.local_size):
+        option = {"torchrun": "--nproc-per-node", "slurm": "--ntasks-per-node"}[layout.starter]
+        raise InputError(
+            f"--devices {count}: {layout.starter} started {layout.local_size} processes here; "
+            f"leave the option out or use {option}={count}"
+        )
     device = find_device(options.device)
-    layout = find_layout(_local_devices(options, device))
-    if layout.size > 1:
-        _check_several(options, device, layout)
-        device = torch.device("cuda", layout.local_rank) if device.type == "cuda" else device
+    if layout.size > 1 and device.type == "cuda":
+        if layout.local_size > torch.cuda.device_count():
+            raise InputError(
+                f"{layout.starter} started {layout.local_size} processes on this machine, each "
+                f"sees {torch.cuda.device_count()} GPUs: every process must see all GPUs of its "
+                "machine (srun: --gpus-per-node, not --gpus-per-task)"
+            )
+        device = torch.device("cuda", layout.local_rank)
     check_attention(options.attn_implementation, device)
     check_precision(options, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if layout.size > 1:
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // layout.local))
-        distributed.start_others(layout)
         if layout.starter == "slurm":
             _name_first_host()
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=layout.rank, world_size=layout.size)
-        distributed.join(layout)
+        distributed.join(device, layout.rank, layout.size)
     return device
 
 
-def _local_devices(options: RunOptions, device: torch.device) -> int:
-    """How many devices of this machine are asked for.
-
-    Raises:
-        InputError: --data-parallel means no certain number, or --device names one device.
-    """
-    import torch
-
-    if ":" in options.device and (options.devices > 1 or options.data_parallel):
-        raise InputError(
-            f"--device {options.device}: names one device; use --device {device.type} for several"
-        )
-    if not options.data_parallel:
-        return options.devices
-    if device.type == "cpu":
-        raise InputError(
-            "--data-parallel: a CPU is one device; --devices N shares it among N processes"
-        )
-    count = torch.cuda.device_count()
-    if options.devices not in (1, count):
-        raise InputError(
-            f"--devices {options.devices} with --data-parallel, which means all {count}: use one "
-            "of the two"
-        )
-    return count
+def exit_code(error: BaseException) -> int:
+    """2 for input that cannot be used, 128 and its number after a signal, 1 for anything else."""
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + getattr(error, "number", signal.SIGINT)
+    return 2 if isinstance(error, (InputError, OSError)) else 1
 
 
-def _check_several(options: RunOptions, device: torch.device, layout: Layout) -> None:
-    """Refuse more processes than devices, and what does not go together.
-
-    Raises:
-        InputError: says how many there are, or names the options.
-    """
-    import torch
-
-    if options.strategy == "fsdp" and options.compile_model:
-        raise InputError("--compile-model: does not go together with --strategy fsdp; leave it out")
-    count = torch.cuda.device_count()
-    if device.type != "cuda" or layout.local <= count:
+def complain(error: BaseException) -> None:
+    """One line for an error that ends a command: by rank 0, or by another that meets it alone."""
+    if isinstance(error, KeyboardInterrupt):
         return
-    if layout.starter == "aam":
-        raise InputError(f"--devices {layout.local}: torch sees {count} GPUs")
-    raise InputError(
-        f"{layout.starter} started {layout.local} processes on this machine, each sees {count} "
-        "GPUs: every process must see all GPUs of its machine (srun: --gpus-per-node, not "
-        "--gpus-per-task)"
-    )
+    text = str(error)
+    if isinstance(error, OSError):  # a disk that fills up while a log or a report is written
+        place = f"{error.filename}: " if error.filename else ""
+        text = f"{place}{error.strerror or error}"
+    layout, stream = find_layout(), sys.stderr
+    if layout.rank:
+        time.sleep(GRACE_SECONDS * (1 + layout.local_rank))
+        text, stream = f"rank {layout.rank}: {text}", sys.__stderr__ or stream
+    stream.write(f"error: {' '.join(text.split())}\n")
+    stream.flush()
+
+
+def _leave(error: BaseException) -> None:
+    """Prepare the end of one of several ranks.
+
+    All stop together at a signal, or a launcher would end rank 0 when the first of them has left.
+    Else the process ends without cleaning up collectives: that would wait for ranks that are gone.
+    """
+    if isinstance(error, Stopped):
+        from aam.learning import distributed
+
+        distributed.barrier()
+    elif not isinstance(error, (InputError, OSError, KeyboardInterrupt)):
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        time.sleep(BLAME_SECONDS)
+        get_error_handler().record_exception(error)  # for the launcher
+        sys.stderr = sys.__stderr__
+    atexit.register(os._exit, exit_code(error))
 
 
 def _name_first_host() -> None:
     """Say to torch where the tasks of a SLURM job meet, if nobody has."""
     said = os.environ
-    first = re.match(r"([^,\[]+)(?:\[([^],-]+))?", said.get("SLURM_JOB_NODELIST", "127.0.0.1"))
-    assert first is not None
-    said.setdefault("MASTER_ADDR", "".join(first.groups("")))
+    hosts = said.get("SLURM_STEP_NODELIST") or said.get("SLURM_JOB_NODELIST") or "127.0.0.1"
+    name, number = re.match(r"([^,\[]+)(?:\[([^],-]+))?", hosts).groups("")  # type: ignore[union-attr]
+    said.setdefault("MASTER_ADDR", name + number)  # node[07-09,12] begins with node07
     said.setdefault("MASTER_PORT", str(20000 + int(said.get("SLURM_JOB_ID", "0")) % 10000))

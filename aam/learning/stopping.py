@@ -13,7 +13,6 @@ import subprocess
 from typing import Any
 
 from aam.errors import log
-from aam.learning import distributed
 
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
@@ -50,10 +49,6 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def agreed(self) -> int:
-        """The signal that any rank has received, or 0; all ranks call it after every step."""
-        return distributed.all_reduce_max(self.number)
-
     def _note(self, number: int, _frame: Any) -> None:
         if self.number and number == signal.SIGINT:
             raise KeyboardInterrupt
@@ -64,18 +59,16 @@ class StopSignals:
 
 
 def requeue(number: int) -> None:
-    """Have SLURM queue the job again, if it was SIGUSR1 that ended it; on rank 0."""
-    job = os.environ.get("SLURM_JOB_ID")
-    if not distributed.is_rank_zero() or job is None or number != getattr(signal, "SIGUSR1", None):
+    """Have SLURM queue the job again, if it was SIGUSR1 that ended it."""
+    job, tool = os.environ.get("SLURM_JOB_ID"), shutil.which("scontrol")
+    if job is None or number != getattr(signal, "SIGUSR1", None):
         return
-    tool = shutil.which("scontrol")
     if tool is None:
         log("warning: no scontrol on this machine: the job is not queued again")
         return
+    command = [tool, "requeue", job]
     try:
-        done = subprocess.run(
-            [tool, "requeue", job], capture_output=True, text=True, timeout=REQUEUE_SECONDS
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=REQUEUE_SECONDS)
         problem = done.stderr.strip() if done.returncode else ""
     except (OSError, subprocess.TimeoutExpired) as error:
         problem = str(error)

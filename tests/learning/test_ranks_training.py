@@ -1,17 +1,20 @@
 """Runs that several processes share: as exact as one, and ended, saved and continued together."""
 
 import csv
+import functools
 import os
+import shutil
 import signal
-import subprocess
-import time
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from aam.cli import main
 from tests.conftest import TINY, TINY_MODEL
-from tests.processes import start_command
+from tests.processes import MAIN, Fork, fork_ranks, leave_out_reports, start_command
 
 STEPS = 5
 COMMANDS = {
@@ -47,21 +50,26 @@ def words(community):
     return make
 
 
-def run(words: list[str]) -> None:
-    process = start_command(words)
-    said = process.communicate(timeout=300)[1]
-    assert process.returncode == 0, said
-    assert said.count("24 samples used") == 1  # one rank speaks
+@pytest.fixture(scope="module")
+def alone(words, tmp_path_factory):
+    """A run of one process, by command."""
 
-
-def alone(words: list[str]) -> None:
-    from aam.train import main
+    @functools.cache
+    def run(command: str) -> Path:
+        folder = tmp_path_factory.mktemp(command) / "run"
+        assert main(words(command, "--max-steps", STEPS, "--output-dir", folder)) == 0
+        return folder
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("aam.report.write_report", lambda folder: folder / "report.html")
-        patch.setattr("aam.evaluation.baselines.target_baselines", lambda *_, **__: {})
-        patch.setattr("aam.evaluation.baselines.distance_baselines", lambda *_, **__: {})
-        assert main(words) == 0
+        leave_out_reports(patch)
+        yield run
+
+
+def run_ranks(count: int, words: list[str]) -> None:
+    """Run a command on several ranks, of which one speaks."""
+    (code, said), *others = [one.end(120) for one in fork_ranks(count, lambda: main(words))]
+    assert code == 0 and said.count("24 samples used") == 1, said
+    assert others == [(0, "")] * (count - 1)
 
 
 def measured(folder) -> dict[tuple[str, str, str], float]:
@@ -88,64 +96,68 @@ def assert_same_run(folder, reference) -> None:
             assert off.sum() <= 1e-6 * off.numel() and (off < 3e-5).all(), (name, off.max())
 
 
-@pytest.mark.parametrize(("command", "count"), [("pretrain", 2), ("pairs", 2), ("finetune", 2)])
-def test_five_steps_of_several_ranks_equal_those_of_one(words, tmp_path, command, count):
-    alone(words(command, "--max-steps", STEPS, "--output-dir", tmp_path / "one"))
-    several = ("--max-steps", STEPS, "--devices", count, "--output-dir", tmp_path / "several")
-    run(words(command, *several))
-    assert_same_run(tmp_path / "several", tmp_path / "one")
+@pytest.mark.parametrize(
+    ("command", "count"), [("pretrain", 2), ("pairs", 2), ("finetune", 2), ("pretrain", 4)]
+)
+def test_five_steps_of_several_ranks_equal_those_of_one(words, alone, tmp_path, command, count):
+    reference = alone(command)
+    run_ranks(count, words(command, "--max-steps", STEPS, "--output-dir", tmp_path))
+    assert_same_run(tmp_path, reference)
 
 
-def test_sharded_weights_continue_a_run_and_are_continued_by_one_process(words, tmp_path):
-    alone(words("pretrain", "--max-steps", STEPS, "--output-dir", tmp_path / "one"))
-    folder = tmp_path / "sharded"
-    alone(words("pretrain", "--max-steps", 2, "--output-dir", folder))
-    sharded = ("--devices", 2, "--strategy", "fsdp", "--max-steps", 4)
-    run(["pretrain", *map(str, ("--resume-from", folder, *sharded))])
-    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    assert names == ["best.pt", "last.pt"]
-    whole = ("--devices", 1, "--strategy", "ddp", "--max-steps", STEPS)
-    alone(["pretrain", *map(str, ("--resume-from", folder, *whole))])
-    for name in ("one", "sharded"):  # a run that ends validates, one that goes on does not
-        path = tmp_path / name / "metrics.csv"
-        lines = path.read_text().splitlines(keepends=True)
-        path.write_text("".join(one for one in lines if ",validation," not in one))
+def test_sharded_weights_continue_a_run_and_are_continued_by_one_process(words, alone, tmp_path):
+    reference, folder = alone("pretrain"), tmp_path / "run"
+    assert main(words("pretrain", "--max-steps", 2, "--output-dir", folder)) == 0
+    resume = ["pretrain", "--resume-from", str(folder)]
+    run_ranks(2, [*resume, "--strategy", "fsdp", "--max-steps", "4"])
+    assert main([*resume, "--strategy", "ddp", "--max-steps", str(STEPS)]) == 0
+    shutil.copytree(reference, tmp_path / "one")
+    for path in (folder, tmp_path / "one"):  # a run that ends validates, one that goes on does not
+        lines = (path / "metrics.csv").read_text().splitlines(keepends=True)
+        kept = "".join(one for one in lines if ",validation," not in one)
+        (path / "metrics.csv").write_text(kept)
     assert_same_run(folder, tmp_path / "one")
 
 
-def long_run(words, folder) -> tuple[subprocess.Popen, int]:
-    """A run of two processes in its first steps, and the process id of rank 1."""
-    more = ("--devices", 2, "--epochs", 100000, "--validate-every", 100000)
-    process = start_command(words("pretrain", *more, "--output-dir", folder))
-    for line in process.stderr:
-        if line.startswith("step "):
-            break
-    children = f"/proc/{process.pid}/task/{process.pid}/children"
-    with open(children) as file:
-        return process, int(file.read().split()[0])
+def long_run(words, folder: Path, *more: object) -> list[str]:
+    return words(
+        "pretrain", "--epochs", 99999, "--validate-every", 99999, "--output-dir", folder, *more
+    )
 
 
-needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux's /proc")
+def test_a_signal_to_one_rank_saves_and_ends_all(words, tmp_path):
+    argv = long_run(words, tmp_path)
+    ranks = fork_ranks(2, lambda: main(argv))
+    ranks[0].wait_for("step ")
+    os.kill(ranks[1].process.pid, signal.SIGTERM)
+    (code, said), other = [one.end() for one in ranks]
+    assert code == 128 + signal.SIGTERM and other == (code, "")
+    assert "\nsaved at step " in said
+    state = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)
+    assert f"saved at step {state['progress']['step']};" in said
 
 
-@needs_proc
-def test_a_signal_to_one_rank_stops_and_saves_all(words, tmp_path):
-    process, other = long_run(words, tmp_path / "run")
-    os.kill(other, signal.SIGTERM)
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == 128 + signal.SIGTERM, said
-    assert said.startswith("saved at step ") and said.count("\n") == 1
-    state = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)
-    assert state["progress"]["step"] >= 1
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for the workers in /proc")
+def test_a_killed_rank_ends_all_with_one_line(words, tmp_path):
+    argv = long_run(words, tmp_path, "--devices", 2)
+    launcher = Fork(lambda: main(argv))
+    launcher.wait_for("step ")
+    process = launcher.process.pid
+    with open(f"/proc/{process}/task/{process}/children") as file:
+        os.kill(int(file.read().split()[1]), signal.SIGKILL)
+    code, said = launcher.end()
+    assert code == 1 and said.splitlines()[-1] == (
+        "error: rank 1 has ended (killed by SIGKILL); continue from the last checkpoint with "
+        "--resume-from"
+    )
+    assert "Traceback" not in said and said.count("error") == 1
 
 
-@needs_proc
-def test_a_rank_that_is_killed_ends_the_run_with_one_line(words, tmp_path):
-    process, other = long_run(words, tmp_path / "run")
-    os.kill(other, signal.SIGKILL)
-    started = time.monotonic()
-    said = process.communicate(timeout=60)[1]
-    assert time.monotonic() - started < 60
-    assert process.returncode == 1
-    expected = "error: rank 1 has ended (killed by SIGKILL); continue from the last checkpoint"
-    assert said.startswith(expected) and said.count("\n") == 1
+def test_torchrun_starts_a_run_too(words, alone, tmp_path):
+    reference = alone("pretrain")
+    argv = words("pretrain", "--max-steps", STEPS, "--output-dir", tmp_path)
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+    process = start_command(argv, (*torchrun, "--no-python", sys.executable, "-c", MAIN))
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 0 and said.count("24 samples used") == 1, said
+    assert_same_run(tmp_path, reference)
