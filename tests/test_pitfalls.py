@@ -34,12 +34,12 @@ ELSEWHERE = {
         "test_the_order_of_the_tables_rows_and_columns_changes_no_prediction"),
     "warm-up that small studies never leave": (
         "learning/test_loop.py", "test_the_logged_rate_is_the_schedule_and_lasts_the_run"),
-    "a matrix by position": ("test_bad_input.py", '"matrix without ids"'),
-    "NaN target": ("test_bad_input.py", '"target all missing"'),
-    "duplicate metadata rows": ("test_bad_input.py", '"metadata row twice"'),
-    "hashed ids": ("test_bad_input.py", '"table hashed ids"'),
-    "batch larger than the set": ("test_bad_input.py", '"batch larger than the set"'),
-    "plain text as BIOM": ("test_bad_input.py", '"table is plain text"'),
+    "a matrix by position": ("test_bad_input.py", 'MATRIX + "NPY": "--unifrac-matrix-ids"'),
+    "NaN target": ("test_bad_input.py", 'FINE + "BLANK --metadata-column x"'),
+    "duplicate metadata rows": ("test_bad_input.py", 'FINE + "DUPLICATE --metadata-column age"'),
+    "hashed ids": ("test_bad_input.py", 'TREE + "MD5"'),
+    "batch larger than the set": ("test_bad_input.py", 'PAIRS + "--batch-size 64"'),
+    "plain text as BIOM": ("test_bad_input.py", 'TREE + "PLAIN"'),
     "checkpoints written in place": (
         "learning/test_checkpoint.py", "test_a_failed_write_keeps_the_previous_file"),
     "resume that is not exact": (
