@@ -75,10 +75,11 @@ def test_rarefaction_and_missing_tips_are_counted(unifrac, community, tmp_path, 
 def test_outputs_are_known_to_be_wrong_before_the_work(
     unifrac, tmp_path, name, metric, problem, capsys
 ):
-    there = tmp_path / "there.h5"
+    there, tree = tmp_path / "there.h5", tmp_path / "tree.nwk"
     there.write_text("precious")
+    tree.write_text("no tree")
     words = (tmp_path / name, "--metric", metric)
-    assert unifrac(*words, tree="no-tree") == 2
+    assert unifrac(*words, tree=tree) == 2
     assert problem in capsys.readouterr().err and there.read_text() == "precious"
     if name == "there.h5":
         assert unifrac(*words, "--overwrite") == 0

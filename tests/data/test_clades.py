@@ -287,20 +287,3 @@ def test_tips_of_a_kept_tree_join_at_their_own_ends():
     tree = parse("((a:1,b:2):3,c:4);")
     grafts = true_grafts(tree, np.ones(3, dtype=bool), np.arange(3))
     assert grafts.shared.tolist() == [1, 2, 4] and grafts.own.tolist() == [0, 0, 0]
-
-
-def test_four_thousand_tips():
-    generator = np.random.default_rng(0)
-    tree = parse(random_newick(generator, 4_000, plain=True))
-    known = generator.random(4_000) < 0.9
-    split = split_tree(tree, known)
-    clades = split.clades
-    assert len(clades) == known.sum() - 2 == sum(map(len, clades.levels))
-    assert 0 < len(clades.near(np.arange(100))) < len(clades) / 10
-    assert (clades.jaccard(split.truth, split.truth) == 1).all()
-    grown, _ = clades.graft(split.truth, split.unseen)
-    assert len(grown.tip_names) == 4_000
-    place = {name: tip for tip, name in enumerate(tree.tip_names)}
-    whole = Clades(tree).root_distance[tree.tip_nodes]
-    found = Clades(grown).root_distance[grown.tip_nodes]
-    np.testing.assert_allclose(found, whole[[place[name] for name in grown.tip_names]])

@@ -108,6 +108,13 @@ def test_a_tree_without_inner_branches_has_only_pendants(text):
     assert faith.tolist() == [1, 3, 5]
 
 
+def test_pendants_that_fall_on_one_place_cancel():
+    clades = Clades(parse("(" + ",".join(f"t{tip}:1" for tip in range(200)) + ");"))
+    table = make_table(np.repeat(np.eye(2, dtype=int), 100, axis=1), list(clades.sequences))
+    vectors, _ = vectors_of(fit(clades), table, clades, dimensions=8)
+    assert abs(vectors[0] @ vectors[1]) < 150  # 1,250 if all were added
+
+
 def test_the_tanimoto_distance_of_short_vectors_follows_unifrac(community):
     table, tree = read_table(community.table), read_tree(community.tree)
     unifrac = UniFrac(table, tree)
