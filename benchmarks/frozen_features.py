@@ -15,13 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from aam.data.embedding import Embedding
 from aam.data.metadata import read_metadata
 from aam.data.table import FeatureTable, read_table
-from aam.evaluation.placer import grafted_tree, load_placer
-from aam.learning.model_file import read_model
+from aam.evaluation.loaded import load
 from benchmarks import machine
 
 DATA = Path(os.environ.get("AAM_DATA") or machine.ROOT.parent / "shared" / "data")
@@ -34,16 +31,12 @@ FOLDS, SEED = 5, 0
 
 def features(run: Path, table: FeatureTable) -> dict[str, np.ndarray]:
     """Features of each sample by name, (samples, width)."""
-    placer = load_placer(run, torch.device("cpu"))
-    known, near = placer.find(table.feature_ids)
-    vectors = placer.vectors(table.feature_ids, known, near)
+    model = load(run, "cpu")
     present = table.counts.sign()
+    vectors = model.embed(table, asvs=True).loc[:, "e0":].to_numpy()
     mean = (present @ vectors) / np.maximum(present.sum(axis=1), 1)[:, None]
-    placed = placer.place(table.feature_ids, (known, near))
-    embedding = Embedding.from_arrays(read_model(run).arrays)
-    grafted = grafted_tree(placer.clades, placed, table.feature_ids)
-    blocks = list(embedding.rows(table, placer.clades, grafted, embedding.most))
-    embedded = np.concatenate([np.column_stack([v, faith]) for v, faith in blocks])
+    embedded = model.embed(table)
+    embedded = embedded[[*embedded.columns[1:], "faith_pd"]].to_numpy()
     return {"mean ASV vector": mean, "embed": embedded}
 
 

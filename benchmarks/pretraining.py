@@ -21,17 +21,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from aam.data.clades import places_by_tree
 from aam.data.metadata import read_metadata
+from aam.data.neighbours import Found
 from aam.data.splits import split_samples
 from aam.data.table import FeatureTable, read_table
 from aam.data.texts import Texts
 from aam.data.tree import Phylogeny, read_tree
 from aam.data.unifrac import UniFrac
 from aam.evaluation import metrics
-from aam.evaluation.placer import Placer, load_placer, unifrac_by_model
+from aam.evaluation.loaded import load
+from aam.evaluation.placer import Placer, unifrac_by_model
 from benchmarks import machine
 
 DATA = Path(os.environ.get("AAM_DATA") or machine.ROOT.parent / "shared" / "data") / "ibd"
@@ -109,12 +110,20 @@ def error(predicted: np.ndarray, true: np.ndarray) -> float | None:
     return metrics.mean_absolute_error(metrics.condensed(predicted), metrics.condensed(true))
 
 
+class NetworkAlone(Placer):
+    """The network decides on the clades, without the neighbours' vote."""
+
+    def logits(self, near: Found, clades: np.ndarray) -> np.ndarray:
+        """The network's own."""
+        return self.network_logits(near, clades)
+
+
 def measure(placer: Placer, held: Held, *, damage: bool) -> dict[str, dict[str, float | None]]:
     """All measurements of a held-out part, by who places."""
     table, clades = held.table, placer.clades
     names = Texts.of(table.feature_ids)
-    nearest = Placer(None, placer.placement, neighbours=placer.neighbours)
-    network = Placer(placer.model, placer.placement, neighbours=placer.neighbours, use_votes=False)
+    nearest = placer.nearest_neighbour()
+    network = NetworkAlone(placer.model, placer.placement, placer.neighbours)
     found = placer.find(names)
     new = found[0] < 0
     truth = places_by_tree(held.tree, clades, names.take(new))
@@ -213,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for seed in map(int, options.seeds.split(",")):
         run, seconds = pretrained(options.output, options.data, seed, options.train, more)
         print(f"seed {seed}: {seconds:.0f} s from the command to the report")
-        placer = load_placer(run, torch.device("cpu"))
+        placer = load(run, "cpu").placer
         for name, held in held_out(options.data, seed):
             results = measure(placer, held, damage=options.damage)
             print(f"seed {seed}, {name}:")

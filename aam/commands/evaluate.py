@@ -2,57 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from aam.commands.inputs import attach_distances, attach_tree, read_ids
-from aam.commands.predict import covariates_as_trained, samples_as_trained
-from aam.config import (
-    DistanceOptions,
-    EvaluateConfig,
-    MetadataOptions,
-    NucleotideOptions,
-    TableOptions,
-)
+from aam.config import DistanceOptions, EvaluateConfig, NucleotideOptions, TableOptions
 from aam.data.clades import places_by_tree
-from aam.data.dataset import SampleDataset
-from aam.data.samples import Samples, make_dataset
+from aam.data.samples import Samples
 from aam.data.texts import Texts, match_names
 from aam.data.tree import read_tree
 from aam.errors import InputError, log, log_facts, name_some
-from aam.evaluation import baselines
-from aam.evaluation.applicability import add_applicability
-from aam.evaluation.measurements import distance_results, nucleotide_results
-from aam.evaluation.outputs import predict_outputs, predicted_distances, target_metrics
-from aam.evaluation.placer import Placer
-from aam.evaluation.predictions import in_units
-from aam.evaluation.results import print_results, result
-from aam.evaluation.tree_results import EvaluationSubset, membership_results, sample_results
+from aam.evaluation.loaded import Model, load
+from aam.evaluation.outputs import in_units, predict_outputs, predicted_distances
+from aam.evaluation.results import (
+    EvaluationSubset,
+    Results,
+    distance_results,
+    nucleotide_results,
+    print_results,
+    target_results,
+)
+from aam.evaluation.tree_results import membership_results, sample_results
 from aam.files import json_text, write_text
-from aam.learning.device import pick_device
-from aam.learning.model_file import SavedModel, read_model
-from aam.learning.targets import TargetInfo
-from aam.model import AsvEncoder, Predictor, PretrainedModel
+from aam.learning.losses import DistanceSource
+from aam.model import Predictor, PretrainedModel
 
 
-def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
-    """Run `aam evaluate`.
-
-    Returns:
-        The measured numbers, each beside its baselines.
-    """
-    saved = read_model(config.model)
-    model, described = saved.build(impl=config.attn_implementation), saved.description
-    model.to(pick_device(config.device, config.attn_implementation))
-    samples, options = samples_as_trained(config, described, config.metadata)
-    add_applicability(samples, saved)
-    if isinstance(model, Predictor):
-        results = _evaluate_predictor(model, described, samples, options, config)
-    elif model.clades is not None:
-        results = _evaluate_tree(saved, model, samples, options, config)
+def evaluate(config: EvaluateConfig) -> Results:
+    """Run `aam evaluate`; gives the measured numbers, each beside its baselines."""
+    model = load(config.model, config.device, config.attn_implementation)
+    samples = model.read(
+        config.table, config.metadata, sequences=config.sequences,
+        rarefy_depth=config.rarefy_depth, allow_missing=config.allow_missing,
+    )  # fmt: skip
+    if isinstance(model.network, Predictor):
+        results = _evaluate_predictor(model, samples, config)
+    elif model.network.clades is not None:
+        results = _evaluate_tree(model, samples, config)
     else:
-        results = _evaluate_pairs(model, described, samples, options, config)
+        results = _evaluate_pairs(model, samples, config)
     print_results(results)
     if config.output is not None:
         write_text(config.output, json_text({"model": config.model, "results": results}))
@@ -60,7 +47,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     return results
 
 
-def chosen_ids(samples: Samples, config: EvaluateConfig) -> tuple[str, ...]:
+def _chosen_ids(samples: Samples, config: EvaluateConfig) -> tuple[str, ...]:
     """The samples to evaluate: those of a file, all, or the run's validation samples."""
     known = set(samples.ids)
     if config.ids is not None:
@@ -78,149 +65,107 @@ def chosen_ids(samples: Samples, config: EvaluateConfig) -> tuple[str, ...]:
     return read_ids(path, known)
 
 
-def training_rows(samples: Samples, config: EvaluateConfig, chosen: tuple[str, ...]) -> np.ndarray:
+def _training_rows(samples: Samples, config: EvaluateConfig, ids: tuple[str, ...]) -> np.ndarray:
     """Rows that the baselines may learn from: the run's training samples in this table."""
     path = config.model / "train_ids.txt"
-    if not path.is_file():
-        return np.empty(0, dtype=np.int64)
-    train = set(path.read_text(encoding="utf-8").split("\n"))
-    both = sorted(train & set(chosen))
+    train = set(path.read_text(encoding="utf-8").split("\n")) if path.is_file() else set()
+    both = sorted(train & set(ids))
     if both:
         log(
-            f"warning: {len(both)} of {len(chosen)} samples ({name_some(both)}) were trained on: "
+            f"warning: {len(both)} of {len(ids)} samples ({name_some(both)}) were trained on: "
             "their numbers are too good"
         )
     return samples.rows([name for name in samples.ids if name in train and name not in both])
 
 
-def _evaluate_tree(
-    saved: SavedModel,
-    model: PretrainedModel,
-    samples: Samples,
-    options: TableOptions,
-    config: EvaluateConfig,
-) -> list[dict[str, Any]]:
+def _evaluate_tree(model: Model, samples: Samples, config: EvaluateConfig) -> Results:
     """Distances, Faith PD and memberships by the model beside those by the tree."""
     if config.tree is None:
         raise InputError("evaluate needs --tree for a model that a tree taught: the truth")
     tree = read_tree(config.tree, sequences=config.sequences)
     truth = attach_tree(samples, tree, config.drop_missing_tips)
-    ids = chosen_ids(samples, config)
-    train = training_rows(samples, config, ids)
-    log_facts(samples.facts, samples.warnings)
-    placer = Placer.of(saved, model)
-    rows = samples.rows(ids)
-    metadata = MetadataOptions(group_column=config.group_column)
-    results = sample_results(placer, EvaluationSubset(samples, truth, rows, train, metadata))
-    known = match_names(samples.table.feature_ids, placer.clades.sequences) >= 0
-    used = np.unique(samples.table.counts[rows].indices)
-    new = [one for one in used if not known[one] and truth.tip_of_column[one] >= 0]
-    sequences = Texts.of(samples.table.feature_ids).take(np.array(new, dtype=np.int64))
-    places = places_by_tree(tree, placer.clades, sequences)
+    subset = _subset(samples, truth, config)
+    placer = model.placer
+    results = sample_results(placer, subset)
+    features = Texts.of(samples.table.feature_ids)
+    known = match_names(features, placer.clades.sequences) >= 0
+    used = np.unique(samples.table.counts[subset.rows].indices)
+    new = features.take(used[~known[used] & (truth.tip_of_column[used] >= 0)])
+    places = places_by_tree(tree, placer.clades, new)
     if places is None:
         log(f"{config.tree}: is not the tree of the model: memberships are not compared")
     elif len(new):
-        results += membership_results(placer, placer.place(sequences), places)
-    dataset = make_dataset(samples, options)
-    return results + _nucleotides(model.encoder, dataset, rows, train)
+        results += membership_results(placer, new, placer.place(new), places)
+    return results + _nucleotides(model, subset)
 
 
-def _evaluate_pairs(
-    model: PretrainedModel,
-    described: dict[str, Any],
-    samples: Samples,
-    options: TableOptions,
-    config: EvaluateConfig,
-) -> list[dict[str, Any]]:
+def _evaluate_pairs(model: Model, samples: Samples, config: EvaluateConfig) -> Results:
     """Distances by the model beside those that it learned from."""
-    own = None if described["distance"] == "matrix" else described["distance"]
-    distances = attach_distances(
+    assert isinstance(model.network, PretrainedModel)
+    own = model.description["distance"]
+    truth = attach_distances(
         samples,
-        options,
+        TableOptions(
+            table=config.table, sequences=config.sequences, allow_missing=config.allow_missing
+        ),
         DistanceOptions(
             tree=config.tree,
             unifrac_matrix=config.unifrac_matrix,
             unifrac_matrix_ids=config.unifrac_matrix_ids,
-            distance=None if config.tree or config.unifrac_matrix else own,
+            distance=None if config.tree or config.unifrac_matrix or own == "matrix" else own,
             drop_missing_tips=config.drop_missing_tips,
         ),
     )
-    dataset = make_dataset(samples, options)
-    ids = chosen_ids(samples, config)
-    train = training_rows(samples, config, ids)
+    subset = _subset(samples, truth, config)
+    predicted = predicted_distances(model.network, model.dataset(samples)[0], subset.rows)
+    return distance_results(subset, predicted) + _nucleotides(model, subset)
+
+
+def _subset(samples: Samples, truth: DistanceSource, config: EvaluateConfig) -> EvaluationSubset:
+    """The samples to evaluate, and those that baselines may learn from."""
+    ids = _chosen_ids(samples, config)
+    train = _training_rows(samples, config, ids)
     log_facts(samples.facts, samples.warnings)
-    rows = samples.rows(ids)
-    results = distance_results(
-        samples,
-        distances.pairwise,
-        predicted_distances(model, dataset, rows),
-        distances.pairwise(rows),
-        train,
-        rows,
-        samples.groups(config.group_column),
+    return EvaluationSubset(samples, truth, samples.rows(ids), train, config.group_column)
+
+
+def _nucleotides(model: Model, subset: EvaluationSubset) -> Results:
+    """Masked nucleotides, as many as in the run's own validations."""
+    dataset = model.dataset(subset.samples)[0]
+    chosen, known = dataset.asvs_of(subset.rows), dataset.asvs_of(subset.train_rows)
+    data = model.description["data"]
+    options = NucleotideOptions(
+        mask_probability=data["mask_probability"], mask_strategy=data["mask_strategy"]
     )
-    return results + _nucleotides(model.encoder, dataset, rows, train)
+    return nucleotide_results(model.network.encoder, dataset, chosen, dataset, known, options)
 
 
-def _nucleotides(
-    encoder: AsvEncoder, dataset: SampleDataset, rows: np.ndarray, train: np.ndarray
-) -> list[dict[str, Any]]:
-    """Masked-nucleotide accuracy beside the training part's consensus."""
-    judged, known = dataset.asvs_of(rows), dataset.asvs_of(train)
-    return nucleotide_results(encoder, dataset, judged, dataset, known, NucleotideOptions())
-
-
-def _evaluate_predictor(
-    model: Predictor,
-    described: dict[str, Any],
-    samples: Samples,
-    options: Any,
-    config: EvaluateConfig,
-) -> list[dict[str, Any]]:
+def _evaluate_predictor(model: Model, samples: Samples, config: EvaluateConfig) -> Results:
+    """Predictions beside the metadata column."""
     if samples.metadata is None:
         raise InputError("evaluate needs --metadata for a fine-tuned model")
-    target = TargetInfo.from_dict(described["target"])
-    wanted = set(chosen_ids(samples, config))
-    values = samples.metadata.text(target.column)
-    lacking = [n for n, v in zip(samples.ids, values, strict=True) if n in wanted and v is None]
-    unknown = [
-        n
-        for n, v in zip(samples.ids, values, strict=True)
-        if n in wanted and target.classes and v is not None and v not in target.classes
-    ]
-    if unknown:
+    assert isinstance(model.network, Predictor)
+    target, source, wanted = model.target, samples.metadata.source, _chosen_ids(samples, config)
+    value = dict(zip(samples.ids, samples.metadata.text(target.column), strict=True))
+    lacking = [name for name in wanted if value[name] is None]
+    unknown = [name for name in wanted if target.classes and value[name] not in target.classes]
+    if unknown := [name for name in unknown if value[name] is not None]:
         raise InputError(
-            f"{samples.metadata.source}: {len(unknown)} samples ({name_some(unknown)}) have a "
-            f"{target.column!r} that the model does not know; choose samples with --ids"
+            f"{source}: {len(unknown)} samples ({name_some(unknown)}) have a {target.column!r} "
+            "that the model does not know; choose samples with --ids"
         )
     if lacking:
         log(f"dropped: {len(lacking)} samples without {target.column!r} ({name_some(lacking)})")
-    ids = tuple(n for n in samples.ids if n in wanted and n not in set(lacking))
+    chosen = set(wanted) - set(lacking)
+    ids = tuple(name for name in samples.ids if name in chosen)
     if not ids:
-        raise InputError(f"{samples.metadata.source}: no sample has a value of {target.column!r}")
-    train = training_rows(samples, config, ids)
-    dataset, keys = covariates_as_trained(samples, options, described, target)
+        raise InputError(f"{source}: no sample has a value of {target.column!r}")
+    train = _training_rows(samples, config, ids)
+    dataset, keys = model.dataset(samples)
     log_facts(samples.facts, samples.warnings)
-    rows = samples.rows(ids)
-    outputs = predict_outputs(model, dataset, rows)
+    rows, truth = samples.rows(ids), target.truth(samples.metadata)
+    outputs = predict_outputs(model.network, dataset, rows)
     own = None if keys is None else [keys[row] for row in rows]
     predicted = in_units(outputs, target, own)
-    truth = target.truth(samples.metadata)
-    measured = target_metrics(predicted, truth[rows], len(target.classes))
     train = train[np.isfinite(truth[train])]
-    simple: dict[str, dict[str, float | None]] = {}
-    if len(train):
-        simple = baselines.target_baselines(
-            samples.table.counts,
-            truth if not target.classes else np.nan_to_num(truth, nan=-1).astype(np.int64),
-            train,
-            rows,
-            kind=target.kind,
-            number_of_classes=len(target.classes) or None,
-        )
-    return [
-        result(
-            f"{target.column} {name}", value, simple.get(name, {}), higher_is_better=name != "mae"
-        )
-        for name, value in measured.items()
-    ]
+    return target_results(target, predicted, truth, samples, train, rows)

@@ -19,10 +19,15 @@ from aam.data.dataset import SampleDataset
 from aam.data.metadata import require_values
 from aam.data.samples import Samples, make_dataset, read_samples
 from aam.errors import InputError, log
-from aam.evaluation import baselines
-from aam.evaluation.outputs import encode_asvs, predict_outputs, target_metrics
-from aam.evaluation.predictions import in_units, prediction_cells, prediction_header
-from aam.evaluation.results import result
+from aam.evaluation.metrics import target_metrics
+from aam.evaluation.outputs import (
+    encode_asvs,
+    in_units,
+    predict_outputs,
+    prediction_cells,
+    prediction_frame,
+)
+from aam.evaluation.results import target_results
 from aam.files import refuse_breaks
 from aam.learning.checkpoint import fingerprint
 from aam.learning.distributed import RankGroup
@@ -34,7 +39,6 @@ from aam.learning.targets import TargetInfo, TargetTransform, class_weights
 from aam.model import Predictor
 from aam.model.predictor import PredictorShape
 
-BASELINE_SEED = 0
 EPOCHS, LEARNING_RATE = 20, 6e-4  # where none are given
 
 
@@ -189,7 +193,7 @@ class Finetuning(Task):
     ) -> tuple[np.ndarray, Tensor]:
         """Predictions (numbers in the user's units, or probabilities) and raw outputs."""
         outputs = predict_outputs(
-            self.model, self.dataset, rows, frozen_asvs=self.frozen, exchange=ranks
+            self.model, self.dataset, rows, frozen_asvs=self.frozen, ranks=ranks
         )
         return in_units(outputs, self.target, self.keys_of(rows)), outputs
 
@@ -210,26 +214,14 @@ class Finetuning(Task):
         target, rows, classes = self.target, [], self.target.classes
         for part, chosen in (("train", self.rows), ("validation", self.validation_rows)):
             predicted, _ = self.predict(chosen)
-            for row, cells in zip(chosen, prediction_cells(predicted, target), strict=True):
+            frame = prediction_frame(predicted, target, [self.samples.ids[row] for row in chosen])
+            for row, (name, *cells) in zip(chosen, prediction_cells(frame), strict=True):
                 true = self.truth[row]
-                shown = classes[int(true)] if classes else repr(float(true))
-                rows.append([self.samples.ids[row], part, shown, *cells])
-        run.write_table(
-            "predictions.tsv", ["sample-id", "part", "true", *prediction_header(target)], rows
+                rows.append([name, part, classes[int(true)] if classes else float(true), *cells])
+        run.write_table("predictions.tsv", ["sample-id", "part", "true", *frame.columns], rows)
+        results = target_results(
+            target, predicted, self.truth, self.samples, self.rows, self.validation_rows
         )
-        measured = target_metrics(predicted, self.truth[self.validation_rows], len(classes))
-        simple = baselines.target_baselines(
-            self.samples.table.counts, self.truth, self.rows, self.validation_rows,
-            kind=target.kind, number_of_classes=len(classes) or None, seed=BASELINE_SEED,
-        )  # fmt: skip
-        names = {"r2": "R2", "mae": "MAE", "auc": "AUC", "balanced_accuracy": "balanced accuracy"}
-        results = [
-            result(
-                f"{target.column} {names.get(name, name)}", value, simple.get(name, {}),
-                higher_is_better=name != "mae",
-            )
-            for name, value in measured.items()
-        ]  # fmt: skip
         described = {"column": target.column, "kind": target.kind, "classes": classes, "unit": ""}
         return {"results": results, "target": described}
 

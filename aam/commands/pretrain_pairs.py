@@ -21,8 +21,9 @@ from aam.data.clades import known_arrays
 from aam.data.dataset import SampleDataset
 from aam.data.samples import make_dataset, read_samples
 from aam.evaluation import metrics
-from aam.evaluation.measurements import distance_results, nucleotide_results, write_pairs
-from aam.evaluation.outputs import distance_metrics, predicted_distances
+from aam.evaluation.metrics import distance_metrics
+from aam.evaluation.outputs import predicted_distances
+from aam.evaluation.results import EvaluationSubset, distance_results, nucleotide_results
 from aam.learning.checkpoint import fingerprint
 from aam.learning.distributed import RankGroup
 from aam.learning.losses import DistanceLoss
@@ -97,14 +98,10 @@ class PairPretraining(Task):
         """Distances and masked nucleotides beside their baselines."""
         results, rows = [], self.evaluated
         if self.config.losses.unifrac_penalty:
-            groups = self.samples.groups(self.config.metadata.group_column)
+            column = self.config.metadata.group_column
+            subset = EvaluationSubset(self.samples, self.distances, rows, self.rows, column)
             predicted = predicted_distances(self.model, self.dataset, rows)
-            true = self.distances.pairwise(rows)
-            own = None if groups is None else [groups[row] for row in rows]
-            write_pairs(run, [self.samples.ids[row] for row in rows], true, predicted, own)
-            results += distance_results(
-                self.samples, self.distances.pairwise, predicted, true, self.rows, rows, groups
-            )
+            results += distance_results(subset, predicted, run)
         if self.config.losses.nucleotide_penalty:
             results += nucleotide_results(
                 self.model.encoder, self.dataset, self.dataset.asvs_of(rows),

@@ -29,14 +29,9 @@ from aam.data.embedding import COMMUNITIES, Embedding
 from aam.data.neighbours import Found, Neighbours
 from aam.data.placement import Law, Placement
 from aam.data.texts import match_names
-from aam.evaluation.measurements import nucleotide_results
 from aam.evaluation.placer import WEIGHT, Placer
-from aam.evaluation.tree_results import (
-    colours,
-    membership_results,
-    sample_results,
-    write_placements,
-)
+from aam.evaluation.results import nucleotide_results
+from aam.evaluation.tree_results import colours, membership_results, sample_results
 from aam.learning.checkpoint import fingerprint
 from aam.learning.losses import CladeLoss
 from aam.learning.objective import CladeObjective
@@ -229,8 +224,7 @@ class TreePretraining(Task):
             sequences = self.known.unseen.take(self.placed)
             placed = self.placer.place(sequences, self.found)
             truth = self.known.truth.take(self.placed)
-            results += membership_results(self.placer, placed, truth)
-            write_placements(run, self.placer, sequences, placed, truth)
+            results += membership_results(self.placer, sequences, placed, truth, run)
         if losses.nucleotide_penalty and len(self.unseen):
             results += nucleotide_results(
                 self.model.encoder, self.unseen, np.arange(len(self.unseen)),

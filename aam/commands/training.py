@@ -131,9 +131,11 @@ def train(
 
 
 def data_description(config: PretrainConfig | FinetuneConfig) -> dict[str, Any]:
-    """What a later command must do to a table, to treat it as this run did."""
+    """What a later command must do to a table and its ASVs, to treat them as this run did."""
     names = ("rarefy_depth", "max_bp", "token_limit", "asv_sampling")
-    return {name: getattr(config.data, name) for name in names} | {"seed": config.run.seed}
+    masking = {name: getattr(config.losses, name) for name in ("mask_probability", "mask_strategy")}
+    data = {name: getattr(config.data, name) for name in names}
+    return {**data, **masking, "seed": config.run.seed}
 
 
 def summary(
@@ -192,7 +194,7 @@ def pretraining_metrics(
     penalties = task.config.losses
     if penalties.nucleotide_penalty:
         check = check_nucleotides(
-            task.model.encoder, dataset, asvs, penalties, seed=CHECK_SEED, exchange=RankGroup()
+            task.model.encoder, dataset, asvs, penalties, seed=CHECK_SEED, ranks=RankGroup()
         )
         measured |= {"nucleotide_loss": check.loss, "nucleotide_accuracy": check.accuracy}
     taught = measured.get("clade_loss", measured.get("unifrac_loss")) or 0.0

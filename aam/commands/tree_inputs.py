@@ -15,7 +15,7 @@ from aam.data.splits import Split
 from aam.data.texts import Texts, match_names
 from aam.data.tree import read_tree
 from aam.errors import DataFact, InputError, name_some
-from aam.evaluation.tree_results import EvaluationSubset
+from aam.evaluation.results import EvaluationSubset
 
 LEAST_TIPS = 3
 LEFT_OUT = 2000  # most tips of a reference that are left out, and most ASVs that validation places
@@ -57,7 +57,8 @@ def read_table_and_tree(config: PretrainConfig) -> TreeInputs:
     known = split_tree(by_sequence, seen[columns])
     rows = placed_rows(samples, evaluation_rows(samples, parts), seen)
     samples.facts += clade_facts(known, config.data.max_bp)
-    subset = EvaluationSubset(samples, truth, rows, train_rows, config.metadata)
+    column = config.metadata.group_column
+    subset = EvaluationSubset(samples, truth, rows, train_rows, column)
     return TreeInputs(known, parts, subset, samples.facts, samples.warnings)
 
 

@@ -188,6 +188,8 @@ class UnifracConfig(ResultOptions):
     """.h5 (as ssu writes it) or .tsv."""
     metric: Literal["unweighted", "weighted", "weighted-normalized", "faith-pd"] = "unweighted"
     """faith-pd writes one value a sample (.tsv)."""
+    engine: Literal["builtin", "unifrac"] = "builtin"
+    """What computes them: unifrac is the package of that name (a GPU's, where it finds one)."""
     drop_missing_tips: bool = False
     """Drop features that are not in the tree; they are counted."""
     device: Device = "auto"

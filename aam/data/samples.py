@@ -127,7 +127,8 @@ def read_samples(
     options: TableOptions,
     seed: int,
     *,
-    metadata: Path | None = None,
+    table: Any = None,
+    metadata: Path | Metadata | None = None,
     keep_unmatched: bool = False,
 ) -> Samples:
     """Read a table, rarefy it and match it with metadata.
@@ -135,6 +136,7 @@ def read_samples(
     Args:
         options: the table's options.
         seed: of the rarefaction.
+        table: one in memory, in place of a file; see `read_table`.
         metadata: sample metadata; samples without a row are an error or, on request, dropped.
         keep_unmatched: keep samples that may lack a row; all their cells are then missing.
 
@@ -142,21 +144,24 @@ def read_samples(
         InputError: a file cannot be used, an id is broken, or a sample has no metadata.
     """
     depth = options.rarefy_depth
-    index = open_on_disk(options, seed)
-    table = read_table(options.table, sequences=options.sequences) if index is None else index.table
+    index = open_on_disk(options, seed) if table is None else None
+    if index is None:
+        table = read_table(options.table if table is None else table, sequences=options.sequences)
+    else:
+        table = index.table
     ids = table.sample_ids if index is None else index.file_ids
     refuse_breaks(ids, table.source, "sample ids")
     samples = Samples(table)
     samples.facts.append(DataFact("samples in the table", len(ids), table.source))
     kept = ids
     if metadata is not None:
-        known = read_metadata(metadata)
+        known = metadata if isinstance(metadata, Metadata) else read_metadata(metadata)
         kept, facts = match_ids(
             ids,
             known.ids,
             allow_missing=options.allow_missing,
-            table_source=str(options.table),
-            metadata_source=str(metadata),
+            table_source=table.source,
+            metadata_source=known.source,
         )
         if keep_unmatched:
             known, facts = _with_empty_rows(known, ids, facts)
@@ -231,16 +236,3 @@ def make_dataset(samples: Samples, options: Any, **known: Any) -> SampleDataset:
     )
     samples.facts += dataset.facts
     return dataset
-
-
-def read_rarefied(
-    path: str | Path, sequences: str | Path | None, depth: int, seed: int
-) -> tuple[FeatureTable, list[DataFact]]:
-    """A table rarefied to a depth (0: as it is), and the samples that were dropped."""
-    table = read_table(path, sequences=sequences)
-    if not depth:
-        return table, []
-    table, dropped = rarefy(table, depth, seed)
-    what = f"samples with fewer than {depth} reads"
-    facts = [DataFact(what, len(dropped), name_some(dropped), "dropped")] if dropped else []
-    return table, facts

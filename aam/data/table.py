@@ -6,13 +6,14 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from aam.data.sequences import resolve_sequences
-from aam.data.table_files import RawTable, read_raw_table
+from aam.data.table_files import RawTable, as_raw_table, read_raw_table
 from aam.data.texts import Texts
 from aam.errors import InputError, name_some
 
@@ -98,14 +99,15 @@ class FeatureTable:
         return digest.hexdigest()
 
 
-def read_table(path: str | Path, *, sequences: str | Path | None = None) -> FeatureTable:
+def read_table(source: Any, *, sequences: str | Path | None = None) -> FeatureTable:
     """Read a feature table whose features are DNA sequences.
 
     Features that no sample has are left out; annotations such as taxonomy are not read.
 
     Args:
-        path: ``.biom`` (2.1 HDF5 or 1.0 JSON), ``.qza`` with a feature table, or ``.tsv``/``.txt``
-            with features as rows (samples as rows where only the header holds DNA).
+        source: path of a ``.biom`` (2.1 HDF5 or 1.0 JSON), a ``.qza`` with a feature table, or a
+            ``.tsv``/``.txt`` with features as rows (samples as rows where only the header holds
+            DNA); or, in memory, a ``biom.Table`` or a pandas frame (samples x features).
         sequences: FASTA, or ``.qza`` of sequences, for tables whose ids are not sequences.
 
     Returns:
@@ -114,8 +116,11 @@ def read_table(path: str | Path, *, sequences: str | Path | None = None) -> Feat
     Raises:
         InputError: the file or its contents cannot be used; one line with the remedy.
     """
-    path = Path(path)
-    raw = read_raw_table(path)
+    if isinstance(source, FeatureTable):
+        return source
+    in_memory = not isinstance(source, (str, Path))
+    path = Path("the table") if in_memory else Path(source)
+    raw = as_raw_table(source, path) if in_memory else read_raw_table(path)
     counts = _whole_counts(raw, path)
     if counts.nnz == 0:
         raise InputError(

@@ -87,6 +87,20 @@ def check_ids(kind: str, ids: list[str], path: Path) -> None:
         raise InputError(f"{path}: a {kind} has a blank id: give every {kind} an id")
 
 
+def as_raw_table(table: Any, name: Path) -> RawTable:
+    """A ``biom.Table`` or a pandas frame (samples x features), as it stands."""
+    is_biom = hasattr(table, "matrix_data")
+    samples, features = (table.ids(), table.ids("observation")) if is_biom else table.axes
+    try:
+        counts = table.matrix_data.T if is_biom else table.to_numpy(dtype=np.float64)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{name}: holds other than numbers ({one_line(error)})") from error
+    ids, names = [str(one) for one in samples], [str(one) for one in features]
+    check_ids("sample", ids, name)
+    check_ids("feature", names, name)
+    return RawTable(ids, names, sp.csr_array(counts, dtype=np.float64))
+
+
 def _read_biom(content: bytes, path: Path) -> RawTable:
     """Read BIOM 2.1 or 1.0, told apart by the first bytes."""
     if content.startswith(b"\x1f\x8b"):

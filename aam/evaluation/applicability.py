@@ -22,26 +22,23 @@ def of_placed(table: FeatureTable, placed: Placed) -> tuple[list[DataFact], list
     """Facts and warnings about a table whose ASVs were placed."""
     new = np.flatnonzero(placed.known < 0)
     reverse, foreign = placed.reverse[new], placed.foreign[new]
-    return describe(table, placed.known >= 0, new, placed.distance[new], reverse, foreign)
+    return _describe(table, placed.known >= 0, new, placed.distance[new], reverse, foreign)
 
 
 def add_applicability(samples: Samples, saved: SavedModel) -> None:
     """Add to the samples' facts and warnings what a model knows of their table."""
-    table = samples.table
-    known = known_sequences(saved.arrays)
+    table, known = samples.table, known_sequences(saved.arrays)
     is_known = match_names(table.feature_ids, known) >= 0
-    reads = _reads(table)
     new = np.flatnonzero(~is_known)
-    new = np.sort(new[np.argsort(-reads[new], kind="stable")][:LOOKED_AT])
+    new = np.sort(new[np.argsort(-_reads(table)[new], kind="stable")][:LOOKED_AT])
     near = Neighbours(known).find(Texts.of(table.feature_ids).take(new))
-    facts, warnings = describe(
-        table, is_known, new, near.distance[:, 0], near.reverse, near.foreign
-    )
+    edits = near.distance[:, 0]
+    facts, warnings = _describe(table, is_known, new, edits, near.reverse, near.foreign)
     samples.facts += facts
     samples.warnings += warnings
 
 
-def describe(
+def _describe(
     table: FeatureTable,
     is_known: np.ndarray,
     new: np.ndarray,
@@ -59,39 +56,36 @@ def describe(
         reverse: (n,) bool, reverse complements of known ones.
         foreign: (n,) bool, near to none.
     """
-    reads = _reads(table)
-    total = max(float(reads.sum()), 1.0)
-    share = reads[is_known].sum() / total
-    detail = f"{is_known.mean():.1%} of {len(is_known)}, {share:.1%} of the reads"
-    facts = [DataFact("ASVs that the model knows", int(is_known.sum()), detail)]
+    reads = _reads(table) / max(table.counts.sum(), 1)
+    known = int(is_known.sum())
+    detail = f"{is_known.mean():.1%} of {len(is_known)}, {reads[is_known].sum():.1%} of the reads"
+    facts, warnings = [DataFact("ASVs that the model knows", known, detail)], []
     placeable = ~(reverse | foreign)
     if placeable.any():
         middle, ninth, most = np.quantile(edits[placeable], (0.5, 0.9, 1.0))
-        some = "" if len(new) + is_known.sum() == len(is_known) else f"of {len(new):,} looked at, "
+        some = "" if len(new) + known == len(is_known) else f"of {len(new):,} looked at, "
         detail = (
             f"{some}edits to the nearest known one: median {middle:.1f}, 90 % up to {ninth:.1f}, "
             f"most {most:.1f}"
         )
-        unseen = int((~is_known).sum()) - int((~placeable).sum())
-        facts.append(DataFact("new ASVs", unseen, detail))
-    warnings = []
+        facts.append(DataFact("new ASVs", len(is_known) - known - int((~placeable).sum()), detail))
     for lost, what in (
         (reverse, "reverse complements of what the model knows"),
         (foreign, "near nothing that the model knows (another region or marker)"),
     ):
+        share = reads[new[lost]].sum()
         if lost.any():
-            names = [table.feature_ids[int(one)] for one in new[lost][:3]]
-            share = reads[new[lost]].sum() / total
-            detail = f"{share:.1%} of the reads: {name_some(names)}"
+            names = name_some([table.feature_ids[int(one)] for one in new[lost][:3]])
+            detail = f"{share:.1%} of the reads: {names}"
             facts.append(DataFact(f"ASVs that are {what}", int(lost.sum()), detail, "dropped"))
-            if share > LOST_READS:
-                warnings.append(f"{share:.0%} of the reads are {what}: it does not apply to them")
+        if share > LOST_READS:
+            warnings.append(f"{share:.0%} of the reads are {what}: it does not apply to them")
     lengths = Texts.of(table.feature_ids).lengths[new]
-    far = placeable & (edits > FAR_EDITS * lengths)
-    if (share := reads[new[far]].sum() / total) > FAR_READS:
+    share = reads[new[placeable & (edits > FAR_EDITS * lengths)]].sum()
+    if share > FAR_READS:
         warnings.append(
             f"{share:.0%} of the reads are more than {FAR_EDITS:.0%} of their bases away from all "
-            "ASVs that the model knows: what it says of them is uncertain"
+            "ASVs that the model knows: what it predicts for them is uncertain"
         )
     return facts, warnings
 

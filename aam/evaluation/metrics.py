@@ -1,168 +1,123 @@
-"""The numbers that judge a model: pure functions on numpy arrays.
+"""The numbers that a model is measured by: functions of numpy arrays.
 
-Every function returns a plain ``float``, or ``None`` where the number is not defined: fewer
-values than it needs, a constant side of a correlation, one class only, or a value that is not
-finite (a model that diverged has no r2).
+Each is a plain ``float``, or None where it is not defined: fewer values than it needs, a constant
+side of a correlation, one class only, or a value that is not finite (a model that diverged has no
+R2). Classes are indices from 0.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 Array = np.ndarray
+Measured = dict[str, float | None]
 
 
 def condensed(matrix: Array) -> Array:
-    """The pairs i < j of a square matrix, row by row.
-
-    Args:
-        matrix: ``(n, n)``.
-
-    Returns:
-        ``(n * (n - 1) / 2,)`` values of the upper triangle.
-
-    Raises:
-        ValueError: the matrix is not square.
-    """
+    """The pairs i < j of a square matrix (n, n), row by row: (n * (n - 1) / 2,)."""
     matrix = np.asarray(matrix)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"expected a square matrix, got shape {matrix.shape}")
-    return matrix[np.triu_indices(matrix.shape[0], k=1)]
+    return matrix[np.triu_indices(len(matrix), k=1)]
 
 
-def pearson_r(predicted: Array, true: Array) -> float | None:
-    """Pearson correlation of two equally long vectors."""
-    predicted, true = _pair(predicted, true)
-    if predicted.size < 2 or not _finite(predicted, true):
-        return None
-    predicted = predicted - predicted.mean()
-    true = true - true.mean()
-    scale = float(np.sqrt((predicted**2).sum() * (true**2).sum()))
-    if scale <= 1e-12 * predicted.size:
-        return None
-    return float(np.clip((predicted * true).sum() / scale, -1.0, 1.0))
-
-
-def mantel_r(predicted: Array, true: Array, *, groups: Any = None) -> float | None:
-    """Mantel's r: Pearson correlation of two distance matrices over the pairs i < j.
+def mantel_r(
+    predicted: Array, true: Array, *, groups: Sequence[str | None] | None = None
+) -> float | None:
+    """Mantel's r: Pearson correlation of two distance matrices (n, n) over the pairs i < j.
 
     Args:
-        predicted: ``(n, n)`` distances.
-        true: ``(n, n)`` distances.
-        groups: ``(n,)`` labels such as the subject; if given, only pairs of two different
-            groups count, so that repeated samples of one subject cannot carry the number.
+        predicted: distances.
+        true: distances.
+        groups: (n,) labels such as the subject: only pairs of different groups count then, so that
+            repeated samples of one subject cannot carry the number. None equals nothing.
     """
-    a, b = condensed(predicted), condensed(true)
+    a, b = (condensed(one).astype(np.float64) for one in (predicted, true))
     if groups is not None:
-        between = ~condensed(same_group(groups))
+        known = {label: code for code, label in enumerate(dict.fromkeys(groups))} | {None: -1}
+        codes = np.array([known[label] for label in groups])
+        between = condensed((codes[:, None] != codes) | (codes < 0))
         a, b = a[between], b[between]
-    return pearson_r(a, b)
-
-
-def same_group(groups: Any) -> Array:
-    """``(n, n)`` bool: whether two samples carry the same label; ``None`` equals nothing."""
-    labels = np.asarray(groups, dtype=object)
-    known = np.array([label is not None for label in labels], dtype=bool)
-    codes = np.unique([str(label) for label in labels], return_inverse=True)[1]
-    return (codes[:, None] == codes[None, :]) & known[:, None] & known[None, :]
+    if not _defined(a, b, least=2) or a.std() * b.std() <= 1e-12:  # a constant side
+        return None
+    return float(np.clip(np.corrcoef(a, b)[0, 1], -1.0, 1.0))
 
 
 def mean_absolute_error(predicted: Array, true: Array) -> float | None:
     """Mean of the absolute differences, in the unit of the input."""
-    predicted, true = _pair(predicted, true)
-    if predicted.size == 0 or not _finite(predicted, true):
+    if not _defined(predicted, true):
         return None
-    return float(np.abs(predicted - true).mean())
+    return float(np.abs(np.asarray(predicted) - np.asarray(true)).mean())
 
 
 def r2(predicted: Array, true: Array) -> float | None:
     """Share of the variance explained: 1 is perfect, 0 the mean of ``true``, below 0 worse."""
-    predicted, true = _pair(predicted, true)
-    if predicted.size < 2 or not _finite(predicted, true):
+    from sklearn.metrics import r2_score
+
+    if not _defined(predicted, true, least=2) or not np.ptp(true):
         return None
-    total = float(((true - true.mean()) ** 2).sum())
-    if total <= 0.0:
-        return None
-    return 1.0 - float(((true - predicted) ** 2).sum()) / total
-
-
-def accuracy(predicted: Array, true: Array) -> float | None:
-    """Share of equal entries of two vectors of class indices."""
-    predicted, true = _labels(predicted, true)
-    return float((predicted == true).mean()) if true.size else None
-
-
-def balanced_accuracy(predicted: Array, true: Array) -> float | None:
-    """Mean over the classes present in ``true`` of the share found (recall)."""
-    predicted, true = _labels(predicted, true)
-    if true.size == 0:
-        return None
-    return float(np.mean([(predicted[true == label] == label).mean() for label in np.unique(true)]))
-
-
-def binary_auc(score: Array, positive: Array) -> float | None:
-    """Area under the ROC curve by ranks (Mann and Whitney), ties counted half.
-
-    Args:
-        score: ``(n,)``, higher for the positive class.
-        positive: ``(n,)`` bool.
-    """
-    score = np.asarray(score, dtype=np.float64).ravel()
-    positive = np.asarray(positive, dtype=bool).ravel()
-    if score.shape != positive.shape:
-        raise ValueError(f"expected equal lengths, got {score.size} and {positive.size}")
-    found = int(positive.sum())
-    if found in (0, positive.size) or not _finite(score):
-        return None
-    ranks = _mid_ranks(score)
-    area = ranks[positive].sum() - found * (found + 1) / 2
-    return float(area / (found * (positive.size - found)))
+    return float(r2_score(true, predicted))
 
 
 def auc(probabilities: Array, true: Array) -> float | None:
-    """Area under the ROC curve; for more than two classes the mean of one against the rest.
+    """Area under the ROC curve; for more than two classes the mean of each against the rest.
 
     Args:
-        probabilities: ``(n, classes)``.
-        true: ``(n,)`` class indices. A class that is absent here has no curve of its own and is
-            left out of the mean.
+        probabilities: (n, classes).
+        true: (n,). A class that is absent has no curve of its own, and is left out of the mean.
     """
-    probabilities = np.asarray(probabilities, dtype=np.float64)
-    true = np.asarray(true).ravel().astype(np.int64)
-    if probabilities.ndim != 2 or probabilities.shape[0] != true.size:
-        raise ValueError(
-            f"expected probabilities of shape ({true.size}, classes), got {probabilities.shape}"
-        )
-    if probabilities.shape[1] == 2:
-        return binary_auc(probabilities[:, 1], true == 1)
-    areas = [binary_auc(probabilities[:, k], true == k) for k in np.unique(true)]
-    defined = [area for area in areas if area is not None]
-    return float(np.mean(defined)) if defined and len(defined) == len(areas) else None
+    from sklearn.metrics import roc_auc_score
+
+    present = np.unique(true)
+    if len(present) < 2 or not np.isfinite(probabilities).all():
+        return None
+    chosen = [1] if probabilities.shape[1] == 2 else present
+    return float(np.mean([roc_auc_score(true == one, probabilities[:, one]) for one in chosen]))
 
 
-def _pair(predicted: Array, true: Array) -> tuple[Array, Array]:
-    predicted = np.asarray(predicted, dtype=np.float64).ravel()
-    true = np.asarray(true, dtype=np.float64).ravel()
-    if predicted.shape != true.shape:
-        raise ValueError(f"expected equal lengths, got {predicted.size} and {true.size}")
-    return predicted, true
+def distance_metrics(
+    predicted: Array, true: Array, groups: Sequence[str | None] | None = None
+) -> Measured:
+    """Loss, Mantel's r (with groups also between them) and mean error of distances (n, n)."""
+    a, b = condensed(predicted), condensed(true)
+    found = {
+        "unifrac_loss": float(((a - b) ** 2).mean()),
+        "mantel_r": mantel_r(predicted, true),
+    }
+    if groups is not None:
+        found["mantel_r_between"] = mantel_r(predicted, true, groups=groups)
+    return {**found, "distance_mae": mean_absolute_error(a, b)}
 
 
-def _labels(predicted: Array, true: Array) -> tuple[Array, Array]:
-    predicted, true = np.asarray(predicted).ravel(), np.asarray(true).ravel()
-    if predicted.shape != true.shape:
-        raise ValueError(f"expected equal lengths, got {predicted.size} and {true.size}")
-    return predicted, true
+def target_metrics(outputs: Array, true: Array, classes: int) -> Measured:
+    """Metrics of predictions.
+
+    Args:
+        outputs: (n,) numbers in the user's units, or (n, classes) probabilities.
+        true: (n,) numbers or classes.
+        classes: how many; 0 for a number.
+    """
+    from sklearn.metrics import accuracy_score, recall_score
+
+    if not classes:
+        return {"r2": r2(outputs, true), "mae": mean_absolute_error(outputs, true)}
+    if not len(true):
+        return {"accuracy": None, "balanced_accuracy": None, "auc": None}
+    true, chosen = np.asarray(true, dtype=np.int64), outputs.argmax(axis=1)
+    recall = recall_score(true, chosen, labels=np.unique(true), average="macro")
+    return {
+        "accuracy": float(accuracy_score(true, chosen)),
+        "balanced_accuracy": float(recall),
+        "auc": auc(outputs, true),
+    }
 
 
-def _finite(*arrays: Array) -> bool:
-    return all(bool(np.isfinite(array).all()) for array in arrays)
-
-
-def _mid_ranks(values: Array) -> Array:
-    """Ranks from 1; equal values share the mean of theirs."""
-    _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(sizes)
-    return (last - (sizes - 1) / 2.0)[group]
+def _defined(predicted: Array, true: Array, *, least: int = 1) -> bool:
+    """Whether two vectors are long enough and finite."""
+    pair: list[Any] = [np.asarray(predicted), np.asarray(true)]
+    if pair[0].shape != pair[1].shape:
+        raise ValueError(f"expected equal lengths, got {pair[0].size} and {pair[1].size}")
+    return pair[0].size >= least and all(bool(np.isfinite(one).all()) for one in pair)

@@ -1,14 +1,14 @@
-"""What a model says about samples, in evaluation mode: vectors, distances, nucleotides, targets.
+"""What a model makes of samples in evaluation mode: vectors, distances, nucleotides, targets.
 
-With an `RankGroup` the ranks share the work, chunk by chunk, and each gets all of the result;
-without one, this process does it alone.
+With a `RankGroup` the ranks share the work, chunk by chunk, and each gets all of the result;
+without one this process does it alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,20 +18,20 @@ from torch import Tensor
 from aam.config import NucleotideOptions
 from aam.data.dataset import AsvDataset, Batch, SampleDataset
 from aam.data.sequences import A
-from aam.evaluation import metrics
 from aam.learning.distributed import RankGroup, cut
 from aam.learning.masking import mask_tokens
+from aam.learning.targets import TargetInfo
 from aam.model import AsvEncoder, Predictor, PretrainedModel
-from aam_kernels import Ragged
 
 T = TypeVar("T")
 ASV_CHUNK = 512  # sequences encoded at a time: bounds memory, not the result
 SAMPLE_CHUNK = 64  # samples encoded at a time
+ROW_CHUNK = 128  # rows of a distance matrix
 
 
 @dataclass(frozen=True)
 class NucleotideCheck:
-    """Masked nucleotides of some sequences: where they were, and what the model said."""
+    """Masked nucleotides of some sequences: where they were, and how well they were found."""
 
     rows: np.ndarray  # (masked,) which of the sequences
     positions: np.ndarray  # (masked,) position in the sequence, 0 = first base
@@ -45,19 +45,18 @@ def encode_asvs(
     encoder: AsvEncoder,
     dataset: SampleDataset,
     asv_ids: np.ndarray,
-    exchange: RankGroup | None = None,
+    ranks: RankGroup | None = None,
 ) -> Tensor:
     """Vectors of some of the dataset's sequences, (len(asv_ids), dim), without dropout."""
     device = next(encoder.parameters()).device
     encoder.eval()
     if not len(asv_ids):
         return torch.empty(0, encoder.shape.embedding_dim, device=device)
-    return _shared(
-        _chunks(asv_ids, ASV_CHUNK),
-        len,
-        lambda chunk: encoder(dataset.gather_tokens(chunk).to(device)).vectors,
-        exchange,
-    )
+
+    def encode(chunk: np.ndarray) -> Tensor:
+        return encoder(dataset.gather_tokens(chunk).to(device)).vectors
+
+    return _shared(_chunks(asv_ids, ASV_CHUNK), len, encode, ranks)
 
 
 @torch.no_grad()
@@ -68,9 +67,8 @@ def encode_batches(
     compute: Callable[[Batch, Tensor], Tensor],
     *,
     frozen_asvs: Tensor | None = None,
-    seed: int = 0,
     chunk: int = SAMPLE_CHUNK,
-    exchange: RankGroup | None = None,
+    ranks: RankGroup | None = None,
 ) -> Tensor:
     """What a function makes of samples, (len(rows), ...); every distinct ASV is encoded once.
 
@@ -80,25 +78,23 @@ def encode_batches(
         rows: which of them.
         compute: makes one row for each sample of a batch and the vectors of its ASVs.
         frozen_asvs: vectors of all the dataset's ASVs, where they are known already.
-        seed: of the ASVs that represent a sample with more than the token limit.
         chunk: samples encoded at a time.
-        exchange: the ranks that share the work.
+        ranks: those that share the work.
     """
     device = next(encoder.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)  # of the ASVs that stand for a large sample
     batches = [dataset.batch(part, generator=generator) for part in _chunks(rows, chunk)]
-    vectors = frozen_asvs
+    vectors, place = frozen_asvs, np.arange(len(dataset.sequences))
     if vectors is None:
         asv_ids = np.unique(np.concatenate([batch.asv_ids.cpu().numpy() for batch in batches]))
-        vectors = encode_asvs(encoder, dataset, asv_ids, exchange)
+        vectors = encode_asvs(encoder, dataset, asv_ids, ranks)
+        place[asv_ids] = np.arange(len(asv_ids))
 
     def one(batch: Batch) -> Tensor:
-        place = batch.asv_ids
-        if frozen_asvs is None:
-            place = torch.from_numpy(np.searchsorted(asv_ids, place.cpu().numpy()))
-        return compute(batch.to(device), vectors[place.to(device)])
+        own = torch.from_numpy(place[batch.asv_ids.cpu().numpy()])
+        return compute(batch.to(device), vectors[own.to(device)])
 
-    return _shared(batches, lambda batch: len(batch.slots), one, exchange)
+    return _shared(batches, lambda batch: len(batch.slots), one, ranks)
 
 
 @torch.no_grad()
@@ -106,27 +102,21 @@ def predicted_distances(
     model: PretrainedModel,
     dataset: SampleDataset,
     rows: np.ndarray,
-    exchange: RankGroup | None = None,
+    ranks: RankGroup | None = None,
 ) -> np.ndarray:
     """Distances between samples by free clades, (len(rows), len(rows)) float64."""
     pairs = model.pairs
     assert pairs is not None
-    profiles = encode_batches(
-        model.encoder,
-        dataset,
-        rows,
-        lambda batch, vectors: pairs.profiles(vectors, batch.slots, batch.counts),
-        exchange=exchange,
-    )
-    blocks = [pairs.distances(profiles[part], profiles).cpu() for part in _blocks(len(rows))]
+
+    def profile(batch: Batch, vectors: Tensor) -> Tensor:
+        return pairs.profiles(vectors, batch.slots, batch.counts)
+
+    profiles = encode_batches(model.encoder, dataset, rows, profile, ranks=ranks)
+    blocks = [pairs.distances(part, profiles).cpu() for part in profiles.split(ROW_CHUNK)]
     matrix = torch.cat(blocks).double().numpy()
     matrix = np.maximum((matrix + matrix.T) / 2, 0.0)  # rounding is neither symmetric nor positive
     np.fill_diagonal(matrix, 0.0)
     return matrix
-
-
-def _blocks(count: int) -> tuple[Tensor, ...]:
-    return torch.arange(count).split(128)
 
 
 @torch.no_grad()
@@ -134,10 +124,10 @@ def check_nucleotides(
     encoder: AsvEncoder,
     dataset: SampleDataset | AsvDataset,
     asv_ids: np.ndarray,
-    penalties: NucleotideOptions,
+    options: NucleotideOptions,
     *,
     seed: int = 0,
-    exchange: RankGroup | None = None,
+    ranks: RankGroup | None = None,
 ) -> NucleotideCheck:
     """Mask nucleotides of sequences with a fixed seed, and ask the model for them.
 
@@ -150,47 +140,31 @@ def check_nucleotides(
         torch.manual_seed(seed)
         for number, chunk in enumerate(_chunks(asv_ids, ASV_CHUNK)):
             tokens = dataset.gather_tokens(chunk).to("cpu")  # the same draw on every device
-            masked, hit = mask_tokens(tokens, penalties.mask_probability, penalties.mask_strategy)
-            if not len(hit):
+            masked, places = mask_tokens(tokens, options.mask_probability, options.mask_strategy)
+            if not len(places):
                 continue
-            row = torch.searchsorted(tokens.offsets[1:].long(), hit, right=True)
+            row = torch.searchsorted(tokens.offsets[1:].long(), places, right=True)
             rows.append(row.numpy() + number * ASV_CHUNK)
-            positions.append((hit - tokens.offsets[row] - 1).numpy())  # START stands at 0
-            bases.append(tokens.values[hit].long())
-            chunks.append((masked, hit))
+            positions.append((places - tokens.offsets[row] - 1).numpy())  # START stands at 0
+            bases.append(tokens.values[places].long())
+            chunks.append((masked, places))
     if not chunks:
         none = np.empty(0, dtype=np.int64)
         return NucleotideCheck(none, none, none, float("nan"), float("nan"))
-    logits = _shared(
-        chunks,
-        lambda chunk: len(chunk[1]),
-        lambda chunk: _masked_logits(encoder, chunk[0].to(device), chunk[1].to(device)),
-        exchange,
-    ).cpu()
+
+    def logits(chunk: Any) -> Tensor:
+        masked, places = chunk[0].to(device), chunk[1].to(device)
+        return encoder.nucleotide_logits(encoder(masked), masked, places)
+
+    found = _shared(chunks, lambda chunk: len(chunk[1]), logits, ranks).cpu()
     true = torch.cat(bases)
     return NucleotideCheck(
         np.concatenate(rows),
         np.concatenate(positions),
         true.numpy(),
-        float(F.cross_entropy(logits, true - A)),
-        float((logits.argmax(-1) == true - A).double().mean()),
+        float(F.cross_entropy(found, true - A)),
+        float((found.argmax(-1) == true - A).double().mean()),
     )
-
-
-def _masked_logits(encoder: AsvEncoder, tokens: Ragged, places: Tensor) -> Tensor:
-    return encoder.nucleotide_logits(encoder(tokens), tokens, places)
-
-
-def distance_metrics(predicted: np.ndarray, true: np.ndarray) -> dict[str, float | None]:
-    """Loss, Mantel r and mean absolute error of a predicted distance matrix."""
-    error = metrics.condensed(predicted) - metrics.condensed(true)
-    return {
-        "unifrac_loss": float((error**2).mean()),
-        "mantel_r": metrics.mantel_r(predicted, true),
-        "distance_mae": metrics.mean_absolute_error(
-            metrics.condensed(predicted), metrics.condensed(true)
-        ),
-    }
 
 
 @torch.no_grad()
@@ -201,75 +175,68 @@ def predict_outputs(
     *,
     frozen_asvs: Tensor | None = None,
     chunk: int = SAMPLE_CHUNK,
-    exchange: RankGroup | None = None,
+    ranks: RankGroup | None = None,
 ) -> Tensor:
-    """The predictor's outputs for samples, (len(rows), outputs), on the CPU.
-
-    Args:
-        predictor: the model.
-        dataset: the samples.
-        rows: which of them.
-        frozen_asvs: vectors of all the dataset's ASVs, where they are known already.
-        chunk: samples encoded at a time.
-        exchange: the ranks that share the work.
-    """
+    """The predictor's outputs for samples, (len(rows), outputs), on the CPU."""
     predictor.eval()
-    encoder = predictor.encoder
+
+    def predict(batch: Batch, vectors: Tensor) -> Tensor:
+        samples = predictor.sample_encoder(vectors, batch.slots, batch.counts)
+        return predictor(samples, batch.categories)
+
     return encode_batches(
-        encoder,
-        dataset,
-        rows,
-        lambda batch, vectors: predictor(
-            predictor.sample_encoder(vectors, batch.slots, batch.counts), batch.categories
-        ),
-        frozen_asvs=frozen_asvs,
-        chunk=chunk,
-        exchange=exchange,
+        predictor.encoder, dataset, rows, predict, frozen_asvs=frozen_asvs, chunk=chunk, ranks=ranks
     ).cpu()
 
 
-def target_metrics(outputs: np.ndarray, true: np.ndarray, classes: int) -> dict[str, float | None]:
-    """Metrics of predictions.
+def in_units(outputs: Tensor, target: TargetInfo, keys: Sequence[str] | None) -> np.ndarray:
+    """Outputs as numbers in the user's units (n,), or probabilities (n, classes)."""
+    if target.classes:
+        return outputs.softmax(-1).double().numpy()
+    return target.transform.invert(outputs[:, 0].double().numpy(), keys)
 
-    Args:
-        outputs: (n,) numbers in the user's units, or (n, classes) probabilities.
-        true: (n,) numbers or class codes.
-        classes: how many; 0 for a number.
-    """
-    if not classes:
-        return {
-            "r2": metrics.r2(outputs, true),
-            "mae": metrics.mean_absolute_error(outputs, true),
-        }
-    chosen = outputs.argmax(1)
-    return {
-        "accuracy": metrics.accuracy(chosen, true),
-        "balanced_accuracy": metrics.balanced_accuracy(chosen, true),
-        "auc": metrics.auc(outputs, true),
-    }
+
+def prediction_frame(predicted: np.ndarray, target: TargetInfo, ids: Sequence[str]) -> Any:
+    """What `in_units` gave as a pandas frame, one row a sample; of classes their names, too."""
+    import pandas as pd
+
+    index = pd.Index(ids, name="sample-id")
+    if not target.classes:
+        return pd.DataFrame({"predicted": predicted}, index)
+    frame = pd.DataFrame(predicted, index, [f"probability_{name}" for name in target.classes])
+    frame.insert(0, "predicted", [target.classes[code] for code in predicted.argmax(axis=1)])
+    return frame
+
+
+def prediction_cells(frame: Any) -> list[list[str]]:
+    """How tables write predictions: id, number or class, and probabilities with six decimals."""
+    return [
+        [name, str(first), *(f"{one:.6f}" for one in rest)]
+        for name, first, *rest in frame.itertuples(name=None)
+    ]
 
 
 def _shared(
     parts: Sequence[T],
-    rows: Callable[[T], int],
+    size: Callable[[T], int],
     compute: Callable[[T], Tensor],
-    exchange: RankGroup | None,
+    ranks: RankGroup | None,
 ) -> Tensor:
     """The rows that all parts give, in order; each rank computes some of the parts.
 
     Args:
         parts: at least one.
-        rows: how many a part gives.
+        size: rows that a part gives.
         compute: gives them.
-        exchange: the ranks; None: this process alone.
+        ranks: None: this process alone.
     """
-    if exchange is None or exchange.size == 1:
+    if ranks is None or ranks.size == 1:
         return torch.cat([compute(one) for one in parts])
-    bounds = np.cumsum([0, *map(rows, parts)])
-    cuts = cut(bounds, exchange.size)
-    low, high = cuts[exchange.rank], cuts[exchange.rank + 1]
+    bounds = np.cumsum([0, *map(size, parts)])
+    cuts = cut(bounds, ranks.size)
+    low, high = cuts[ranks.rank], cuts[ranks.rank + 1]
     own = [compute(one) for one in parts[low:high]] or [compute(parts[0])[:0]]
-    return exchange.gather(torch.cat(own), np.diff(bounds[cuts]).tolist())
+    return ranks.gather(torch.cat(own), np.diff(bounds[cuts]).tolist())
 
 
 def _chunks(values: np.ndarray, size: int) -> list[np.ndarray]:

@@ -12,8 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ from aam.data.texts import Texts, match_names
 from aam.data.tree import Phylogeny
 from aam.data.unifrac import UniFrac
 from aam.errors import InputError, name_some
-from aam.learning.model_file import SavedModel, read_model
+from aam.learning.model_file import SavedModel
 from aam.model import PretrainedModel
 from aam_kernels import Ragged
 
@@ -36,32 +35,21 @@ CLIP = 5.0  # largest network logit: where it is surer than that it has not been
 LEAST_VOTE = 0.03  # probability of a clade for which no neighbour votes
 ASVS_AT_ONCE = 512  # sequences encoded at once
 LOGITS_AT_ONCE = 1 << 21  # numbers: bounds memory, not the result
-MOST_DENSE = 32_768  # of more, only those of an ASV's candidates are looked at
+MOST_DENSE = 32_768  # clades; of more, only those of an ASV's candidates are looked at
 
 
 @dataclass(frozen=True, eq=False)
 class Placed:
-    """Where some ASVs join the tree.
+    """Where n ASVs join the tree."""
 
-    Attributes:
-        grafts: ``(n,)`` places; a known ASV is at the end of its own tip.
-        known: ``(n,)`` int64, the known ASV that each equals; -1: it is new.
-        clade: ``(n,)`` int64, the smallest clade of each; -1: none.
-        nearest: ``(n,)`` int64, the nearest known ASV.
-        distance: ``(n,)`` float64, its distance in edits.
-        support: ``(n,)`` float64, mean probability of the clades on the path; 1 for known ones.
-        reverse: ``(n,)`` bool, reverse complements.
-        foreign: ``(n,)`` bool, of another region.
-    """
-
-    grafts: Grafts
-    known: np.ndarray
-    clade: np.ndarray
-    nearest: np.ndarray
-    distance: np.ndarray
-    support: np.ndarray
-    reverse: np.ndarray
-    foreign: np.ndarray
+    grafts: Grafts  # (n,) places; a known ASV is at the end of its own tip
+    known: np.ndarray  # (n,) int64, the known ASV that each equals; -1: it is new
+    clade: np.ndarray  # (n,) int64, the smallest clade of each; -1: none
+    nearest: np.ndarray  # (n,) int64, the nearest known ASV
+    distance: np.ndarray  # (n,) float64, its distance in edits
+    support: np.ndarray  # (n,) mean probability of the clades on the path; 1 for known ones
+    reverse: np.ndarray  # (n,) bool, reverse complements
+    foreign: np.ndarray  # (n,) bool, of another region
 
     @property
     def usable(self) -> np.ndarray:
@@ -69,27 +57,33 @@ class Placed:
         return ~(self.reverse | self.foreign)
 
 
+class LookedAt(NamedTuple):
+    """The m clades that are looked at for some new ASVs, closed upwards."""
+
+    clades: np.ndarray  # (m,) which
+    parent: np.ndarray  # (m,) the one that holds each, as its place among them; -1: none
+    levels: list[np.ndarray]  # places, by how many clades hold them
+    column: np.ndarray  # (clades,) place of each clade among them, -1: none
+
+
 class Placer:
-    """Places ASVs on the tree of a pretrained model."""
+    """Places ASVs on the tree of a pretrained model.
+
+    Args:
+        model: with a clade head; None: nearest-neighbour placement, the baseline.
+        placement: on the tree of the known ASVs.
+        neighbours: index of the known ASVs, where there is one already.
+    """
+
+    network_weight = 1.0
 
     def __init__(
         self,
         model: PretrainedModel | None,
         placement: Placement,
-        *,
         neighbours: Neighbours | None = None,
-        use_votes: bool = True,
     ) -> None:
-        """Set up.
-
-        Args:
-            model: with a clade head; None: nearest-neighbour placement, the baseline.
-            placement: on the tree of the known ASVs.
-            neighbours: index of the known ASVs, where there is one already.
-            use_votes: False: the network alone decides on the clades.
-        """
         self.model, self.placement, self.clades = model, placement, placement.clades
-        self.use_votes, self.network_weight = use_votes, 1.0
         if neighbours is not None:
             self.neighbours = neighbours
 
@@ -100,11 +94,7 @@ class Placer:
 
     @classmethod
     def of(cls, saved: SavedModel, model: PretrainedModel) -> Placer:
-        """The placer of a saved model.
-
-        Raises:
-            InputError: no tree has taught it.
-        """
+        """The placer of a saved model; an InputError where no tree has taught it."""
         if model.clades is None:
             raise InputError(
                 f"{saved.path}: knows no clades: distances taught it; pretrain with --tree"
@@ -114,13 +104,16 @@ class Placer:
         placer.network_weight = float(saved.arrays[WEIGHT].item())
         return placer
 
+    def nearest_neighbour(self) -> Placer:
+        """The baseline: a new ASV gets the clades of its nearest known one."""
+        return Placer(None, self.placement, self.neighbours)
+
     def find(self, sequences: Sequence[str]) -> tuple[np.ndarray, Found]:
         """The known ASV that each sequence equals (-1: none), and the neighbours of the others."""
         texts = Texts.of(sequences)
         known = match_names(texts, self.clades.sequences)
         return known, self.neighbours.find(texts.take(known < 0))
 
-    @torch.no_grad()
     def vectors(self, sequences: Sequence[str], known: np.ndarray, near: Found) -> np.ndarray:
         """Vectors (asvs, dim) float32 of sequences; new ones in the coordinates of their nearest.
 
@@ -130,22 +123,26 @@ class Placer:
             near: neighbours of the others.
         """
         assert self.model is not None
-        encoder = self.model.encoder
-        found = np.empty((len(known), encoder.shape.embedding_dim), dtype=np.float32)
-        own = np.flatnonzero(known >= 0)
-        for part in np.array_split(own, len(own) // ASVS_AT_ONCE + 1):
-            tokens = tokenize(Texts.of(sequences).take(part), encoder.shape.max_bp)
-            found[part] = self._encode(tokens)
-        new = np.flatnonzero(known < 0)
-        for part in np.array_split(np.arange(len(new)), len(new) // ASVS_AT_ONCE + 1):
-            found[new[part]] = self._encode(self._aligned(near.take(part)))
+        shape = self.model.encoder.shape
+        found = np.empty((len(known), shape.embedding_dim), dtype=np.float32)
+        own, new = np.flatnonzero(known >= 0), np.flatnonzero(known < 0)
+        for low in range(0, len(own), ASVS_AT_ONCE):
+            part = own[low : low + ASVS_AT_ONCE]
+            found[part] = self._encode(tokenize(Texts.of(sequences).take(part), shape.max_bp))
+        for low in range(0, len(new), ASVS_AT_ONCE):
+            some = near.take(slice(low, low + ASVS_AT_ONCE))
+            found[new[low : low + ASVS_AT_ONCE]] = self._encode(self._aligned(some))
         return found
 
     def _aligned(self, near: Found) -> Ragged:
-        """Tokens of new ASVs in the coordinates of their nearest known ones."""
+        """Tokens of new ASVs in the coordinates of their nearest known ones, cut as in training."""
         assert self.model is not None
-        tokens = aligned_tokens(near.aligned, self.neighbours.lengths[near.index[:, 0]])
-        return clipped(tokens, self.model.encoder.shape.max_bp)
+        most = self.model.encoder.shape.max_bp
+        bases = near.aligned[:, :most]  # A 1 to T 4; 0 where a sequence has no base
+        lengths = np.minimum(self.neighbours.lengths[near.index[:, 0]], most)
+        tokens = np.full((len(bases), bases.shape[1] + 1), START, dtype=np.uint8)
+        tokens[:, 1:] = np.where(bases == 0, MASK, bases)
+        return Ragged.from_padded(torch.from_numpy(tokens), torch.from_numpy(lengths + 1))
 
     @torch.no_grad()
     def _encode(self, tokens: Ragged) -> np.ndarray:
@@ -164,24 +161,19 @@ class Placer:
             found: what `find` gave for them, where it is known already.
         """
         known, near = found or self.find(sequences)
-        new, lowest, support = self.place_new(near)
-        tips, is_new = self.clades.tree.tip_nodes[known], known < 0
-        node, shared, own = tips, self.clades.tree.length[tips], np.zeros(len(known))
-        node[is_new], shared[is_new], own[is_new] = new.node, new.shared, new.own
-        clade = self.clades.lowest[known]
-        clade[is_new] = lowest
-
-        def filled(values: np.ndarray, others: Any) -> np.ndarray:
-            whole = np.full(len(known), others, dtype=values.dtype)
-            whole[is_new] = values
-            return whole
-
-        nearest = known.copy()
-        nearest[is_new] = near.index[:, 0]
-        return Placed(
-            Grafts(node, shared, own), known, clade, nearest, filled(near.distance[:, 0], 0.0),
-            filled(support, 1.0), filled(near.reverse, False), filled(near.foreign, False),
+        count, new, tips = len(known), known < 0, self.clades.tree.tip_nodes[known]
+        places = Grafts(tips, self.clades.tree.length[tips], np.zeros(count))
+        placed = Placed(
+            places, known, self.clades.lowest[known], known.copy(), np.zeros(count),
+            np.ones(count), np.zeros(count, dtype=bool), np.zeros(count, dtype=bool),
         )  # fmt: skip
+        grafts, placed.clade[new], placed.support[new] = self.place_new(near)
+        places.node[new], places.shared[new], places.own[new] = (
+            grafts.node, grafts.shared, grafts.own,
+        )  # fmt: skip
+        placed.nearest[new], placed.distance[new] = near.index[:, 0], near.distance[:, 0]
+        placed.reverse[new], placed.foreign[new] = near.reverse, near.foreign
+        return placed
 
     def place_new(self, near: Found) -> tuple[Grafts, np.ndarray, np.ndarray]:
         """Places of new ASVs, the smallest clade of each (-1: none), and the path's support."""
@@ -191,41 +183,40 @@ class Placer:
             lowest = np.where(nearest >= 0, self.clades.lowest[nearest], -1)
             return self.placement.copied(near), lowest, np.ones(count)
         lowest, support = np.full(count, -1), np.ones(count)
-        node, shared, own = np.zeros(count, np.int64), np.zeros(count), np.zeros(count)
+        grafts = Grafts(np.zeros(count, np.int64), np.zeros(count), np.zeros(count))
         for part in self.parts(count):
             some = near.take(part)
-            lookup = self.lookup(some)
-            logits = self.logits(some, lookup.clades)
-            best, support[part] = best_path(lookup.parent, lookup.levels, logits)
-            lowest[part] = best if lookup.clades is None else lookup.named(best)
+            looked_at = self._looked_at(some)
+            logits = self.logits(some, looked_at.clades)
+            place, support[part] = best_path(looked_at.parent, looked_at.levels, logits)
+            if len(looked_at.clades):
+                lowest[part] = np.where(place >= 0, looked_at.clades[place], -1)
             sure = 1 / (1 + np.exp(-logits))
-            found = self.placement.grafts(some, lowest[part], sure, lookup.column)
-            node[part], shared[part], own[part] = found.node, found.shared, found.own
-        return Grafts(node, shared, own), lowest, support
+            own = self.placement.grafts(some, lowest[part], sure, looked_at.column)
+            grafts.node[part], grafts.shared[part], grafts.own[part] = own.node, own.shared, own.own
+        return grafts, lowest, support
 
     def parts(self, count: int) -> Iterator[slice]:
         """ASVs whose logits are held at once."""
-        clades = min(len(self.clades), MOST_DENSE)
-        size = max(1, LOGITS_AT_ONCE // max(1, clades))
+        size = max(1, LOGITS_AT_ONCE // max(1, min(len(self.clades), MOST_DENSE)))
         for low in range(0, count, size):
             yield slice(low, low + size)
 
-    def lookup(self, near: Found) -> Lookup:
-        """The clades that are looked at for new ASVs: all, or of very many those of candidates."""
+    def _looked_at(self, near: Found) -> LookedAt:
+        """All clades, or of very many those of the new ASVs' candidates."""
         clades = self.clades
         if len(clades) <= MOST_DENSE:
-            return Lookup(None, clades.parent, clades.levels, None)
+            everything = np.arange(len(clades))
+            return LookedAt(everything, clades.parent, clades.levels, everything)
         chosen = clades.on_paths(np.unique(near.index[near.index >= 0]))
         column = np.full(len(clades), -1)
         column[chosen] = np.arange(len(chosen))
         above = clades.parent[chosen]
         parent = np.where(above >= 0, column[above], -1)
-        return Lookup(chosen, parent, levels_of(parent), column)
+        return LookedAt(chosen, parent, levels_of(parent), column)
 
-    def logits(self, near: Found, clades: np.ndarray | None = None) -> np.ndarray:
-        """Sum of both opinions of new ASVs on all clades, or some: (asvs, clades) float32."""
-        if not self.use_votes:
-            return self.network_logits(near, clades)
+    def logits(self, near: Found, clades: np.ndarray) -> np.ndarray:
+        """Sum of both opinions of new ASVs on some clades: (asvs, clades) float32."""
         votes = self.placement.vote(near, clades)
         np.clip(votes, LEAST_VOTE, 1 - LEAST_VOTE, out=votes)
         logits = np.log(votes / (1 - votes))
@@ -237,45 +228,10 @@ class Placer:
     def network_logits(self, near: Found, clades: np.ndarray | None = None) -> np.ndarray:
         """The network's opinion of new ASVs on all clades, or some: (asvs, clades) float32."""
         assert self.model is not None and self.model.clades is not None
-        head = self.model.clades
-        vectors = torch.from_numpy(self._encode(self._aligned(near)))
-        chosen = None if clades is None else torch.from_numpy(clades).to(head.weight.device)
-        return head(vectors.to(head.weight.device), chosen).cpu().numpy()
-
-
-def load_placer(run: Path, device: torch.device, *, impl: str = "auto") -> Placer:
-    """The placer of a run that a tree has taught.
-
-    Raises:
-        InputError: there is no such model.
-    """
-    saved = read_model(run)
-    model = saved.build(impl=impl)
-    if not isinstance(model, PretrainedModel):
-        raise InputError(f"{run}: is a run of finetune; give the folder of one of pretrain")
-    return Placer.of(saved, model.to(device))
-
-
-@dataclass(frozen=True, eq=False)
-class Lookup:
-    """Clades that are looked at, closed upwards.
-
-    Attributes:
-        clades: ``(m,)`` which; None: all.
-        parent: ``(m,)`` the one that holds each, as its place among them; -1: none.
-        levels: see `aam.data.clades.levels_of`.
-        column: ``(clades,)`` place of each clade among them, -1: none; None: all.
-    """
-
-    clades: np.ndarray | None
-    parent: np.ndarray
-    levels: list[np.ndarray]
-    column: np.ndarray | None
-
-    def named(self, place: np.ndarray) -> np.ndarray:
-        """The clades at some places ``(n,)``; -1 stays."""
-        assert self.clades is not None
-        return np.where(place >= 0, self.clades[place], -1) if len(self.clades) else place
+        device = self.model.clades.weight.device
+        vectors = torch.from_numpy(self._encode(self._aligned(near))).to(device)
+        chosen = None if clades is None else torch.from_numpy(clades).to(device)
+        return self.model.clades(vectors, chosen).cpu().numpy()
 
 
 def best_path(
@@ -304,26 +260,6 @@ def best_path(
     return np.where(found, best, -1), np.where(found, sure[rows, best] / depth[best], 1.0)
 
 
-def aligned_tokens(bases: np.ndarray, lengths: np.ndarray) -> Ragged:
-    """Tokens of sequences in the coordinates of their nearest known ones.
-
-    Args:
-        bases: (n, longest) uint8, A 1 to T 4; 0 where a sequence has no base.
-        lengths: (n,) bases of the known ones.
-    """
-    tokens = np.full((len(bases), bases.shape[1] + 1), START, dtype=np.uint8)
-    tokens[:, 1:] = np.where(bases == 0, MASK, bases)
-    return Ragged.from_padded(torch.from_numpy(tokens), torch.from_numpy(lengths + 1))
-
-
-def clipped(tokens: Ragged, max_bp: int) -> Ragged:
-    """Rows cut after START and `max_bp` bases, as those of training are."""
-    if tokens.max_length <= max_bp + 1:
-        return tokens
-    kept = tokens.lengths.clamp(max=max_bp + 1)
-    return Ragged.from_padded(tokens.to_padded(0)[:, : max_bp + 1], kept)
-
-
 def grafted_tree(
     clades: Clades, placed: Placed, sequences: Sequence[str]
 ) -> tuple[Phylogeny, np.ndarray]:
@@ -350,24 +286,17 @@ def require_places(table: FeatureTable, placed: Placed) -> None:
         InputError: with the likely reason.
     """
     if not placed.usable.any():
-        raise InputError(far_from_model(table, placed))
-    found = np.asarray(table.counts[:, np.flatnonzero(placed.usable)].sum(axis=1)).ravel()
-    empty = np.flatnonzero(found == 0)
+        reason = "they are of another region or were read in another way"
+        if placed.reverse.mean() > 0.5:
+            reason = "they are reverse complements: turn the sequences round"
+        raise InputError(
+            f"{table.source}: none of its {len(table.feature_ids)} features is near an ASV that "
+            f"the model knows; probably {reason}"
+        )
+    empty = np.flatnonzero(np.asarray(table.counts @ placed.usable.astype(np.int64)) == 0)
     if len(empty):
         names = name_some([table.sample_ids[row] for row in empty[:4]])
         raise InputError(
             f"{table.source}: {len(empty)} of {len(table.sample_ids)} samples ({names}) have no "
             "ASV near one that the model knows: remove them from the table"
         )
-
-
-def far_from_model(table: FeatureTable, placed: Placed) -> str:
-    """One line for a table of which nothing has a place, with the likely reason."""
-    if placed.reverse.mean() > 0.5:
-        reason = "they are reverse complements: turn the sequences round"
-    else:
-        reason = "they are of another region or were read in another way"
-    return (
-        f"{table.source}: none of its {len(table.feature_ids)} features is near an ASV that the "
-        f"model knows; probably {reason}"
-    )

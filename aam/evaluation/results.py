@@ -1,41 +1,203 @@
-"""A measured number beside its baselines: one form for the screen and for the summary."""
+"""What a model is measured by, each number beside what simple methods reach: screen and summary."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 
-def result(
-    name: str,
-    value: float | None,
-    simple: dict[str, float | None],
-    *,
-    higher_is_better: bool = True,
-    part: str = "validation",
-) -> dict[str, Any]:
-    """One measured number beside its baselines, as the summary holds it."""
-    return {
-        "name": name,
-        "part": part,
-        "value": value,
-        "unit": "",
-        "higher_is_better": higher_is_better,
-        "baselines": simple,
-    }
+from aam.config import NucleotideOptions
+from aam.data.dataset import AsvDataset, SampleDataset
+from aam.data.samples import Samples
+from aam.evaluation import baselines
+from aam.evaluation.metrics import Measured, distance_metrics, target_metrics
+from aam.evaluation.outputs import check_nucleotides
+from aam.learning.losses import DistanceSource
+from aam.learning.run import Run
+from aam.learning.targets import TargetInfo
+from aam.model import AsvEncoder
+
+CHECK_SEED = 20_231
+MOST_MASKED = 5000  # sequences whose nucleotides are masked for a result, drawn at random
+LISTED_SAMPLES = 447  # most validation samples whose pairs distances.tsv lists: 99,681 pairs
+
+NAMES = {
+    "mantel_r": "Mantel r",
+    "mantel_r_between": "Mantel r between groups",
+    "distance_mae": "distance MAE",
+    "weighted_mae": "weighted normalised distance MAE",
+    "faith_r2": "Faith PD R2",
+    "clade_jaccard": "clade memberships of new ASVs, Jaccard",
+    "clade_jaccard_far": "the same, more than 6 edits from any known one",
+    "nucleotide_accuracy": "masked-nucleotide accuracy",
+    "nucleotide_accuracy_new": "masked-nucleotide accuracy, ASVs not in training",
+    "r2": "R2",
+    "mae": "MAE",
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "auc": "AUC",
+}
+"""What people call the metrics that results list; others are not listed."""
+
+Results = list[dict[str, Any]]
 
 
-def print_results(results: list[dict[str, Any]]) -> None:
-    """Print the measured numbers, each beside its baselines, on standard output."""
+@dataclass(frozen=True)
+class EvaluationSubset:
+    """The samples whose distances are compared with the true ones."""
+
+    samples: Samples
+    truth: DistanceSource
+    rows: np.ndarray  # (n,) the samples that are compared
+    train_rows: np.ndarray  # samples that simple methods may learn from
+    group_column: str | None
+
+    @property
+    def ids(self) -> list[str]:
+        """Ids of the n samples."""
+        return [self.samples.ids[row] for row in self.rows]
+
+    @property
+    def groups(self) -> list[str] | None:
+        """Groups of the n samples, where there is a column of them."""
+        groups = self.samples.groups(self.group_column)
+        return None if groups is None else [groups[row] for row in self.rows]
+
+    def baselines(self, true: np.ndarray) -> dict[str, Measured]:
+        """What simple distances reach on the true ones (n, n)."""
+        if not len(self.train_rows):
+            return {}
+        table = self.samples.table
+        return baselines.distance_baselines(
+            table.counts, self.truth.pairwise, self.train_rows, self.rows, true,
+            groups=self.groups, sequences=table.feature_ids, seed=CHECK_SEED,
+        )  # fmt: skip
+
+
+def compare(measured: Measured, simple: Mapping[str, Measured], column: str = "") -> Results:
+    """Each metric of a model beside those of simple methods, as the summary holds it."""
+    return [
+        {
+            "name": f"{column} {NAMES[metric]}".strip(),
+            "part": "validation",
+            "value": value,
+            "unit": "",
+            "higher_is_better": not metric.endswith("mae"),
+            "baselines": {name: own[metric] for name, own in simple.items() if metric in own},
+        }
+        for metric, value in measured.items()
+        if metric in NAMES
+    ]
+
+
+def print_results(results: Results) -> None:
+    """Print the measured numbers on standard output, each beside its baselines, best first."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     def show(value: float | None) -> str:
         if value is None:
             return "-"
         return f"{value:.3f}" if abs(value) >= 0.1 else f"{value:.4f}"  # errors are small
 
-    table = Table("validation", "model", "baselines", title=None)
+    table = Table("validation", Column("model", no_wrap=True, justify="right"), "baselines")
     for one in results:
-        simple = ", ".join(f"{name} {show(value)}" for name, value in one["baselines"].items())
+        sign = -1 if one["higher_is_better"] else 1
+        known = {name: value for name, value in one["baselines"].items() if value is not None}
+        ordered = sorted(known.items(), key=lambda pair: sign * pair[1])
+        simple = ", ".join(f"{name} {show(value)}" for name, value in ordered)
         table.add_row(one["name"], show(one["value"]), simple)
-    Console(width=110, highlight=False).print(table)
+    Console(highlight=False).print(table)
+
+
+def distance_results(
+    subset: EvaluationSubset, predicted: np.ndarray, run: Run | None = None
+) -> Results:
+    """Distances (n, n) of a subset beside simple ones; with a run the pairs are written."""
+    true = subset.truth.pairwise(subset.rows)
+    if run is not None:
+        write_pairs(run, subset, predicted, true)
+    return compare(distance_metrics(predicted, true, subset.groups), subset.baselines(true))
+
+
+def nucleotide_results(
+    encoder: AsvEncoder,
+    asvs: SampleDataset | AsvDataset,
+    chosen: np.ndarray,
+    known: SampleDataset | AsvDataset,
+    known_ids: np.ndarray,
+    options: NucleotideOptions,
+) -> Results:
+    """Masked-nucleotide accuracy beside the training part's consensus and nearest sequences.
+
+    Args:
+        encoder: the model.
+        asvs: holds the sequences that are masked.
+        chosen: which of them; where some are of training too, new ones are also given apart.
+        known: holds the sequences of training.
+        known_ids: which of them.
+        options: how many nucleotides are masked.
+    """
+    seen = np.isin(chosen, known_ids) if asvs is known else np.zeros(len(chosen), dtype=bool)
+    parts = {"nucleotide_accuracy_new": chosen[~seen]}
+    if seen.any():
+        parts = {"nucleotide_accuracy": chosen, **parts}
+    known_tokens = known.gather_tokens(known_ids)
+    results: Results = []
+    for metric, ids in parts.items():
+        if len(ids) > MOST_MASKED:
+            drawn = np.random.default_rng(CHECK_SEED).permutation(len(ids))[:MOST_MASKED]
+            ids = ids[np.sort(drawn)]
+        if len(ids):
+            check = check_nucleotides(encoder, asvs, ids, options, seed=CHECK_SEED)
+            simple = baselines.nucleotide_baselines(
+                known_tokens, asvs.gather_tokens(ids), check.rows, check.positions, check.bases
+            )
+            methods: dict[str, Measured] = {name: {metric: one} for name, one in simple.items()}
+            results += compare({metric: check.accuracy}, methods)
+    return results
+
+
+def target_results(
+    target: TargetInfo,
+    predicted: np.ndarray,
+    truth: np.ndarray,
+    samples: Samples,
+    train_rows: np.ndarray,
+    rows: np.ndarray,
+) -> Results:
+    """Predictions beside a random forest and a constant.
+
+    Args:
+        target: the column.
+        predicted: (n,) numbers in the user's units, or (n, classes) probabilities.
+        truth: (samples,) numbers or classes, known of both parts.
+        samples: of the table.
+        train_rows: samples that the forest learns from; without any there are no baselines.
+        rows: (n,) samples that were predicted.
+    """
+    classes, simple = len(target.classes), {}
+    if len(train_rows):
+        simple = baselines.target_baselines(
+            samples.table.counts, truth, train_rows, rows, classes=classes
+        )
+    return compare(target_metrics(predicted, truth[rows], classes), simple, target.column)
+
+
+def write_pairs(
+    run: Run, subset: EvaluationSubset, predicted: np.ndarray, true: np.ndarray
+) -> None:
+    """Write the pairs of the first samples: all, unless they are too many."""
+    ids, groups = subset.ids, subset.groups
+    pairs = zip(*np.triu_indices(min(len(ids), LISTED_SAMPLES), 1), strict=True)
+    rows = (
+        [
+            ids[i], ids[j], float(true[i, j]), float(predicted[i, j]),
+            "" if groups is None else int(groups[i] == groups[j]),
+        ]
+        for i, j in pairs
+    )  # fmt: skip
+    header = ["sample_a", "sample_b", "true", "predicted", "same_group"]
+    run.write_table("distances.tsv", header, rows)

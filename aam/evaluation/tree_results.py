@@ -2,117 +2,73 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from aam.config import MetadataOptions
-from aam.data.clades import Clades, Grafts
+from aam.data.clades import Grafts
 from aam.data.embedding import Embedding
 from aam.data.samples import Samples
 from aam.data.table import FeatureTable
 from aam.data.texts import Texts
 from aam.data.unifrac import UniFrac
-from aam.evaluation import metrics
-from aam.evaluation.measurements import distance_results, write_pairs
+from aam.evaluation.metrics import (
+    Measured,
+    condensed,
+    distance_metrics,
+    mean_absolute_error,
+    r2,
+)
 from aam.evaluation.placer import Placed, Placer, grafted_tree, unifrac_by_model
-from aam.evaluation.results import result
+from aam.evaluation.results import EvaluationSubset, Results, compare, write_pairs
 from aam.learning.run import Run
 
-MOST_COLOURS = 7
-"""Classes of a metadata column that the ordination may be coloured by."""
-
-
-@dataclass(frozen=True)
-class EvaluationSubset:
-    """The samples of a table whose distances are compared with the tree's.
-
-    Attributes:
-        samples: of the table.
-        truth: UniFrac by the whole tree.
-        rows: which samples are judged.
-        train_rows: samples that simple methods may learn from.
-        metadata: the group column.
-    """
-
-    samples: Samples
-    truth: UniFrac
-    rows: np.ndarray
-    train_rows: np.ndarray
-    metadata: MetadataOptions
-
-
-def colours(samples: Samples, rows: np.ndarray) -> dict[str, Any] | None:
-    """A metadata column to colour samples by: the first with a few classes, else with numbers."""
-    metadata = samples.metadata
-    if metadata is None:
-        return None
-    numeric = None
-    for column in metadata.columns:
-        values = [metadata.text(column)[row] for row in rows]
-        present = {value for value in values if value is not None}
-        named = {samples.ids[row]: value or "" for row, value in zip(rows, values, strict=True)}
-        if metadata.is_numeric(column):
-            if numeric is None and len(present) > MOST_COLOURS:
-                numeric = {"column": column, "kind": "regression", "values": named}
-        elif 1 < len(present) <= MOST_COLOURS:
-            return {"column": column, "kind": "classification", "values": named}
-    return numeric
+FAR = 6  # edits from any known ASV
+MOST_COLOURS = 7  # classes of a metadata column that the ordination may be coloured by
 
 
 def sample_results(
     placer: Placer,
-    judged: EvaluationSubset,
+    subset: EvaluationSubset,
     run: Run | None = None,
     embedding: Embedding | None = None,
-) -> list[dict[str, Any]]:
+) -> Results:
     """Distances and Faith PD of samples whose ASVs are placed, beside the whole tree's.
 
     Args:
         placer: of the model.
-        judged: the samples.
+        subset: the samples; its truth is UniFrac by the whole tree.
         run: where pairs and embeddings are written; None: nowhere.
         embedding: gives the embeddings.
     """
-    samples, truth, rows = judged.samples, judged.truth, judged.rows
-    ids = [samples.ids[row] for row in rows]
-    table = on_tree(samples.table, truth).select(ids)
+    assert isinstance(subset.truth, UniFrac)
+    table = on_tree(subset.samples.table, subset.truth).select(subset.ids)
     placed = placer.place(table.feature_ids)
-    simple = nearest_neighbour_placement(placer)
-    baseline = simple.place(table.feature_ids)
-    own = np.arange(len(ids))
-    predicted = unifrac_by_model(table, placer.clades, placed)
-    nearest = unifrac_by_model(table, placer.clades, baseline)
-    matrix, true = predicted.pairwise(own), truth.pairwise(rows)
-    groups = samples.groups(judged.metadata.group_column)
+    nearest = placer.nearest_neighbour().place(table.feature_ids)
+    true = _unifrac(subset.truth, subset.rows)
+
+    def measure(by: Placed) -> tuple[np.ndarray, Measured]:
+        found = unifrac_by_model(table, placer.clades, by)
+        distances, weighted, faith = _unifrac(found, np.arange(len(subset.rows)))
+        return distances, distance_metrics(distances, true[0], subset.groups) | {
+            "weighted_mae": mean_absolute_error(condensed(weighted), condensed(true[1])),
+            "faith_r2": r2(faith, true[2]),
+        }
+
+    distances, measured = measure(placed)
     if run is not None:
-        within = None if groups is None else [groups[row] for row in rows]
-        write_pairs(run, ids, true, matrix, within)
+        write_pairs(run, subset, distances, true[0])
         if embedding is not None:
             write_embeddings(run, placer, table, placed, embedding)
-    results = distance_results(
-        samples, truth.pairwise, matrix, true, judged.train_rows, rows, groups,
-        nearest.pairwise(own),
-    )  # fmt: skip
-    weighted = truth.by("weighted-normalized").pairwise(rows)
-    errors = [
-        metrics.mean_absolute_error(
-            metrics.condensed(one.by("weighted-normalized").pairwise(own)),
-            metrics.condensed(weighted),
-        )
-        for one in (predicted, nearest)
-    ]
-    results.append(
-        result(
-            "weighted normalised distance MAE", errors[0], {"placement": errors[1]},
-            higher_is_better=False,
-        )
-    )  # fmt: skip
-    faith = truth.faith_pd(rows)
-    explained = [metrics.r2(one.faith_pd(own), faith) for one in (predicted, nearest)]
-    results.append(result("Faith PD R2", explained[0], {"placement": explained[1]}))
-    return results
+    simple = {"placement": measure(nearest)[1], **subset.baselines(true[0])}
+    return compare(measured, simple)
+
+
+def _unifrac(source: UniFrac, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Unweighted and weighted normalised distances (n, n), and Faith PD (n,)."""
+    weighted = source.by("weighted-normalized").pairwise(rows)
+    return source.pairwise(rows), weighted, source.faith_pd(rows)
 
 
 def on_tree(table: FeatureTable, truth: UniFrac) -> FeatureTable:
@@ -141,34 +97,39 @@ def write_embeddings(
     run.write_table("embeddings.tsv", header, rows)
 
 
-def nearest_neighbour_placement(placer: Placer) -> Placer:
-    """The baseline: a new ASV gets the clades of its nearest known one."""
-    return Placer(None, placer.placement, neighbours=placer.neighbours)
-
-
-def membership_results(placer: Placer, placed: Placed, truth: Grafts) -> list[dict[str, Any]]:
-    """Jaccard of the memberships of new ASVs, all and by distance to the nearest known one."""
-    clades = placer.clades
-    found, simple = jaccards(clades, placed, truth)
-    far = placed.distance > 6
-    results = [
-        result(
-            "clade memberships of new ASVs, Jaccard", float(found.mean()),
-            {"nearest known ASV": float(simple.mean())},
-        )
-    ]  # fmt: skip
-    if far.any():
-        results.append(
-            result(
-                "the same, more than 6 edits from any known one", float(found[far].mean()),
-                {"nearest known ASV": float(simple[far].mean())},
-            )
+def membership_results(
+    placer: Placer,
+    sequences: Sequence[str],
+    placed: Placed,
+    truth: Grafts,
+    run: Run | None = None,
+) -> Results:
+    """Jaccard of the memberships of new ASVs, all and far ones; written where there is a run."""
+    found, copied = jaccards(placer, placed, truth)
+    if run is not None:
+        names = placer.clades.sequences
+        rows = (
+            [
+                sequences[i], names[int(tip)] if tip >= 0 else "", f"{placed.distance[i]:.3f}",
+                f"{placed.support[i]:.4f}", f"{found[i]:.4f}", f"{copied[i]:.4f}",
+            ]
+            for i, tip in enumerate(placed.nearest)
         )  # fmt: skip
-    return results
+        header = ["sequence", "nearest", "edits", "support", "jaccard", "jaccard_of_nearest"]
+        run.write_table("placements.tsv", header, rows)
+    parts = {"clade_jaccard": np.ones(len(found), dtype=bool)}
+    if (far := placed.distance > FAR).any():
+        parts["clade_jaccard_far"] = far
+    model, nearest = (
+        {metric: float(one[part].mean()) for metric, part in parts.items()}
+        for one in (found, copied)
+    )
+    return compare({**model}, {"nearest known ASV": {**nearest}})
 
 
-def jaccards(clades: Clades, placed: Placed, truth: Grafts) -> tuple[np.ndarray, np.ndarray]:
+def jaccards(placer: Placer, placed: Placed, truth: Grafts) -> tuple[np.ndarray, np.ndarray]:
     """Jaccard of the clades of new ASVs, and where they get those of their nearest known one."""
+    clades = placer.clades
     lowest = np.where(placed.nearest >= 0, clades.lowest[placed.nearest], -1)
     return (
         clades.jaccard(clades.ends(placed.clade), truth),
@@ -176,22 +137,17 @@ def jaccards(clades: Clades, placed: Placed, truth: Grafts) -> tuple[np.ndarray,
     )
 
 
-def write_placements(
-    run: Run, placer: Placer, sequences: Any, placed: Placed, truth: Grafts
-) -> None:
-    """Write where left-out ASVs were placed: the figure of memberships by distance."""
-    found, simple = jaccards(placer.clades, placed, truth)
-    names = placer.clades.sequences
-    rows = (
-        [
-            sequences[i],
-            names[int(placed.nearest[i])] if placed.nearest[i] >= 0 else "",
-            f"{placed.distance[i]:.3f}",
-            f"{placed.support[i]:.4f}",
-            f"{found[i]:.4f}",
-            f"{simple[i]:.4f}",
-        ]
-        for i in range(len(found))
-    )
-    header = ["sequence", "nearest", "edits", "support", "jaccard", "jaccard_of_nearest"]
-    run.write_table("placements.tsv", header, rows)
+def colours(samples: Samples, rows: np.ndarray) -> dict[str, Any] | None:
+    """A metadata column to colour samples by: the first with a few classes, else with numbers."""
+    metadata, numeric = samples.metadata, None
+    if metadata is None:
+        return None
+    for column in metadata.columns:
+        texts = metadata.text(column)
+        named = {samples.ids[row]: texts[row] or "" for row in rows}
+        present = len(set(named.values()) - {""})
+        if not metadata.is_numeric(column) and 1 < present <= MOST_COLOURS:
+            return {"column": column, "kind": "classification", "values": named}
+        if numeric is None and metadata.is_numeric(column) and present > MOST_COLOURS:
+            numeric = {"column": column, "kind": "regression", "values": named}
+    return numeric

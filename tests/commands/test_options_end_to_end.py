@@ -147,6 +147,7 @@ ELSEWHERE = {
     "--devices", "--data-parallel", "--strategy",  # test_ranks, test_layout
     "--precision", "--tf32",  # of learning
     "--max-memory-gb", "--max-memory-fraction",  # of inspect: test_inspect
+    "--engine",  # test_loaded
     "--samples", "--pretrain-epochs", "--finetune-steps",  # test_demo
 }  # fmt: skip
 LOSSES = ("clade_loss", "unifrac_loss", "nucleotide_loss", "count_loss", "target_loss")

@@ -32,9 +32,9 @@ def test_unifrac_of_ibd_equals_ssu(aam, tmp_path, real_data, metric, capsys):
     ssu = read_distances(folder / f"{metric}-unifrac.h5", sample_ids=ours.sample_ids)
     assert np.abs(ours.matrix - ssu.matrix).max() < 1e-6
     mean_and_sd = "mean 0.6188, sd 0.0921" if metric == "unweighted" else ""  # as published
-    steps = r".*\(table .* s, tree .* s, distances .* s, write .* s\)"
-    expected = f"{metric} of 428 samples and 4615 features: {mean_and_sd}{steps}"
-    assert re.search(expected, capsys.readouterr().err)
+    said = capsys.readouterr().err
+    assert "4615 distinct ASVs" in said
+    assert re.search(rf"{metric} of 428 samples: {mean_and_sd}.* \(.* s\)", said)
 
 
 def test_faith_pd_is_one_value_a_sample(unifrac, community, tmp_path, capsys):
