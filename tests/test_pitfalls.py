@@ -40,6 +40,7 @@ ELSEWHERE = {
     "hashed ids": ("test_bad_input.py", 'TREE + "MD5"'),
     "batch larger than the set": ("test_bad_input.py", 'PAIRS + "--batch-size 64"'),
     "plain text as BIOM": ("test_bad_input.py", 'TREE + "PLAIN"'),
+    "bf16 on a CPU was ignored": ("learning/test_precision.py", '("--precision", "bf16-mixed")'),
     "checkpoints written in place": (
         "learning/test_checkpoint.py", "test_a_failed_write_keeps_the_previous_file"),
     "resume that is not exact": (
@@ -189,12 +190,6 @@ def test_pitfall_validation_accuracy_measured_copying(community):
     bases = ["PACGT"[one] for one in first.bases]
     counted = {dataset.sequences[n][p] for n in range(3) for p in range(30)}
     assert set(bases) <= counted == set("ACGT")
-
-
-def test_pitfall_bf16_on_cpu_was_ignored(aam, tmp_path, capsys):
-    words = ("--precision", "bf16", "--output-dir", tmp_path / "run")
-    assert aam("pretrain", *words) == 2
-    assert "bf16-mixed" in capsys.readouterr().err
 
 
 def test_pitfall_the_qiime_header_was_rejected(aam, community, tmp_path):

@@ -34,7 +34,6 @@ from aam.config.groups import (
     OptionalTableOptions,
     PenaltyOptions,
     Positive,
-    ResultOptions,
     RunOptions,
     Seed,
     Share,
@@ -176,7 +175,7 @@ class InspectConfig:
 
 
 @dataclass(kw_only=True, config=STRICT)
-class UnifracConfig(ResultOptions):
+class UnifracConfig(NewTableOptions):
     """Options of `aam unifrac`."""
 
     command: ClassVar[str] = "unifrac"
@@ -190,14 +189,20 @@ class UnifracConfig(ResultOptions):
     """faith-pd writes one value a sample (.tsv)."""
     engine: Literal["builtin", "unifrac"] = "builtin"
     """What computes them: unifrac is the package of that name (a GPU's, where it finds one)."""
+    rarefy_depth: Natural = 0
+    """Reads a sample is rarefied to; 0: use the counts as they are."""
+    seed: Seed = 0
+    """Seed of the rarefaction."""
     drop_missing_tips: bool = False
     """Drop features that are not in the tree; they are counted."""
+    overwrite: bool = False
+    """Replace an output file that is already there."""
     device: Device = "auto"
     """auto, cpu, cuda or cuda:N, with --model."""
 
 
 @dataclass(kw_only=True, config=STRICT)
-class EmbedConfig(ResultOptions, DeviceOptions):
+class EmbedConfig(NewTableOptions, DeviceOptions):
     """Options of `aam embed`."""
 
     command: ClassVar[str] = "embed"
@@ -206,10 +211,15 @@ class EmbedConfig(ResultOptions, DeviceOptions):
     output: Path
     """.tsv or .npz."""
     dimensions: Count | None = None
-    """Numbers a sample, beside its Faith PD: half of them clades projected, half a sketch of the
-    pendant branches. As many as pretraining fitted if not given."""
+    """Numbers a sample, half of clades, half of pendant branches; as pretraining fitted, if not."""
     asvs: bool = False
     """Write the ASVs instead: vector, nearest known ASV, its distance, support of the clades."""
+    rarefy_depth: Natural = 0
+    """Reads a sample is rarefied to; 0: use the counts as they are."""
+    seed: Seed = 0
+    """Seed of the rarefaction."""
+    overwrite: bool = False
+    """Replace an output file that is already there."""
 
 
 @dataclass(kw_only=True, config=STRICT)

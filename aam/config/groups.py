@@ -58,8 +58,7 @@ class TableOptions(NewTableOptions):
     """The feature table and what becomes of it before training."""
 
     rarefy_depth: Natural = 5000
-    """Reads a sample is rarefied to, without replacement; smaller samples are dropped and
-    counted. 0: use the counts as they are."""
+    """Reads drawn of each sample; smaller samples are dropped. 0: use the counts as they are."""
     max_bp: Count = 150
     """Longest sequence; what is cut is counted."""
     token_limit: Count = 1024
@@ -69,8 +68,7 @@ class TableOptions(NewTableOptions):
     allow_missing: bool = False
     """Go on when some samples have no metadata or distance; what is dropped is counted."""
     on_disk: Literal["auto", "always", "never"] = "auto"
-    """Keep the counts and sequences in an index on disk, built once, instead of in memory; auto:
-    large HDF5 tables only."""
+    """Read counts and sequences from an index on disk, built once; auto: of large HDF5 tables."""
     index_dir: Path | None = None
     """Folder of that index; beside the table if not given."""
 
@@ -127,8 +125,7 @@ class ModelOptions:
     """The shape of the encoder."""
 
     encoder: Literal["transformer", "wide"] = "transformer"
-    """transformer: a wide path that a transformer joins; wide: the wide path alone, trained in a
-    fraction of the time, for those who only want UniFrac."""
+    """transformer: a wide path that a transformer joins; wide: without it, for UniFrac alone."""
     embedding_dim: Count = 128
     """Width of an ASV's vector and of every stack."""
     wide_dim: Count = 512
@@ -223,15 +220,13 @@ class OptimizerOptions:
     """Samples a step: 8, or, where a memory option is given, as many as fit; with a tree ASVs
     a step, about 16,384 nucleotides. With --effective-batch-size: most of one of its pieces."""
     effective_batch_size: Annotated[int, Field(ge=2)] | None = None
-    """Samples (with a tree ASVs) a step whatever the memory: it is computed in pieces that fit,
-    and the loss and its gradient are exactly those of the whole."""
+    """Samples (with a tree ASVs) a step whatever the memory: computed in pieces, exactly."""
     max_memory_gb: Positive | None = None
     """Memory to fill, GB (10^9 bytes), of each device, or of the process on a CPU."""
     max_memory_fraction: Share | None = None
     """The same as a share of what is free at the start; 0.85 if neither is given."""
     oversize: Literal["chunk", "error", "subsample"] = "chunk"
-    """A sample too large for the memory is computed in pieces (exact), is an error, or keeps
-    only the ASVs that fit."""
+    """A sample too large for memory: in pieces (exact), an error, or only the ASVs that fit."""
     epochs: Count | None = None
     """Passes over the training samples, if not given 20 (finetune) or 40 (pretrain); with a tree
     over the training ASVs, as many as see 30 million nucleotides, but 3 to 60."""
@@ -248,8 +243,7 @@ class OptimizerOptions:
     early_stopping: Natural = 0
     """End after this many validations without a better best-metric; 0: never."""
     best_metric: Metric | None = None
-    """Validation metric that chooses the best checkpoint; by default clade_jaccard or
-    mantel_r (pretrain), r2 or balanced_accuracy (finetune)."""
+    """Chooses the best checkpoint; clade_jaccard, mantel_r, r2 or balanced_accuracy by default."""
     validate_every: Count | None = None
     """Epochs from one validation to the next: 1 if not given, with a tree a tenth of them."""
 
@@ -273,8 +267,7 @@ class RunOptions(DeviceOptions):
     overwrite: bool = False
     """Replace a run that is already there."""
     resume_from: Path | None = None
-    """Folder of a run (or one of its checkpoints) to continue; auto: the run in --output-dir if
-    there is one, else a new one (for jobs that are queued again)."""
+    """Run folder or checkpoint to continue; auto: what is in --output-dir, if there is a run."""
     checkpoint_minutes: Positive = 10.0
     """Longest time between two checkpoints."""
     memory_profile: bool = False
@@ -299,16 +292,3 @@ class RunOptions(DeviceOptions):
     """Write TensorBoard logs beside metrics.csv."""
     config: Path | None = None
     """TOML file with any of these options; the command line wins over it."""
-
-
-@dataclass(kw_only=True, config=STRICT)
-class ResultOptions(NewTableOptions):
-    """A table, and the file of what is computed from it."""
-
-    output: Path
-    rarefy_depth: Natural = 0
-    """Reads a sample is rarefied to; 0: use the counts as they are."""
-    seed: Seed = 0
-    """Seed of the rarefaction."""
-    overwrite: bool = False
-    """Replace an output file that is already there."""
