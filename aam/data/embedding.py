@@ -112,7 +112,7 @@ class Embedding:
         for low in range(0, len(table.sample_ids), _ROWS):
             reached = walk.branches(table.counts[low : low + _ROWS], tip_of_column)
             vectors = np.concatenate([reached @ project, (reached @ sketch).toarray()], axis=1)
-            yield vectors.astype(np.float32), np.asarray(reached.sum(axis=1)).ravel()
+            yield vectors.astype(np.float32), reached.sum(axis=1)
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         """As a file can hold it; `from_arrays` reads it."""

@@ -45,8 +45,8 @@ def aitchison(counts: csr_array, other: csr_array | None = None) -> NDArray[np.f
     """Euclidean distance of centred log-ratios of (reads + 1) over all features."""
     one = counts.astype(np.float64).log1p()
     two = one if other is None else other.astype(np.float64).log1p()
-    squares = [np.asarray(part.power(2).sum(axis=1)).ravel() for part in (one, two)]
-    means = [np.asarray(part.mean(axis=1)).ravel() for part in (one, two)]
+    squares = [part.power(2).sum(axis=1) for part in (one, two)]
+    means = [part.mean(axis=1) for part in (one, two)]
     found = squares[0][:, None] + squares[1] - 2 * (one @ two.T).toarray()
     found -= one.shape[1] * (means[0][:, None] - means[1]) ** 2
     return np.sqrt(np.maximum(found, 0.0))
@@ -62,7 +62,7 @@ def _presence(counts: csr_array) -> csr_array:
 def _shares(counts: csr_array) -> csr_array:
     counts = csr_array(counts, dtype=np.float64, copy=True)
     counts.eliminate_zeros()
-    depth = np.asarray(counts.sum(axis=1)).ravel()
+    depth = counts.sum(axis=1)
     counts.data /= np.repeat(depth, np.diff(counts.indptr))
     return counts
 

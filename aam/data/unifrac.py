@@ -202,7 +202,7 @@ class UniFrac:
         """
         rows = self._rows(rows)
         parts = np.array_split(rows, len(rows) // _FAITH_ROWS + 1)
-        return np.concatenate([_sums(self._branches(part, False)) for part in parts])
+        return np.concatenate([self._branches(part, False).sum(axis=1) for part in parts])
 
     def _rows(self, rows: ArrayLike | None) -> NDArray[np.int64]:
         numbers = np.arange(len(self)) if rows is None else np.asarray(rows, dtype=np.int64)
@@ -215,7 +215,7 @@ class UniFrac:
     def _distances(self, a: csr_array, b: csr_array) -> NDArray[np.float64]:
         """``(n, m)`` distances by the branches of n and m samples; the m fit one dense block."""
         shared = overlap(a, b, unweighted=self.metric == "unweighted")
-        whole = _sums(a)[:, None] + _sums(b)
+        whole = a.sum(axis=1)[:, None] + b.sum(axis=1)
         if self.metric == "weighted":
             return np.maximum(whole - 2.0 * shared, 0.0)
         if self.metric == "unweighted":
@@ -280,7 +280,3 @@ def _blocks(samples: int, branches: int) -> Iterator[tuple[int, int]]:
     width = max(1, min(_BLOCK_SAMPLES, _BLOCK_BYTES // (8 * (branches + 1))))
     for low in range(0, samples, width):
         yield low, min(low + width, samples)
-
-
-def _sums(reached: csr_array) -> NDArray[np.float64]:
-    return np.asarray(reached.sum(axis=1)).ravel()
