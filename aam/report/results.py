@@ -12,27 +12,24 @@ MINUS = "\N{MINUS SIGN}"
 SAME_SCORE, SAME_ERROR = 5e-4, 0.01
 """Scores that differ by less, and errors that differ by a smaller share, are equal."""
 
-METRICS = {  # a result's name, if it is not that of its metric in metrics.csv
-    "masked_nucleotide_accuracy": "nucleotide_accuracy",
-    "masked_nucleotide_accuracy,_asvs_not_in_training": "nucleotide_accuracy",
-    "clade_memberships_of_new_asvs,_jaccard": "clade_jaccard",
-    "the_same,_more_than_6_edits_from_any_known_one": "clade_jaccard_far",
-}
 SENTENCES = {
     "mantel_r": "Predicted and true distances between held-out samples correlate with r = {value}",
-    "mantel_r_between_groups": "Between held-out samples of different groups r is {value}",
+    "mantel_r_between": "Between held-out samples of different groups r is {value}",
     "distance_mae": "Predicted distances between held-out samples are off by {value} on average",
-    "weighted_normalised_distance_mae": (
+    "weighted_mae": (
         "Weighted normalised UniFrac between held-out samples is off by {value} on average"
     ),
-    "faith_pd_r2": "The model explains {share} of the variance of Faith PD of held-out samples",
+    "faith_r2": "The model explains {share} of the variance of Faith PD of held-out samples",
     "clade_jaccard": (
         "Predicted and true clades of ASVs not in training agree to {share} (mean Jaccard)"
     ),
     "clade_jaccard_far": (
         "More than 6 edits from any known ASV, predicted and true clades agree to {share}"
     ),
-    "nucleotide_accuracy": "The model names {share} of the masked nucleotides{new}",
+    "nucleotide_accuracy": "The model names {share} of the masked nucleotides",
+    "nucleotide_accuracy_new": (
+        "The model names {share} of the masked nucleotides of ASVs not in training"
+    ),
     "r2": "The model explains {share} of the variance of {target}",
     "mae": "Predictions of {target} are off by {value} on average",
     "accuracy": "The model names the right {target} for {share} of samples",
@@ -41,7 +38,7 @@ SENTENCES = {
 }
 NEGATIVE = {
     "r2": "Predictions of {target} are worse than its mean (r2 {value})",
-    "faith_pd_r2": "Predictions of Faith PD are worse than its mean (r2 {value})",
+    "faith_r2": "Predictions of Faith PD are worse than its mean (r2 {value})",
 }
 LINKS = {"better": "better than", "worse": "worse than", "equal": "no better than"}
 
@@ -51,7 +48,7 @@ class Result:
     """A line of the result table; values that are not defined are NaN."""
 
     name: str
-    metric: str  # its name in metrics.csv, as far as it stands there
+    metric: str
     part: str
     value: float
     higher_is_better: bool
@@ -99,7 +96,6 @@ class Result:
             value=number(self.value),
             share=_percent(self.value),
             target=target,
-            new=" of ASVs not in training" if "not in training" in self.name else "",
         )
         if self.best is None:
             return f"{said}."
@@ -113,24 +109,17 @@ def read_results(summary: Mapping[str, Any]) -> list[Result]:
     def defined(value: float | None) -> float:
         return math.nan if value is None else float(value)
 
-    column = (summary.get("target") or {}).get("column", "")
     return [
         Result(
             name=entry["name"],
-            metric=metric_of(entry["name"], column),
-            part=entry.get("part", "validation"),
+            metric=entry["metric"],
+            part=entry["part"],
             value=defined(entry["value"]),
             higher_is_better=entry["higher_is_better"],
             baselines={name: defined(value) for name, value in entry["baselines"].items()},
         )
         for entry in summary.get("results") or []
     ]
-
-
-def metric_of(name: str, column: str = "") -> str:
-    """The name that metrics.csv has for what a result calls `Mantel r` or `age R2`."""
-    name = name.removeprefix(f"{column} ").lower().replace("-", "_").replace(" ", "_")
-    return METRICS.get(name, name)
 
 
 def number(value: float | None) -> str:

@@ -258,8 +258,8 @@ def test_damaged_files_are_named_and_the_rest_is_shown(tmp_path, fabricate):
 
 def test_numbers_that_are_none_or_not_finite(tmp_path, fabricate):
     results = [
-        fabricate.result("Mantel r", float("nan"), {"Jaccard": 0.9}),
-        fabricate.result("distance MAE", None, {}),
+        fabricate.result("mantel_r", float("nan"), {"Jaccard": 0.9}),
+        fabricate.result("distance_mae", None, {}),
         fabricate.result("accuracy", 0.5, {"majority": float("inf")}),
         fabricate.result("r2", -0.59, {"mean": -0.01}),
     ]
@@ -291,7 +291,7 @@ def test_user_strings_are_escaped(tmp_path, fabricate):
             command=bad,
             data=[{"what": bad, "count": 3, "detail": bad, "kind": bad}],
             config={bad: bad, "nested": {"empty": {}, "list": [bad]}},
-            results=[fabricate.result(bad, 0.5, {bad: 0.4})],
+            results=[fabricate.result("r2", 0.5, {bad: 0.4}, name=bad)],
         )
     )
     assert "<script>alert('1')</script>" in page.words  # shown, not run
@@ -358,6 +358,6 @@ def test_numbers_for_people(value, text):
         (None, True, {"a": 0.8}, "undefined"),
     ],
 )
-def test_verdict_is_against_the_best_baseline(value, higher, baselines, verdict):
-    entry = {"name": "x", "value": value, "higher_is_better": higher, "baselines": baselines}
+def test_verdict_is_against_the_best_baseline(fabricate, value, higher, baselines, verdict):
+    entry = fabricate.result("x", value, baselines, higher)
     assert read_results({"results": [entry]})[0].verdict == verdict
