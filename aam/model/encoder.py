@@ -46,14 +46,9 @@ class EncodedAsvs:
 def make_stack(shape: EncoderShape, impl: str, recompute: bool) -> TransformerEncoder:
     """A pre-norm transformer stack of the shape's width."""
     return TransformerEncoder(
-        shape.embedding_dim,
-        shape.num_heads,
-        shape.num_layers,
-        ffn_dim=shape.ffn_dim,
-        dropout=shape.dropout,
-        impl=impl,
-        recompute=recompute,
-    )
+        shape.embedding_dim, shape.num_heads, shape.num_layers, ffn_dim=shape.ffn_dim,
+        dropout=shape.dropout, impl=impl, recompute=recompute,
+    )  # fmt: skip
 
 
 class WidePath(nn.Module):
