@@ -15,12 +15,18 @@ from aam.report.drawing import DASHED, MUTED, SERIES, SQUARE, Figure, new_axes, 
 from aam.report.results import Result, number
 
 CURVE_POINTS = 300
-GOODNESS = (
-    "loss", "clade_loss", "unifrac_loss", "nucleotide_loss", "target_loss", "count_loss",
-    "clade_jaccard", "mantel_r", "distance_mae", "nucleotide_accuracy", "r2", "mae", "accuracy",
-    "balanced_accuracy", "auc",
-)  # fmt: skip
-"""Metrics that say how good the model is; all others say how the training went."""
+LOSSES = ("loss", "clade_loss", "unifrac_loss", "nucleotide_loss", "target_loss", "count_loss")
+METRICS = {  # that say how good the model is: what results call them
+    "clade_jaccard": "clade memberships of new ASVs, Jaccard",
+    "mantel_r": "Mantel r",
+    "distance_mae": "distance MAE",
+    "nucleotide_accuracy": "masked-nucleotide accuracy",
+    "r2": "R2",
+    "mae": "MAE",
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "auc": "AUC",
+}
 PARTS = {"train": ("training", SERIES[0]), "validation": ("validation", SERIES[1])}
 EDIT_BINS = {"1": 1.5, "2": 2.5, "3\N{EN DASH}4": 4.5, "5\N{EN DASH}6": 6.5, "7\N{EN DASH}9": 9.5}
 SUPPORT_GROUPS, SMALLEST_GROUP = 10, 10
@@ -29,27 +35,35 @@ SUPPORT_GROUPS, SMALLEST_GROUP = 10, 10
 def curves_figures(metrics: pd.DataFrame, results: Sequence[Result]) -> list[Figure]:
     """Losses and metrics over the steps beside the best baselines, and all else that was logged."""
     logged = {*metrics["metric"]}
-    baselines = {one.metric.removesuffix("_new"): one.best for one in reversed(results)}
-    names = [name for name in GOODNESS if name in logged]
-    if "loss" in names and sum(name.endswith("_loss") for name in names) == 1:
-        names = [name for name in names if not name.endswith("_loss")]  # it is the total
-    curves = [_curve(metrics, name, baselines.get(name)) for name in names]
+    losses = [name for name in LOSSES if name in logged]
+    if len(losses) == 2 and "loss" in losses:
+        losses = ["loss"]  # the other is the total, too
+    curves = [_curve(metrics, name, name.replace("_", " ")) for name in losses]
+    for metric, name in METRICS.items():
+        if metric in logged:
+            best = next((one.best for one in results if one.metric.startswith(name)), None)
+            curves.append(_curve(metrics, metric, name, best))
     caption = (
         "Training (blue) is measured on each batch, in train mode; validation (orange) on what is "
         f"held out, in eval mode. Long series are means of at most {CURVE_POINTS} equal "
         "stretches. A dashed line is the best baseline. Scales with powers of ten are logarithmic."
     )
-    others = [_curve(metrics, name, None) for name in sorted(logged.difference(GOODNESS))]
+    others = sorted(logged.difference(LOSSES, METRICS))
+    mechanics = [
+        _curve(metrics, name, drawing.short(name.replace("_", " "), 40)) for name in others
+    ]
     course = "How the training itself went: step size, size of the gradient, speed."
     found = [
         Figure("curves", "Learning curves", curves, caption),
-        Figure("mechanics", "Course of the training", others, course),
+        Figure("mechanics", "Course of the training", mechanics, course),
     ]
     return [figure for figure in found if figure.panels]
 
 
-def _curve(metrics: pd.DataFrame, metric: str, baseline: tuple[str, float] | None) -> str:
-    rows, title = metrics[metrics["metric"] == metric], drawing.short(metric.replace("_", " "), 40)
+def _curve(
+    metrics: pd.DataFrame, metric: str, title: str, baseline: tuple[str, float] | None = None
+) -> str:
+    rows = metrics[metrics["metric"] == metric]
     axes = new_axes()
     for part, (label, colour) in PARTS.items():
         series = rows.loc[rows["part"] == part, ["step", "value"]]

@@ -12,33 +12,33 @@ MINUS = "\N{MINUS SIGN}"
 SAME_SCORE, SAME_ERROR = 5e-4, 0.01
 """Scores that differ by less, and errors that differ by a smaller share, are equal."""
 
-SENTENCES = {
-    "mantel_r": "Predicted and true distances between held-out samples correlate with r = {value}",
-    "mantel_r_between": "Between held-out samples of different groups r is {value}",
-    "distance_mae": "Predicted distances between held-out samples are off by {value} on average",
-    "weighted_mae": (
+SENTENCES = {  # by what evaluation calls a metric
+    "Mantel r": "Predicted and true distances between held-out samples correlate with r = {value}",
+    "Mantel r between groups": "Between held-out samples of different groups r is {value}",
+    "distance MAE": "Predicted distances between held-out samples are off by {value} on average",
+    "weighted normalised distance MAE": (
         "Weighted normalised UniFrac between held-out samples is off by {value} on average"
     ),
-    "faith_r2": "The model explains {share} of the variance of Faith PD of held-out samples",
-    "clade_jaccard": (
+    "Faith PD R2": "The model explains {share} of the variance of Faith PD of held-out samples",
+    "clade memberships of new ASVs, Jaccard": (
         "Predicted and true clades of ASVs not in training agree to {share} (mean Jaccard)"
     ),
-    "clade_jaccard_far": (
+    "the same, more than 6 edits from any known one": (
         "More than 6 edits from any known ASV, predicted and true clades agree to {share}"
     ),
-    "nucleotide_accuracy": "The model names {share} of the masked nucleotides",
-    "nucleotide_accuracy_new": (
+    "masked-nucleotide accuracy": "The model names {share} of the masked nucleotides",
+    "masked-nucleotide accuracy, ASVs not in training": (
         "The model names {share} of the masked nucleotides of ASVs not in training"
     ),
-    "r2": "The model explains {share} of the variance of {target}",
-    "mae": "Predictions of {target} are off by {value} on average",
+    "R2": "The model explains {share} of the variance of {target}",
+    "MAE": "Predictions of {target} are off by {value} on average",
     "accuracy": "The model names the right {target} for {share} of samples",
-    "balanced_accuracy": "Balanced accuracy of {target} is {value}",
-    "auc": "The area under the ROC curve of {target} is {value}",
+    "balanced accuracy": "Balanced accuracy of {target} is {value}",
+    "AUC": "The area under the ROC curve of {target} is {value}",
 }
 NEGATIVE = {
-    "r2": "Predictions of {target} are worse than its mean (r2 {value})",
-    "faith_r2": "Predictions of Faith PD are worse than its mean (r2 {value})",
+    "R2": "Predictions of {target} are worse than its mean (r2 {value})",
+    "Faith PD R2": "Predictions of Faith PD are worse than its mean (r2 {value})",
 }
 LINKS = {"better": "better than", "worse": "worse than", "equal": "no better than"}
 
@@ -48,7 +48,7 @@ class Result:
     """A line of the result table; values that are not defined are NaN."""
 
     name: str
-    metric: str
+    metric: str  # the name without the predicted column
     part: str
     value: float
     higher_is_better: bool
@@ -109,10 +109,11 @@ def read_results(summary: Mapping[str, Any]) -> list[Result]:
     def defined(value: float | None) -> float:
         return math.nan if value is None else float(value)
 
+    column = (summary.get("target") or {}).get("column", "")
     return [
         Result(
             name=entry["name"],
-            metric=entry["metric"],
+            metric=entry["name"].removeprefix(f"{column} "),
             part=entry["part"],
             value=defined(entry["value"]),
             higher_is_better=entry["higher_is_better"],

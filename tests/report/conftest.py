@@ -8,10 +8,9 @@ import pandas as pd
 import pytest
 
 
-def result(metric, value, baselines, higher_is_better=True, name=""):
+def result(name, value, baselines, higher_is_better=True):
     return {
-        "metric": metric,
-        "name": name or metric,
+        "name": name,
         "part": "validation",
         "value": value,
         "higher_is_better": higher_is_better,
@@ -98,14 +97,14 @@ def pretraining(folder, samples=60, **entries):
     simple = {"placement": 0.9, "Bray-Curtis": 0.71, "constant": None}
     copied = "nearest known ASV"
     results = [
-        result("mantel_r", 0.938, simple),
-        result("mantel_r_between", 0.842, {"placement": 0.849, "Bray-Curtis": 0.57}),
-        result("distance_mae", 0.0041, {"placement": 0.0058, "constant": 0.081}, False),
-        result("weighted_mae", 9.5e-5, {"placement": 9.53e-5}, False),
-        result("faith_r2", 0.99, {"placement": 0.968}),
-        result("clade_jaccard", 0.9025, {copied: 0.8878}),
-        result("clade_jaccard_far", 0.797, {copied: 0.747}),
-        result("nucleotide_accuracy_new", 0.836, {"consensus": 0.79}),
+        result("Mantel r", 0.938, simple),
+        result("Mantel r between groups", 0.842, {"placement": 0.849, "Bray-Curtis": 0.57}),
+        result("distance MAE", 0.0041, {"placement": 0.0058, "constant": 0.081}, False),
+        result("weighted normalised distance MAE", 9.5e-5, {"placement": 9.53e-5}, False),
+        result("Faith PD R2", 0.99, {"placement": 0.968}),
+        result("clade memberships of new ASVs, Jaccard", 0.9025, {copied: 0.8878}),
+        result("the same, more than 6 edits from any known one", 0.797, {copied: 0.747}),
+        result("masked-nucleotide accuracy, ASVs not in training", 0.836, {"consensus": 0.79}),
     ]
     write_summary(folder, **{"results": results, **entries})
     return folder
@@ -125,8 +124,8 @@ def regression(folder, **entries):
     write_table(folder / "predictions.tsv", predictions)
     write_curves(folder, [("loss", 0.5, 0.2), ("target_loss", 0.5, 0.2), ("r2", -0.2, 0.43)])
     results = [
-        result("r2", 0.431, {"random forest": 0.458, "mean": -0.001}),
-        result("mae", 5.91, {"random forest": 5.76, "mean": 9.04}, False),
+        result("age R2", 0.431, {"random forest": 0.458, "mean": -0.001}),
+        result("age MAE", 5.91, {"random forest": 5.76, "mean": 9.04}, False),
     ]
     target = {"column": "age", "kind": "regression", "classes": []}
     write_summary(folder, **{"results": results, "target": target, **entries})
@@ -151,9 +150,9 @@ def classification(folder, classes=("Control", "Crohns"), column="ibd", **entrie
     write_table(folder / "predictions.tsv", predictions)
     write_curves(folder, [("loss", 0.7, 0.4), ("accuracy", 0.5, 0.8)])
     results = [
-        result("accuracy", 0.8, {"random forest": 0.75, "majority": 0.62}),
-        result("balanced_accuracy", 0.75, {"random forest": 0.75, "majority": 0.5}),
-        result("auc", None, {"random forest": None, "majority": 0.5}),
+        result("ibd accuracy", 0.8, {"random forest": 0.75, "majority": 0.62}),
+        result("ibd balanced accuracy", 0.75, {"random forest": 0.75, "majority": 0.5}),
+        result("ibd AUC", None, {"random forest": None, "majority": 0.5}),
     ]
     target = {"column": column, "kind": "classification", "classes": list(classes)}
     write_summary(folder, **{"results": results, "target": target, **entries})

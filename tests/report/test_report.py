@@ -10,9 +10,10 @@ import pandas as pd
 import pytest
 
 from aam.errors import InputError
+from aam.evaluation.results import NAMES
 from aam.report import write_report
-from aam.report.figures import principal_coordinates
-from aam.report.results import number, read_results
+from aam.report.figures import METRICS, principal_coordinates
+from aam.report.results import SENTENCES, number, read_results
 
 
 class Page:
@@ -156,6 +157,11 @@ def test_distances_that_hardly_differ_earn_a_warning(tmp_path, fabricate):
     assert "distances" in page.figures and "ordination" not in page.figures
 
 
+def test_every_metric_that_is_listed_has_a_sentence_and_a_name_of_its_own():
+    assert set(SENTENCES) == set(NAMES.values())
+    assert {*METRICS.items()} < {*NAMES.items()}
+
+
 def test_regression_shows_scatter_and_verdicts(tmp_path, fabricate):
     page = report(fabricate.regression(tmp_path))
     assert list(page.figures) == ["target", "curves"]
@@ -258,10 +264,10 @@ def test_damaged_files_are_named_and_the_rest_is_shown(tmp_path, fabricate):
 
 def test_numbers_that_are_none_or_not_finite(tmp_path, fabricate):
     results = [
-        fabricate.result("mantel_r", float("nan"), {"Jaccard": 0.9}),
-        fabricate.result("distance_mae", None, {}),
+        fabricate.result("Mantel r", float("nan"), {"Jaccard": 0.9}),
+        fabricate.result("distance MAE", None, {}),
         fabricate.result("accuracy", 0.5, {"majority": float("inf")}),
-        fabricate.result("r2", -0.59, {"mean": -0.01}),
+        fabricate.result("R2", -0.59, {"mean": -0.01}),
     ]
     unknown = ("colours", "seconds", "samples_train", "data", "warnings", "config", "target")
     folder = fabricate.pretraining(tmp_path, results=results, **dict.fromkeys(unknown))
@@ -291,7 +297,7 @@ def test_user_strings_are_escaped(tmp_path, fabricate):
             command=bad,
             data=[{"what": bad, "count": 3, "detail": bad, "kind": bad}],
             config={bad: bad, "nested": {"empty": {}, "list": [bad]}},
-            results=[fabricate.result("r2", 0.5, {bad: 0.4}, name=bad)],
+            results=[fabricate.result(bad, 0.5, {bad: 0.4})],
         )
     )
     assert "<script>alert('1')</script>" in page.words  # shown, not run
