@@ -61,56 +61,17 @@ ALIASES = {"train": "finetune"}
 METAVARS = {"integer": "INT", "number": "NUMBER", "array": "NAME", "string": "TEXT"}
 SHELLS = ("bash", "zsh", "fish", "tcsh")
 AUTO = "auto"  # --resume-from
-STOPPED = 128  # and the number of the signal, as shells have it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command.
-
-    Args:
-        argv: as on the command line, without the program's name.
+    """Run a command, given as on the command line without the program's name.
 
     Returns:
         The exit code: 0, 2 for input that cannot be used, 130 after Ctrl-C, 143 after SIGTERM,
         138 after SIGUSR1.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    return guarded(lambda: run(argv))
-
-
-def run(argv: list[str]) -> int:
-    """Run a command; returns the exit code, or raises what it raises."""
-    name = ALIASES.get(argv[0], argv[0]) if argv else "--help"
-    if name in ("-h", "--help", "--version"):
-        from aam import __version__
-
-        sys.stdout.write(HELP if name != "--version" else f"aam {__version__}\n")
-    elif name == "--completion":
-        print_completion(argv[1] if argv[1:] else "")
-    elif name not in COMMANDS:
-        raise InputError(f"unknown command {name!r}; choose {', '.join(COMMANDS)}")
-    else:
-        return run_command(name, argv)
-    return 0
-
-
-def run_command(name: str, argv: list[str]) -> int:
-    """Check the options of a command, and then load and run it."""
-    from aam.learning import launch
-
-    launch.begin()
-    trains = name in ("pretrain", "finetune")
-    if not trains:
-        launch.refuse_several(name)
-    options = parse(name, argv[1:])
-    warnings.filterwarnings("ignore", module=r"(tensorboard|torch\.distributed)\b.*")
-    work = getattr(importlib.import_module(f"aam.commands.{name}"), name)
-    if not trains:
-        work(options)
-        return 0
-    if options.run.resume_from is not None:
-        argv = [*argv, "--resume-from", str(options.run.resume_from)]  # for others: not auto
-    return launch.run(work, argv, options)
+    argv = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    return guarded(lambda: run(ALIASES.get(argv[0], argv[0]), argv[1:]))
 
 
 def guarded(work: Callable[[], int]) -> int:
@@ -121,12 +82,36 @@ def guarded(work: Callable[[], int]) -> int:
         return code
     except BrokenPipeError:  # whoever read what we print has enough: | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return STOPPED + signal.SIGPIPE
+        return 128 + signal.SIGPIPE
     except (InputError, OSError, KeyboardInterrupt) as error:
         from aam.learning import launch
 
         launch.complain(error)
         return launch.exit_code(error)
+
+
+def run(name: str, argv: list[str]) -> int:
+    """Check the options of a command, and then load and run it; what ends it early is raised."""
+    if name in ("-h", "--help", "--version", "--completion"):
+        print_about(name, argv)
+        return 0
+    if name not in COMMANDS:
+        raise InputError(f"unknown command {name!r}; choose {', '.join(COMMANDS)}")
+    from aam.learning import launch
+
+    launch.begin()
+    trains = name in ("pretrain", "finetune")
+    if not trains:
+        launch.refuse_several(name)
+    options = parse(name, argv)
+    warnings.filterwarnings("ignore", module=r"(tensorboard|torch\.distributed)\b.*")
+    work = getattr(importlib.import_module(f"aam.commands.{name}"), name)
+    if not trains:
+        work(options)
+        return 0
+    if options.run.resume_from is not None:
+        argv = [*argv, "--resume-from", str(options.run.resume_from)]  # for others: not auto
+    return launch.run(work, [name, *argv], options)
 
 
 def parse(name: str, argv: Sequence[str]) -> Any:
@@ -228,12 +213,17 @@ def option_boxes(name: str, choices: bool = False) -> Any:
     return TypedDict(name, typed)  # type: ignore[operator]
 
 
-def print_completion(shell: str) -> None:
-    """Print what a shell reads to complete commands, options and choices."""
+def print_about(name: str, argv: list[str]) -> None:
+    """Print the list of commands, the version, or what a shell reads to complete command lines."""
+    from aam import __version__
+
+    if name != "--completion":
+        sys.stdout.write(f"aam {__version__}\n" if name == "--version" else HELP)
+        return
     import tyro
 
-    if shell not in SHELLS:
-        raise InputError(f"--completion {shell}: expected one of {', '.join(SHELLS)}")
+    if argv[:1] not in ([one] for one in SHELLS):
+        raise InputError(f"--completion: expected one of {', '.join(SHELLS)}")
     kinds = tuple(
         Annotated[option_boxes(name, choices=True), tyro.conf.subcommand(name, description=summary)]
         for name, (summary, _) in COMMANDS.items()
@@ -241,7 +231,7 @@ def print_completion(shell: str) -> None:
     with contextlib.suppress(SystemExit):
         tyro.cli(
             Union[kinds],  # type: ignore[arg-type]  # noqa: UP007  (as many as there are)
-            args=["--tyro-print-completion", shell],
+            args=["--tyro-print-completion", argv[0]],
             prog="aam",
             config=(tyro.conf.OmitArgPrefixes,),
         )

@@ -111,11 +111,11 @@ def test_a_wrong_toml_file_gives_one_line(capsys, tmp_path, text, expected):
     [
         (("pretrian",), "unknown command 'pretrian'; choose pretrain, finetune"),
         (("pretrain", "--table", "t"), "aam pretrain needs --output-dir; aam pretrain --help"),
-        (("--completion", "sh"), "--completion sh: expected one of bash, zsh, fish, tcsh"),
+        (("--completion", "sh"), "--completion: expected one of bash, zsh, fish, tcsh"),
         (("predict",), "aam predict needs --table and --model and --output"),
         (("finetune", "--output-dir", "run", "--metadata-column", "x"), "finetune needs --table;"),
         (("inspect", "--rarefy-depth", 0), "aam inspect needs --table;"),
-        (("embed", "--table", "t"), "aam embed needs --output and --model"),
+        (("embed", "--table", "t"), "aam embed needs --model and --output"),
         ((*PRETRAIN, "--batchsize", 8), "unknown option --batchsize; did you mean --batch-size?"),
         ((*PRETRAIN, "--no-tensorbord"), "did you mean --no-tensorboard?"),
         ((*PRETRAIN, "--no-seed"), "unknown option --no-seed; did you mean"),

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from aam.config import OptionalTableOptions
+from aam.config import OptionalTableOptions, from_dict
 from aam.data.dataset import SampleDataset
 from aam.data.embedding import Embedding
 from aam.data.metadata import Metadata, read_metadata
@@ -234,10 +234,10 @@ def _read(
     **options: Any,
 ) -> Samples:
     """Samples of a file, or of a table in memory."""
-    path = Path(table) if isinstance(table, (str, Path)) else None
-    fasta = None if sequences is None else Path(sequences)
+    path = table if isinstance(table, (str, Path)) else None
+    values = {"table": path, "sequences": sequences, **options}
     return read_samples(
-        OptionalTableOptions(table=path, sequences=fasta, **options),
+        from_dict(OptionalTableOptions, values, "aam.load"),
         seed,
         table=None if path else table,
         metadata=metadata,

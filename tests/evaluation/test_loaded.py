@@ -158,6 +158,8 @@ def test_tables_and_options_that_mean_nothing_are_refused(aam, study, tmp_path, 
         assert aam(*words, files=False) == 2 and message in capsys.readouterr().err
     with pytest.raises(InputError, match="unknown metric 'bray'"):
         study.model.unifrac(study.others, "bray")
+    with pytest.raises(InputError, match="rarefy_depth = -5: expected a whole number, at least 0"):
+        study.model.embed(study.others, rarefy_depth=-5)
     with pytest.raises(InputError, match="holds a pretrained encoder; predict needs a run of fine"):
         study.model.predict(study.others)
 
