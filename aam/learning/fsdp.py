@@ -8,15 +8,16 @@ on every rank. Checkpoints hold whole weights, so that any number of ranks can c
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 
 from aam.learning import distributed
 from aam_kernels.modules import TransformerEncoder
@@ -35,72 +36,49 @@ def sharded_copy(module: M, device: torch.device) -> M:
     return own
 
 
-def is_sharded(tensor: Any) -> bool:
-    """Whether this rank holds a part of a tensor only."""
-    return isinstance(tensor, DTensor)
+def copy_whole(sharded: nn.Module, whole: nn.Module) -> None:
+    """Give a module the weights of its sharded copy; all ranks call it."""
+    own = whole.state_dict()
+    for name, value in sharded.state_dict().items():
+        own[name].copy_(value.full_tensor() if isinstance(value, DTensor) else value)
 
 
-def whole(value: Any) -> Any:
-    """A state with every sharded tensor gathered, on the CPU; all ranks call it."""
-    if isinstance(value, DTensor):
-        return value.full_tensor().cpu()
-    if isinstance(value, dict):
-        return type(value)((key, whole(one)) for key, one in value.items())
-    return [whole(one) for one in value] if isinstance(value, list) else value
+def get_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Weights and optimizer state by name, whole; all ranks call it, rank 0 alone has all."""
+    sharded = any(isinstance(one, DTensor) for one in module.parameters())
+    options = StateDictOptions(full_state_dict=sharded, cpu_offload=sharded)
+    weights, state = get_state_dict(module, optimizer, options=options)
+    return {"objective": weights, "optimizer": state}
 
 
-def load_module(module: nn.Module, state: dict[str, Any]) -> None:
-    """Load whole weights; each rank keeps its part.
-
-    Raises:
-        RuntimeError: they do not fit.
-    """
-    own = module.state_dict()
-    module.load_state_dict({name: part_of(one, own.get(name)) for name, one in state.items()})
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load a whole state; each rank keeps its part.
+def set_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load what `get_state` gave; a rank keeps its part of sharded weights.
 
     Raises:
-        ValueError: it does not fit.
+        RuntimeError, ValueError, KeyError: it does not fit.
     """
-    parameters = [one for group in optimizer.param_groups for one in group["params"]]
-    parts = {
-        number: {name: part_of(one, parameters[number]) for name, one in values.items()}
-        for number, values in state["state"].items()
-    }
-    optimizer.load_state_dict({**state, "state": parts})
-
-
-def part_of(tensor: Any, like: Any) -> Any:
-    """This rank's part of a whole tensor, sharded as another one is."""
-    if not isinstance(like, DTensor) or not isinstance(tensor, Tensor) or not tensor.ndim:
-        return tensor
-    return distribute_tensor(tensor, like.device_mesh, like.placements)
+    sharded = any(isinstance(one, DTensor) for one in module.parameters())
+    set_state_dict(
+        module,
+        optimizer,
+        model_state_dict=state["objective"],
+        optim_state_dict=state["optimizer"],
+        options=StateDictOptions(full_state_dict=sharded),
+    )
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> float:
     """Scale gradients, sharded or not, down to a norm; returns the norm they had."""
-    own = list(parameters)
-    if not any(map(is_sharded, own)):
-        return float(nn.utils.clip_grad_norm_(own, most))
-    squares = torch.zeros(2, dtype=torch.float64, device=own[0].device)
-    for gradient, sharded in _gradients(own):
-        squares[int(sharded)] += gradient.double().square().sum()
-    dist.all_reduce(squares[1:])
-    norm = float(squares.sum().sqrt())
-    if not norm <= most:
-        for gradient, _ in _gradients(own):
-            gradient.mul_(most / (norm + 1e-6))
-    return norm
-
-
-def _gradients(parameters: list[nn.Parameter]) -> Iterator[tuple[Tensor, bool]]:
-    """What this rank holds of the gradients, and whether it is a part."""
-    for one in parameters:
-        gradient = one.grad
-        if isinstance(gradient, DTensor):
-            yield gradient.to_local(), True
-        elif gradient is not None:
-            yield gradient, False
+    own = [one for one in parameters if one.grad is not None]
+    sharded = [one for one in own if isinstance(one.grad, DTensor)]
+    if not sharded:
+        return float(clip_grad_norm_(own, most))
+    plain = [one for one in own if not isinstance(one.grad, DTensor)]
+    norms: list[Tensor] = []
+    for group in (sharded, plain):  # torch does not take both at once
+        norm = get_total_norm([one.grad for one in group if one.grad is not None])
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    for group in (sharded, plain):
+        clip_grads_with_norm_(group, most, norm)
+    return float(norm)

@@ -27,7 +27,7 @@ from aam.learning.batches import Batching
 from aam.learning.checkpoint import load_state, save_state
 from aam.learning.device import autocast_dtype
 from aam.learning.distributed import RankGroup
-from aam.learning.fsdp import clip_gradients, load_module, load_optimizer, sharded_copy, whole
+from aam.learning.fsdp import clip_gradients, copy_whole, get_state, set_state, sharded_copy
 from aam.learning.memory_profile import write_memory_profile
 from aam.learning.model_file import FORMAT
 from aam.learning.objective import Objective
@@ -156,8 +156,7 @@ class Trainer:
             InputError: the checkpoint does not fit the model.
         """
         try:
-            load_module(self.trained, state["objective"])
-            load_optimizer(self.optimizer, state["optimizer"])
+            set_state(self.trained, self.optimizer, state)
             self.scaler.load_state_dict(state["scaler"])
             self.progress = Progress(**state["progress"])
             self.batching.load_state(state["memory"])
@@ -330,7 +329,7 @@ class Trainer:
         """
         at = self.progress
         if self.sharded:
-            self.objective.load_state_dict(whole(self.trained.state_dict()))
+            copy_whole(self.trained, self.objective)
         self.objective.eval()
         with torch.no_grad():
             measured = distributed.broadcast(self.validate())
@@ -366,8 +365,7 @@ class Trainer:
         self.run.flush()
         state = {
             "format": FORMAT,
-            "objective": whole(self.trained.state_dict()),
-            "optimizer": whole(self.optimizer.state_dict()),
+            **get_state(self.trained, self.optimizer),
             "scaler": self.scaler.state_dict(),
             "progress": asdict(progress or self.progress),
             "memory": self.batching.state(),
