@@ -9,21 +9,26 @@ import torch
 
 from aam.commands.inputs import attach_distances, evaluation_rows, split
 from aam.commands.training import (
-    CHECK_SEED,
     Metrics,
     Task,
     make_encoder,
     pretraining_metrics,
     usual_options,
 )
-from aam.config import PretrainConfig, TableOptions
+from aam.config import PretrainConfig
 from aam.data.clades import known_arrays
 from aam.data.dataset import SampleDataset
 from aam.data.samples import make_dataset, read_samples
 from aam.evaluation import metrics
 from aam.evaluation.metrics import distance_metrics
 from aam.evaluation.outputs import predicted_distances
-from aam.evaluation.results import EvaluationSubset, distance_results, nucleotide_results
+from aam.evaluation.results import (
+    CHECK_SEED,
+    EvaluationSubset,
+    Results,
+    distance_results,
+    nucleotide_results,
+)
 from aam.learning.checkpoint import fingerprint
 from aam.learning.distributed import RankGroup
 from aam.learning.losses import DistanceLoss
@@ -47,16 +52,14 @@ class PairPretraining(Task):
 
     def __init__(self, config: PretrainConfig, device: torch.device) -> None:
         """Read the table and its distances."""
-        assert config.data.table is not None
-        table_options: TableOptions = config.data
         self.config, self.device, seed = config, device, config.run.seed
-        samples = read_samples(table_options, seed, metadata=config.metadata.metadata)
-        self.samples = samples
-        self.distances = attach_distances(samples, table_options, config.distances)
+        samples = read_samples(config.data, seed, metadata=config.metadata.metadata)
+        self.distances = attach_distances(samples, config.data, config.distances)
         self.parts = split(samples, config.metadata, seed)
-        self.dataset = make_dataset(samples, table_options)
+        self.dataset = make_dataset(samples, config.data)
         self.rows = samples.rows(self.parts.train)
-        self.evaluated = evaluation_rows(samples, self.parts)
+        evaluated, column = evaluation_rows(samples, self.parts), config.metadata.group_column
+        self.subset = EvaluationSubset(samples, self.distances, evaluated, self.rows, column)
         self.facts, self.warnings = samples.facts, samples.warnings
         self.optimizer = usual_options(config.optimizer, EPOCHS, LEARNING_RATE)
         self.best_metric = "mantel_r" if config.losses.unifrac_penalty else "nucleotide_accuracy"
@@ -80,11 +83,11 @@ class PairPretraining(Task):
 
     def validate(self) -> Metrics:
         """Distances of the validation samples, and masked nucleotides."""
-        measured: Metrics = {}
+        measured, rows = {}, self.subset.rows
         if self.config.losses.unifrac_penalty:
-            predicted = predicted_distances(self.model, self.dataset, self.evaluated, RankGroup())
-            measured = distance_metrics(predicted, self.distances.pairwise(self.evaluated))
-        asvs = self.dataset.asvs_of(self.evaluated)
+            predicted = predicted_distances(self.model, self.dataset, rows, RankGroup())
+            measured = distance_metrics(predicted, self.distances.pairwise(rows))
+        asvs = self.dataset.asvs_of(rows)
         if len(asvs) > VALIDATION_ASVS:
             drawn = np.random.default_rng(CHECK_SEED).choice(asvs, VALIDATION_ASVS, replace=False)
             asvs = np.sort(drawn)
@@ -96,15 +99,13 @@ class PairPretraining(Task):
 
     def results(self, run: Run) -> dict[str, Any]:
         """Distances and masked nucleotides beside their baselines."""
-        results, rows = [], self.evaluated
-        if self.config.losses.unifrac_penalty:
-            column = self.config.metadata.group_column
-            subset = EvaluationSubset(self.samples, self.distances, rows, self.rows, column)
-            predicted = predicted_distances(self.model, self.dataset, rows)
-            results += distance_results(subset, predicted, run)
-        if self.config.losses.nucleotide_penalty:
-            results += nucleotide_results(
-                self.model.encoder, self.dataset, self.dataset.asvs_of(rows),
-                self.dataset, self.dataset.asvs_of(self.rows), self.config.losses,
-            )  # fmt: skip
+        losses, dataset, rows = self.config.losses, self.dataset, self.subset.rows
+        results: Results = []
+        if losses.unifrac_penalty:
+            predicted = predicted_distances(self.model, dataset, rows)
+            results += distance_results(self.subset, predicted, run)
+        if losses.nucleotide_penalty:
+            asvs, known = dataset.asvs_of(rows), dataset.asvs_of(self.rows)
+            encoder = self.model.encoder
+            results += nucleotide_results(encoder, dataset, asvs, dataset, known, losses)
         return {"results": results}

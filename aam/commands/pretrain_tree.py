@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from scipy.sparse import csr_array
 
 from aam.commands.training import (
-    CHECK_SEED,
     Metrics,
     Task,
     make_encoder,
@@ -23,14 +22,13 @@ from aam.commands.training import (
 )
 from aam.commands.tree_inputs import LEFT_OUT, read_reference, read_table_and_tree
 from aam.config import OptimizerOptions, PretrainConfig
-from aam.data.clades import Grafts
 from aam.data.dataset import AsvDataset
 from aam.data.embedding import COMMUNITIES, Embedding
 from aam.data.neighbours import Found, Neighbours
 from aam.data.placement import Law, Placement
 from aam.data.texts import match_names
 from aam.evaluation.placer import WEIGHT, Placer
-from aam.evaluation.results import nucleotide_results
+from aam.evaluation.results import CHECK_SEED, Results, nucleotide_results
 from aam.evaluation.tree_results import colours, membership_results, sample_results
 from aam.learning.checkpoint import fingerprint
 from aam.learning.losses import CladeLoss
@@ -60,33 +58,31 @@ class TreePretraining(Task):
 
     def __init__(self, config: PretrainConfig, device: torch.device) -> None:
         """Read the tree, and the table or the reference sequences."""
-        self.config, self.device, seed = config, device, config.run.seed
+        self.config, self.device, max_bp = config, device, config.data.max_bp
         reads_table = config.data.table is not None
         inputs = read_table_and_tree(config) if reads_table else read_reference(config)
-        self.known, self.subset, self.parts = inputs.known, inputs.subset, inputs.parts
-        self.facts, self.warnings = inputs.facts, inputs.warnings
-        clades, max_bp = self.known.clades, config.data.max_bp
-        self.dataset = AsvDataset(clades.sequences, max_bp)
-        self.unseen = AsvDataset(self.known.unseen, max_bp)
-        # ASVs that validation places: all that are left out, or some of very many.
-        order = np.random.default_rng(CHECK_SEED).permutation(len(self.unseen))
-        self.placed = np.sort(order[:LEFT_OUT])
-        self.calibration = calibration_asvs(len(self.dataset), seed)
-        self.rows = np.setdiff1d(np.arange(len(self.dataset)), self.calibration)
         self.unit = "samples" if reads_table else "sequences"
+        self.facts, self.warnings = inputs.facts, inputs.warnings
+        self.parts, self.subset = inputs.parts, inputs.subset
+        self.clades, unseen = inputs.known.clades, inputs.known.unseen
+        self.dataset = AsvDataset(self.clades.sequences, max_bp)
+        self.calibration = calibration_asvs(len(self.dataset), config.run.seed)
+        self.rows = np.setdiff1d(np.arange(len(self.dataset)), self.calibration)
+        self.unseen = AsvDataset(unseen, max_bp)  # ASVs that are left out of the tree
+        order = np.random.default_rng(CHECK_SEED).permutation(len(unseen))
+        self.placed = np.sort(order[:LEFT_OUT])  # those that validation places
+        self.left_out, self.truth = unseen.take(self.placed), inputs.known.truth.take(self.placed)
         self.optimizer = tree_options(config.optimizer, self.dataset)
         learns_clades = bool(config.losses.unifrac_penalty)
         self.best_metric = "clade_jaccard" if learns_clades else "nucleotide_accuracy"
         self.description = {}
         contents = "tree" if self.subset is None else self.subset.samples.table.digest()
-        hashes = clades.sequences.hashes() >> np.uint64(1)
-        self.fingerprint = fingerprint(
-            contents, self.parts, clades.tree.parent, clades.tree.length, hashes
-        )
+        hashes, tree = self.clades.sequences.hashes() >> np.uint64(1), self.clades.tree
+        self.fingerprint = fingerprint(contents, self.parts, tree.parent, tree.length, hashes)
 
     def build(self, state: dict[str, Any] | None) -> CladeObjective:
         """The clade head begins at the share of ASVs in each clade."""
-        clades, encoder = self.known.clades, make_encoder(self.config)
+        clades, encoder = self.clades, make_encoder(self.config)
         self.model = PretrainedModel(encoder, clades=len(clades))
         assert self.model.clades is not None
         share = (clades.stop - clades.start) / len(clades.sequences)
@@ -100,30 +96,29 @@ class TreePretraining(Task):
     @cached_property
     def placer(self) -> Placer:
         """Places the left-out ASVs; made when it is first needed, after training has begun."""
-        clades = self.known.clades
-        neighbours = Neighbours(clades.sequences)
-        law = Law.fit(clades, neighbours, seed=self.config.run.seed)
-        return Placer(self.model, Placement(clades, law), neighbours=neighbours)
+        neighbours = Neighbours(self.clades.sequences)
+        law = Law.fit(self.clades, neighbours, seed=self.config.run.seed)
+        return Placer(self.model, Placement(self.clades, law), neighbours=neighbours)
 
     @cached_property
     def found(self) -> tuple[np.ndarray, Found]:
-        """Neighbours of the ASVs that validation places."""
-        return self.placer.find(self.known.unseen.take(self.placed))
+        """Neighbours of the left-out ASVs."""
+        return self.placer.find(self.left_out)
 
     @cached_property
     def found_of_calibration(self) -> Found:
         """Neighbours of the calibration ASVs, but for themselves."""
-        sequences = self.known.clades.sequences.take(self.calibration)
+        sequences = self.clades.sequences.take(self.calibration)
         return self.placer.neighbours.find(sequences, leave_out=self.calibration)
 
     @cached_property
     def embedding(self) -> Embedding:
         """Directions of sample vectors."""
-        return Embedding.fit(self.known.clades, self.communities(), self.config.run.seed)
+        return Embedding.fit(self.clades, self.communities(), self.config.run.seed)
 
     def communities(self) -> csr_array:
         """Reads (samples, known ASVs) of some training samples; of none where there is no table."""
-        known = self.known.clades.sequences
+        known = self.clades.sequences
         if self.subset is None:
             return csr_array((0, len(known)))
         rows = np.random.default_rng(0).permutation(self.subset.train_rows)[:COMMUNITIES]
@@ -141,7 +136,7 @@ class TreePretraining(Task):
         """
         if not len(self.calibration):
             return
-        clades, scores = self.known.clades, []
+        clades, scores = self.clades, []
         true = clades.ends(self.without_pairs(clades.lowest[self.calibration]))
         for weight in NETWORK_WEIGHTS:
             self.placer.network_weight = weight
@@ -157,57 +152,44 @@ class TreePretraining(Task):
 
         A clade of the ASV and one other is none then.
         """
-        clades = self.known.clades
-        start, stop = clades.start[lowest], clades.stop[lowest]
+        start, stop = self.clades.start[lowest], self.clades.stop[lowest]
         inside = (start <= self.calibration) & (self.calibration < stop)
         is_pair = (lowest >= 0) & inside & (stop - start == 2)
-        return np.where(is_pair, clades.parent[lowest], lowest)
+        return np.where(is_pair, self.clades.parent[lowest], lowest)
 
     def validate(self) -> Metrics:
         """Memberships of left-out ASVs in clades, and their masked nucleotides."""
         measured: Metrics = {self.best_metric: None}
-        if not len(self.placed):
+        if not len(self.left_out):
             return measured
         if self.config.losses.unifrac_penalty:
-            measured |= self.membership_metrics()
+            self.calibrate()
+            placed = self.placer.place(self.left_out, self.found)
+            jaccard = self.clades.jaccard(self.clades.ends(placed.clade), self.truth)
+            measured["clade_jaccard"] = float(jaccard.mean())
+            measured["network_weight"] = self.placer.network_weight
+            if len(self.clades) <= CladeLoss.SAMPLED_ABOVE:  # else it would take all of very many
+                measured["clade_loss"] = self.clade_loss()
         return pretraining_metrics(self, measured, self.unseen, self.placed)
 
-    def membership_metrics(self) -> Metrics:
-        """Jaccard of the decoded clades of left-out ASVs, and the loss of the network's logits.
-
-        Of very many clades the loss, which would take them all, is not measured.
-        """
-        clades, truth = self.known.clades, self.known.truth.take(self.placed)
-        self.calibrate()
-        placed = self.placer.place(self.known.unseen.take(self.placed), self.found)
-        jaccard = clades.jaccard(clades.ends(placed.clade), truth)
-        measured: Metrics = {
-            "clade_jaccard": float(jaccard.mean()),
-            "network_weight": self.placer.network_weight,
-        }
-        if len(clades) <= CladeLoss.SAMPLED_ABOVE:
-            measured["clade_loss"] = self.clade_loss(truth)
-        return measured
-
-    def clade_loss(self, truth: Grafts) -> float:
+    def clade_loss(self) -> float:
         """Loss of the network's logits on left-out ASVs."""
-        clades, near, loss = self.known.clades, self.found[1], 0.0
-        lowest, weight = clades.clade_of_node[truth.node], torch.from_numpy(clades.weight).float()
+        near, loss = self.found[1], 0.0
+        lowest = self.clades.clade_of_node[self.truth.node]
+        weight = torch.from_numpy(self.clades.weight).float()
         for part in self.placer.parts(len(near.index)):
             logits = torch.from_numpy(self.placer.network_logits(near.take(part)))
-            true = clades.members(lowest[part]).astype(np.float32)
+            true = torch.from_numpy(self.clades.members(lowest[part])).float()
             loss += float(
-                F.binary_cross_entropy_with_logits(
-                    logits, torch.from_numpy(true), weight=weight, reduction="sum"
-                )
+                F.binary_cross_entropy_with_logits(logits, true, weight=weight, reduction="sum")
             )
-        return CladeLoss.WEIGHT * loss / len(self.placed)
+        return CladeLoss.WEIGHT * loss / len(self.left_out)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The tree, how ASVs are placed on it, and the directions of sample vectors."""
         self.calibrate()
         return {
-            **self.known.clades.to_arrays(),
+            **self.clades.to_arrays(),
             **self.placer.placement.law.to_arrays(),
             **self.embedding.to_arrays(),
             WEIGHT: np.array(self.placer.network_weight),
@@ -215,21 +197,19 @@ class TreePretraining(Task):
 
     def results(self, run: Run) -> dict[str, Any]:
         """Distances, Faith PD, memberships and masked nucleotides beside their baselines."""
-        losses, results, colour_by = self.config.losses, [], None
-        if self.subset is not None:
-            colour_by = colours(self.subset.samples, self.subset.rows)
-        if losses.unifrac_penalty and self.subset is not None:
-            results += sample_results(self.placer, self.subset, run, self.embedding)
-        if losses.unifrac_penalty and len(self.placed):
-            sequences = self.known.unseen.take(self.placed)
-            placed = self.placer.place(sequences, self.found)
-            truth = self.known.truth.take(self.placed)
-            results += membership_results(self.placer, sequences, placed, truth, run)
+        losses, subset = self.config.losses, self.subset
+        results: Results = []
+        if losses.unifrac_penalty and subset is not None:
+            results += sample_results(self.placer, subset, run, self.embedding)
+        if losses.unifrac_penalty and len(self.left_out):
+            placed = self.placer.place(self.left_out, self.found)
+            results += membership_results(self.placer, self.left_out, placed, self.truth, run)
         if losses.nucleotide_penalty and len(self.unseen):
             results += nucleotide_results(
                 self.model.encoder, self.unseen, np.arange(len(self.unseen)),
                 self.dataset, np.arange(len(self.dataset)), losses,
             )  # fmt: skip
+        colour_by = None if subset is None else colours(subset.samples, subset.rows)
         return {"results": results, "colours": colour_by}
 
 

@@ -21,7 +21,7 @@ from aam.data.dataset import AsvDataset, SampleDataset
 from aam.data.splits import Split
 from aam.errors import DataFact, log, log_facts
 from aam.evaluation.outputs import check_nucleotides
-from aam.evaluation.results import print_results
+from aam.evaluation.results import CHECK_SEED, print_results
 from aam.files import MODEL_FILE
 from aam.learning import distributed
 from aam.learning.batches import Batching
@@ -36,7 +36,6 @@ from aam.learning.run import Run
 from aam.model import AsvEncoder, EncoderShape, Predictor, PretrainedModel
 
 Metrics = dict[str, float | None]
-CHECK_SEED = 20_231  # of the ASVs and masks that validations look at
 
 
 class Task(ABC):

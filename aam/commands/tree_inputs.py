@@ -15,12 +15,11 @@ from aam.data.splits import Split
 from aam.data.texts import Texts, match_names
 from aam.data.tree import read_tree
 from aam.errors import DataFact, InputError, name_some
-from aam.evaluation.results import EvaluationSubset
+from aam.evaluation.results import CHECK_SEED, EvaluationSubset
 
 LEAST_TIPS = 3
 LEFT_OUT = 2000  # most tips of a reference that are left out, and most ASVs that validation places
 MOST_PLACED = 5000  # new ASVs of validation samples that are placed in the end
-DRAWN_SEED = 20_231  # of the samples that are placed in the end
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,8 @@ def read_table_and_tree(config: PretrainConfig) -> TreeInputs:
     known = split_tree(by_sequence, seen[columns])
     rows = placed_rows(samples, evaluation_rows(samples, parts), seen)
     samples.facts += clade_facts(known, config.data.max_bp)
-    column = config.metadata.group_column
-    subset = EvaluationSubset(samples, truth, rows, train_rows, column)
+    group_column = config.metadata.group_column
+    subset = EvaluationSubset(samples, truth, rows, train_rows, group_column)
     return TreeInputs(known, parts, subset, samples.facts, samples.warnings)
 
 
@@ -70,17 +69,11 @@ def placed_rows(samples: Samples, rows: np.ndarray, seen: np.ndarray) -> np.ndar
         rows: (n,) rows of the validation samples.
         seen: (features,) bool, ASVs of the training samples.
     """
-    counts, seen = samples.table.counts, seen.copy()
-    left = MOST_PLACED
-    kept: list[int] = []
-    for row in np.random.default_rng(DRAWN_SEED).permutation(rows):
-        own = counts.indices[counts.indptr[row] : counts.indptr[row + 1]]
-        own = own[~seen[own]]
-        if len(own) > left and len(kept) > 1:
-            break
-        kept.append(int(row))
-        seen[own] = True
-        left -= len(own)
+    order = np.random.default_rng(CHECK_SEED).permutation(rows)
+    counts = samples.table.counts[order][:, ~seen]
+    first = np.unique(counts.indices, return_index=True)[1]  # where each new ASV comes first
+    new = np.histogram(first, counts.indptr)[0]
+    kept = order[: max(2, (np.cumsum(new) <= MOST_PLACED).sum())]
     if len(kept) < len(rows):
         what = f"validation samples not looked at: {MOST_PLACED:,} new ASVs are placed"
         samples.facts.append(DataFact(what, len(rows) - len(kept), "drawn at random", "cut"))

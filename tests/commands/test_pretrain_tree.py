@@ -67,7 +67,7 @@ def test_epochs_follow_the_tokens_and_what_is_given_stays():
 def test_the_network_counts_only_as_much_as_it_knows(task, monkeypatch):
     """Of its logits: right ones, wrong ones, and noise of the same size."""
     monkeypatch.setattr(task, "calibration", np.arange(0, len(task.dataset), 4))
-    clades, tips = task.known.clades, task.calibration
+    clades, tips = task.clades, task.calibration
     true = (tips[:, None] >= clades.start) & (tips[:, None] < clades.stop)
     logits = 10 * true.astype(np.float32) - 5
     weights = {}
@@ -81,7 +81,7 @@ def test_the_network_counts_only_as_much_as_it_knows(task, monkeypatch):
 
 
 def test_pairs_are_no_clade_without_one_of_the_two(task, monkeypatch):
-    clades = task.known.clades
+    clades = task.clades
     pair = next(k for k in range(len(clades)) if clades.stop[k] - clades.start[k] == 2)
     tips = np.array([clades.start[pair], clades.start[pair], clades.stop[pair]])
     monkeypatch.setattr(task, "calibration", tips)
@@ -99,12 +99,13 @@ def test_calibration_is_few_known_asvs_that_do_not_train(task):
 
 
 def test_communities_are_the_training_samples_by_known_asv(task):
-    found, known = task.communities(), task.known.clades.sequences
+    found, known = task.communities(), task.clades.sequences
     table = task.subset.samples.table
     for row, sample in enumerate(sorted(task.subset.train_rows)):
         assert reads(table.counts, sample, table.feature_ids) == reads(found, row, known)
-    new = set(task.known.unseen)
+    new = set(task.left_out)
     assert new == set(table.feature_ids) - set(known) and new
+    assert len(task.truth) == len(task.unseen) == len(new)
 
 
 def reads(counts, row, names):
@@ -114,12 +115,13 @@ def reads(counts, row, names):
 
 
 def test_what_is_too_much_becomes_a_fact(task, monkeypatch):
-    assert clade_facts(task.known, 150) == []
+    known = tree_inputs.read_table_and_tree(task.config).known
+    assert clade_facts(known, 150) == []
     monkeypatch.setattr(tree_inputs, "LEFT_OUT", 5)
-    monkeypatch.setattr(tree_inputs, "MOST_CLADES", len(task.known.clades))
-    cut, few, unseen = clade_facts(task.known, 99)
+    monkeypatch.setattr(tree_inputs, "MOST_CLADES", len(known.clades))
+    cut, few, unseen = clade_facts(known, 99)
     assert cut.kind == few.kind == unseen.kind == "cut" and few.count > 0
-    assert unseen.count == len(task.known.unseen) - 5
+    assert unseen.count == len(known.unseen) - 5
     samples, rows = task.subset.samples, task.subset.rows
     monkeypatch.setattr(tree_inputs, "MOST_PLACED", 1)
     seen = np.zeros(len(samples.table.feature_ids), dtype=bool)
