@@ -87,9 +87,9 @@ class Trainer:
             options: how weights change; epochs, lr and validate_every are given.
             run: where it is logged.
             validate: validation metrics of the current weights; all ranks call it.
-            best_metric: the metric that chooses the best checkpoint.
-            description: kept in every checkpoint beside the weights.
-            config: all options, kept in every checkpoint.
+            best_metric: the one that chooses the best checkpoint.
+            description: kept in every checkpoint beside the weights, as all options are.
+            config: all options.
             seed: of masks and dropout.
         """
         assert options.epochs and options.lr is not None and options.validate_every
@@ -127,7 +127,6 @@ class Trainer:
 
         Raises:
             Stopped: Ctrl-C, SIGTERM or SIGUSR1; the run was saved first, and how to go on was said.
-            InputError: see :meth:`resume` and :meth:`fit`.
         """
         if state is not None:
             self.resume(state)
@@ -150,11 +149,7 @@ class Trainer:
             self.objective.load_state_dict(load_state(best)["objective"])
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint.
-
-        Raises:
-            InputError: the checkpoint does not fit the model.
-        """
+        """Continue from a checkpoint; an InputError where it does not fit the model."""
         try:
             set_state(self.trained, self.optimizer, state)
             self.scaler.load_state_dict(state["scaler"])
@@ -191,12 +186,7 @@ class Trainer:
         (own / REGULAR_BEST).unlink(missing_ok=True)
 
     def fit(self) -> None:
-        """Train to the end, validating on the way.
-
-        Raises:
-            Stopped: Ctrl-C, SIGTERM or SIGUSR1; the run was saved first.
-            InputError: the loss is no longer finite, or a checkpoint cannot be written.
-        """
+        """Train to the end, validating on the way."""
         at = self.progress
         if self._ended() or self._stopped_early():
             log(
@@ -241,10 +231,9 @@ class Trainer:
         )
 
     def step(self, rows: np.ndarray, coming: np.ndarray | None = None) -> dict[str, float]:
-        """One change of the weights by some rows of the dataset; `coming` are those of the next.
+        """Change the weights by some rows of the dataset; `coming` are those of the next step.
 
-        Returns:
-            What was measured: loss terms, learning rate, gradient norm, samples a second, memory.
+        Returns what was measured: loss terms, learning rate, gradient norm, speed, memory.
         """
         started = time.perf_counter()
         at = self.progress
@@ -287,16 +276,10 @@ class Trainer:
     def compute(
         self, rows: np.ndarray, micro_batches: int, progress: float | None = None
     ) -> dict[str, float]:
-        """Loss terms of a step, its gradients left in the weights; random as the step's number.
+        """Loss terms of a step of some rows, its gradients left in the weights.
 
-        Args:
-            rows: the step's samples.
-            micro_batches: in how many each stage is computed.
-            progress: share of the run that is behind; where it is, if not given.
-
-        Raises:
-            StepTooLarge: the memory does not hold it; no gradients are left.
-            InputError: nor does it hold what no micro-batch makes smaller.
+        `progress`: share of the run that is behind; where it is, if not given. StepTooLarge where
+        the memory does not hold it; an InputError where no micro-batch would make it smaller.
         """
         self.trained.train()
         done = self.progress.samples / self.scheduled_samples

@@ -38,36 +38,22 @@ PENALTY_OF = {
 
 @dataclass(frozen=True)
 class Work:
-    """A batch with everything random about its data drawn; the same on every rank.
+    """A batch with everything random about its data drawn; the same on every rank."""
 
-    Attributes:
-        batch: samples with clean sequences; None where nothing is learned from samples.
-        noisy: sequences whose losses are plain sums over them; None without such losses.
-        clades: clades that stand for all in this step, and their weights; None: all of them.
-    """
-
-    batch: Batch | None
-    noisy: NoisyAsvs | None
-    clades: tuple[Tensor, Tensor] | None = None
+    batch: Batch | None  # samples with clean sequences, where something is learned from samples
+    noisy: NoisyAsvs | None  # sequences whose losses are plain sums over them
+    clades: tuple[Tensor, Tensor] | None = None  # that stand for all, and their weights
 
 
 @dataclass(frozen=True)
 class SamplePart:
-    """Some of a step's samples.
+    """Some of a step's samples."""
 
-    Attributes:
-        slots: values ``(slots,)`` int64, rows of the ASV vectors that come with the part.
-        counts: ``(slots,)`` float32 reads.
-        first_slot: row of the part's first slot among all slots of the step.
-        samples: which of the step's samples these are.
-        categories: ``(samples of the step, columns)`` int64 of all samples, or None.
-    """
-
-    slots: Ragged
-    counts: Tensor
-    first_slot: int
-    samples: slice
-    categories: Tensor | None
+    slots: Ragged  # values (slots,) int64, rows of the ASV vectors that come with the part
+    counts: Tensor  # (slots,) float32 reads
+    first_slot: int  # its row among all slots of the step
+    samples: slice  # which of the step's samples these are
+    categories: Tensor | None  # (samples of the step, columns) int64 of all samples
 
 
 class Objective(nn.Module, ABC):
@@ -98,10 +84,7 @@ class Objective(nn.Module, ABC):
     def asv_losses(self, noisy: NoisyAsvs, work: Work, first_row: int) -> Terms:
         """The share of some noisy sequences in the losses that are plain sums over them.
 
-        Args:
-            noisy: some of those of the step.
-            work: the whole step.
-            first_row: row of their first token among the tokens of the step.
+        `work` is the whole step, `first_row` the row of their first token among its tokens.
         """
 
     def weighted(self, terms: Terms) -> Terms:

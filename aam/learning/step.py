@@ -73,10 +73,10 @@ class Step:
         equal_calls: bool = False,
         autocast: torch.dtype | None = None,
     ) -> None:
-        """Set up.
+        """Set up a step of an objective in training mode.
 
         Args:
-            objective: in training mode, on its device.
+            objective: what is learned.
             group: this process's place among the ranks.
             equal_calls: run every stage as often on every rank, with empty micro-batches if need
                 be: stages of sharded weights meet in collectives.
