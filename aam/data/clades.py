@@ -29,8 +29,7 @@ MOST_CLADES = 131_072
 """Of more branches those with most members are clades: a head of all would fill the memory, and
 within small ones the nearest known ASV says as much."""
 
-LONGEST_WEIGHT = 5.0
-"""Most that one clade counts in the loss, in mean lengths."""
+LONGEST_WEIGHT = 5.0  # most that one clade counts in the loss, in mean lengths
 
 
 @dataclass(frozen=True)

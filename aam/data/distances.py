@@ -20,11 +20,8 @@ from aam.data.table_distances import PrecomputedDistances
 from aam.errors import DataFact, InputError, name_some
 from aam.files import atomic_path, check_input
 
-_TOLERANCE = 1e-5
-"""Largest asymmetry and diagonal that rounding in a file explains (float32, 6 digits)."""
-
-_CHECKED_ROWS = 512
-"""Rows checked at once, so that checking a large matrix does not hold copies of it."""
+_TOLERANCE = 1e-5  # asymmetry and diagonal that rounding explains (float32, 6 digits)
+_CHECKED_ROWS = 512  # at once, so that checking a large matrix holds no copies of it
 
 
 def read_distances(

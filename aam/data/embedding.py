@@ -24,22 +24,12 @@ from aam.data.texts import Texts, match_names
 from aam.data.tree import Phylogeny
 from aam.data.unifrac import TreeWalk
 
-DIRECTIONS = 256
-"""Of the projection; a vector has as many numbers for the pendants."""
-
-MOST_NUMBERS = 2**25
-"""Of all directions together: of very large trees there are fewer."""
-
-COMMUNITIES = 1024
-"""Most samples that the directions are fitted to."""
-
-LEAST_COMMUNITIES = 512
-"""Where there are fewer samples, random sets of known ASVs stand for the rest."""
-
-RANDOM_ASVS = 100
-"""ASVs of such a set."""
-
-_ROWS = 512
+DIRECTIONS = 256  # of the projection; a vector has as many numbers for the pendants
+MOST_NUMBERS = 2**25  # of all directions together: of very large trees there are fewer
+COMMUNITIES = 1024  # most samples that the directions are fitted to
+LEAST_COMMUNITIES = 512  # of fewer samples, random sets of known ASVs stand for the rest
+RANDOM_ASVS = 100  # ASVs of such a set
+_ROWS = 512  # samples whose vectors are made together
 
 
 @dataclass(frozen=True, eq=False)

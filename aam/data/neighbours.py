@@ -25,23 +25,12 @@ from scipy.sparse import csr_array
 
 from aam.data.texts import Texts
 
-WORD = 8
-"""Bases of the words that candidates are found by."""
-
-CANDIDATES = 40
-"""Known sequences whose edit distance is computed, a query."""
-
-NEAREST = 10
-"""Known sequences that vote, a query."""
-
-MOST_INDEXED_WHOLE = 200_000
-"""Known sequences of which all words are indexed."""
-
-BAND = 12
-"""Diagonals on either side of the one that shared words vote for: insertions minus deletions."""
-
-FOREIGN = 0.3
-"""Edits a base from which a query counts as one of another region."""
+WORD = 8  # bases of the words that candidates are found by
+CANDIDATES = 40  # known sequences whose edit distance is computed, a query
+NEAREST = 10  # known sequences that vote, a query
+MOST_INDEXED_WHOLE = 200_000  # known sequences of which all words are indexed
+BAND = 12  # diagonals on either side of the one that shared words vote for
+FOREIGN = 0.3  # edits a base from which a query counts as one of another region
 
 _CODES = 4**WORD
 _COMPLEMENT = str.maketrans("ACGTUacgtu", "TGCAATGCAA")

@@ -29,20 +29,13 @@ from aam.data.clades import LEAST_LENGTH, Clades, Grafts
 from aam.data.neighbours import NEAREST, Found, Neighbours
 from aam.data.tree import Phylogeny
 
-CALIBRATED = 3000
-"""Known sequences that are taken out and placed again, at most."""
-
-FARTHEST = 0.97
-"""Quantile of the known sequences' distances to their nearest; longer ones count as that one."""
-
-RIDGE = 10.0
-"""Penalty of the regressions, on standardised terms."""
+CALIBRATED = 3000  # known sequences that are taken out and placed again, at most
+FARTHEST = 0.97  # quantile of distances to the nearest; longer ones count as that one
+RIDGE = 10.0  # penalty of the regressions, on standardised terms
+KEPT = 0.7  # of the length by which unsure branches shorten the way, what no own length gets
 
 STEPS = (0.0, 1.75, 2.75, 3.75, 4.75, 6.75, 8.75, 12.75)
 """Distances from which on G(h) has another value: 1, 2, 3, 4, 5-6, 7-8, 9-12 edits, more."""
-
-KEPT = 0.7
-"""Of the length by which unsure branches shorten the way, what is no length of its own either."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -128,8 +128,8 @@ def simulate_community(
 def _grow_tree(tips: int, generator: np.random.Generator) -> _Tree:
     """A coalescent backwards in time whose lineages meet more evenly than in Kingman's.
 
-    With k lineages the waiting time goes as k**-1.5 (Kingman: k**-2): relatives at every depth.
-    Branch rates are gamma distributed (relaxed clock). The mean distance from root to tip is 0.5
+    With k lineages the waiting time goes as k**-1.3 (Kingman: k**-2): relatives at every depth.
+    Branch rates are gamma distributed (relaxed clock). The mean distance from root to tip is 0.8
     substitutions a variable site.
     """
     nodes = 2 * tips - 1
@@ -182,8 +182,8 @@ def _evolve_trait(
     steps = generator.standard_normal(len(tree.parent)) * np.sqrt(tree.length)
     for node in range(len(tree.parent) - 2, -1, -1):
         trait[node] = trait[tree.parent[node]] + steps[node]
-    inherited = trait[: tree.tips] - trait[: tree.tips].mean()
-    inherited /= max(float(inherited.std()), 1e-12)
+    values = trait[: tree.tips]
+    inherited = (values - values.mean()) / max(float(values.std()), 1e-12)
     own = generator.standard_normal(tree.tips)
     return np.sqrt(heritability) * inherited + np.sqrt(1.0 - heritability) * own
 

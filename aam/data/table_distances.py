@@ -17,8 +17,7 @@ from scipy.sparse import csr_array
 from aam.data.table import FeatureTable
 from aam.errors import DataFact
 
-_BLOCK_SAMPLES = 128
-"""Samples of ``other`` whose shares are held dense at once."""
+_BLOCK_SAMPLES = 128  # of ``other`` whose shares are held dense at once
 
 
 def jaccard(counts: csr_array, other: csr_array | None = None) -> NDArray[np.float64]:

@@ -40,14 +40,9 @@ from aam.errors import DataFact, InputError, name_some
 
 METRICS = ("unweighted", "weighted", "weighted-normalized")
 
-_BLOCK_BYTES = 64 * 2**20
-"""Bytes of one dense block of samples x branches; the only dense memory over the branches."""
-
-_BLOCK_SAMPLES = 128
-"""Widest dense block: 128 columns measured fastest for both kinds of overlap (64 to 428)."""
-
-_FAITH_ROWS = 1024
-"""Samples whose Faith PD is computed together."""
+_BLOCK_BYTES = 64 * 2**20  # of one dense block of samples x branches
+_BLOCK_SAMPLES = 128  # of a block: measured fastest for both kinds of overlap (64 to 428)
+_FAITH_ROWS = 1024  # samples whose Faith PD is computed together
 
 
 class TreeWalk:
