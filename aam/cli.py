@@ -58,6 +58,13 @@ COMMANDS = {
     ),
 }
 ALIASES = {"train": "finetune"}
+# Options that `aam COMMAND --help` shows first, in this order; no required one is missing here.
+COMMON = (
+    "table", "sequences", "tree", "metadata", "metadata_column", "model", "pretrained_encoder",
+    "output", "output_dir", "overwrite", "resume_from", "config", "metric", "group_column",
+    "categorical_columns", "rarefy_depth", "allow_missing", "freeze_base", "encoder", "epochs",
+    "batch_size", "max_memory_gb", "lr", "seed", "device", "devices", "precision",
+)  # fmt: skip
 METAVARS = {"integer": "INT", "number": "NUMBER", "array": "NAME", "string": "TEXT"}
 SHELLS = ("bash", "zsh", "fish", "tcsh")
 AUTO = "auto"  # --resume-from
@@ -186,7 +193,7 @@ def option_boxes(name: str, choices: bool = False) -> Any:
     """
     import tyro
 
-    from aam.config import COMMON, CONFIGS, options_of
+    from aam.config import CONFIGS, options_of
 
     known = options_of(CONFIGS[name])
     boxes: dict[str, dict[str, Any]] = {}

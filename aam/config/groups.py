@@ -8,12 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 
+from aam.config.options import Options
 from aam.errors import InputError
-
-STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 def _field(pattern: str | None = None, **known: Any) -> Any:
@@ -43,8 +41,7 @@ Metric = Literal[
 ]  # fmt: skip
 
 
-@dataclass(kw_only=True, config=STRICT)
-class NewTableOptions:
+class NewTableOptions(Options):
     """A feature table."""
 
     table: TableFile
@@ -53,7 +50,6 @@ class NewTableOptions:
     """FASTA or .qza that maps hashed feature ids to their sequences."""
 
 
-@dataclass(kw_only=True, config=STRICT)
 class TableOptions(NewTableOptions):
     """The feature table and what becomes of it before training."""
 
@@ -73,7 +69,6 @@ class TableOptions(NewTableOptions):
     """Folder of that index; beside the table if not given."""
 
 
-@dataclass(kw_only=True, config=STRICT)
 class OptionalTableOptions(TableOptions):
     """The feature table and what becomes of it before training."""
 
@@ -82,8 +77,7 @@ class OptionalTableOptions(TableOptions):
     one, --sequences and --tree teach alone: a FASTA (or .qza) whose ids are tips of the tree."""
 
 
-@dataclass(kw_only=True, config=STRICT)
-class TruthOptions:
+class TruthOptions(Options):
     """True distances between samples."""
 
     tree: TreeFile | None = None
@@ -96,7 +90,6 @@ class TruthOptions:
     """Drop features that are not in the tree; they are counted."""
 
 
-@dataclass(kw_only=True, config=STRICT)
 class DistanceOptions(TruthOptions):
     """What teaches: a tree, or distances between samples."""
 
@@ -104,8 +97,7 @@ class DistanceOptions(TruthOptions):
     """Distances of the table itself instead of a tree."""
 
 
-@dataclass(kw_only=True, config=STRICT)
-class MetadataOptions:
+class MetadataOptions(Options):
     """Sample metadata and the parts it is split into."""
 
     metadata: MetadataFile | None = None
@@ -120,8 +112,7 @@ class MetadataOptions:
     """Samples to validate on, one id a line; with --train-ids the rest of the table is unused."""
 
 
-@dataclass(kw_only=True, config=STRICT)
-class ModelOptions:
+class ModelOptions(Options):
     """The shape of the encoder."""
 
     encoder: Literal["transformer", "wide"] = "transformer"
@@ -145,8 +136,7 @@ class ModelOptions:
             raise InputError(f"--embedding-dim {dim}: expected a multiple of --num-heads {heads}")
 
 
-@dataclass(kw_only=True, config=STRICT)
-class CategoricalOptions:
+class CategoricalOptions(Options):
     """Categorical covariates."""
 
     categorical_columns: tuple[str, ...] = ()
@@ -157,8 +147,7 @@ class CategoricalOptions:
     """concat: W[h; c] at every position; add: h + Wc."""
 
 
-@dataclass(kw_only=True, config=STRICT)
-class TargetOptions:
+class TargetOptions(Options):
     """What is predicted, and how."""
 
     metadata_column: str
@@ -179,8 +168,7 @@ class TargetOptions:
     """Last step from the pooled sample to the prediction."""
 
 
-@dataclass(kw_only=True, config=STRICT)
-class NucleotideOptions:
+class NucleotideOptions(Options):
     """Masked nucleotides."""
 
     nucleotide_penalty: Weight = 1.0
@@ -193,7 +181,6 @@ class NucleotideOptions:
     """Share of a step's distinct ASVs of which nucleotides are masked."""
 
 
-@dataclass(kw_only=True, config=STRICT)
 class PenaltyOptions(NucleotideOptions):
     """Weight of each loss in the total; a loss with weight 0 is not computed."""
 
@@ -201,7 +188,6 @@ class PenaltyOptions(NucleotideOptions):
     """Weight of what the tree (memberships in its clades) or the distances teach."""
 
 
-@dataclass(kw_only=True, config=STRICT)
 class FinetunePenaltyOptions(NucleotideOptions):
     """Weight of each loss in the total; a loss with weight 0 is not computed."""
 
@@ -212,8 +198,7 @@ class FinetunePenaltyOptions(NucleotideOptions):
     """Weight of the count loss: divergence of predicted from true relative abundances, in nats."""
 
 
-@dataclass(kw_only=True, config=STRICT)
-class OptimizerOptions:
+class OptimizerOptions(Options):
     """How weights are changed."""
 
     batch_size: Count | None = None
@@ -248,8 +233,7 @@ class OptimizerOptions:
     """Epochs from one validation to the next: 1 if not given, with a tree a tenth of them."""
 
 
-@dataclass(kw_only=True, config=STRICT)
-class DeviceOptions:
+class DeviceOptions(Options):
     """What a command computes on."""
 
     device: Device = "auto"
@@ -258,7 +242,6 @@ class DeviceOptions:
     """Attention kernels; an explicit choice never falls back."""
 
 
-@dataclass(kw_only=True, config=STRICT)
 class RunOptions(DeviceOptions):
     """Where a run writes, and what it runs on."""
 

@@ -11,14 +11,16 @@ import functools
 import sys
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pydantic
 import pydantic_core
+import typing_extensions
 
 from aam.errors import InputError
+from aam.files import check_file_output, check_input, check_run_output, model_file
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -35,6 +37,17 @@ LIMITS = {
     "exclusiveMinimum": "above", "minimum": "at least",
     "exclusiveMaximum": "below", "maximum": "at most",
 }  # fmt: skip
+
+
+@typing_extensions.dataclass_transform(kw_only_default=True, field_specifiers=(field,))
+class Options:
+    """What makes its subclasses, classes of options, pydantic dataclasses of keywords."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def __init_subclass__(cls) -> None:
+        config = pydantic.ConfigDict(extra="forbid", use_attribute_docstrings=True)
+        pydantic.dataclasses.dataclass(cls, kw_only=True, config=config)
 
 
 @dataclass(frozen=True)
@@ -86,7 +99,7 @@ def options_of(config_class: type, group: str = "") -> dict[str, Option]:
     found: dict[str, Option] = {}
     hints = typing.get_type_hints(config_class)
     schema = _adapter(config_class).json_schema()
-    for name in (field.name for field in fields(config_class)):
+    for name in (one.name for one in fields(config_class)):
         if pydantic.dataclasses.is_pydantic_dataclass(hints[name]):
             found |= options_of(hints[name], name)
             continue
@@ -222,3 +235,23 @@ def write_toml(config: Any, path: Path) -> None:
     if isinstance(values.get("run"), dict):
         values["run"] = {k: v for k, v in values["run"].items() if k not in NOT_SAVED}
     path.write_text(tomli_w.dumps(values), encoding="utf-8")
+
+
+def check_paths(config: Any) -> None:
+    """Refuse, before anything is read, files that are not there and outputs that cannot be written.
+
+    Raises:
+        InputError: names the path, and what was expected.
+    """
+    run = getattr(config, "run", None)
+    for option in options_of(type(config)).values():
+        path = option.of(config)
+        if path is not None and "file" in option.schema:
+            check_input(path, option.schema["file"])
+        # A checkpoint has the weights of the encoder that a run began with.
+        if path is not None and "model" in option.schema and not (run and run.resume_from):
+            model_file(path)
+    if run:
+        check_run_output(run.output_dir, run.overwrite, run.resume_from)
+    elif getattr(config, "output", None):
+        check_file_output(config.output, config.overwrite)
