@@ -20,9 +20,7 @@ from aam_kernels import Ragged
 BATCH_TOKENS = 16_384
 """Tokens of a step of ASVs, where no number of ASVs is given."""
 
-_ROWS_AT_ONCE = 4096
-"""Samples whose ASVs are looked up together."""
-
+_ROWS_AT_ONCE = 4096  # samples whose ASVs are looked up together
 
 AnyBatch = TypeVar("AnyBatch", bound="_Rows")
 
@@ -33,7 +31,6 @@ class _Rows:
     rows: Tensor
 
     def __len__(self) -> int:
-        """Number of rows."""
         return len(self.rows)
 
     def to(self: AnyBatch, device: torch.device | str) -> AnyBatch:
@@ -47,45 +44,31 @@ class _Rows:
 
 @dataclass(frozen=True)
 class Batch(_Rows):
-    """Some samples, their ASVs and what is known of them.
+    """Some samples, their ASVs and what is known of them."""
 
-    Attributes:
-        rows: ``(n,)`` int64, row of each sample in the dataset.
-        tokens: the batch's distinct ASVs: values ``(total_tokens,)`` uint8, one row an ASV.
-        asv_ids: ``(distinct,)`` int64, index of each row of ``tokens`` in ``dataset.sequences``.
-        slots: the ASVs of each sample: values ``(total_slots,)`` int64, rows of ``tokens``.
-        counts: ``(total_slots,)`` float32, reads.
-        targets: ``(n,)`` float32, or int64 classes; None without a target.
-        categories: ``(n, columns)`` int64, 0 = unknown or missing; None without columns.
-    """
-
-    rows: Tensor
-    tokens: Ragged
-    asv_ids: Tensor
-    slots: Ragged
-    counts: Tensor
-    targets: Tensor | None
-    categories: Tensor | None
+    rows: Tensor  # (n,) int64, of each sample in the dataset
+    tokens: Ragged  # the batch's distinct ASVs: values (total_tokens,) uint8, one row an ASV
+    asv_ids: Tensor  # (distinct,) int64, of each row of tokens in dataset.sequences
+    slots: Ragged  # the ASVs of each sample: values (total_slots,) int64, rows of tokens
+    counts: Tensor  # (total_slots,) float32, reads
+    targets: Tensor | None  # (n,) float32, or int64 classes; None without a target
+    categories: Tensor | None  # (n, columns) int64, 0 = unknown or missing
 
 
 @dataclass(frozen=True)
 class AsvBatch(_Rows):
-    """Some ASVs: their ``rows`` (n,) int64 in the dataset, and ``tokens``, one row an ASV."""
+    """Some ASVs."""
 
-    rows: Tensor
-    tokens: Ragged
+    rows: Tensor  # (n,) int64, of each in the dataset
+    tokens: Ragged  # values (total_tokens,) uint8, one row an ASV
 
 
 class _Tokenized:
-    """Distinct sequences, of which tokens are made when they are asked for.
-
-    Attributes:
-        sequences: in memory or in a mapped file.
-        sequence_lengths: ``(sequences,)`` int64, tokens of each, START included.
-    """
+    """Distinct sequences, in memory or in a mapped file; tokens are made when asked for."""
 
     def __init__(self, sequences: Sequence[str], max_bp: int) -> None:
         self.sequences, self.max_bp = Texts.of(sequences), max_bp
+        # (sequences,) tokens of each, START included
         self.sequence_lengths = np.minimum(self.sequences.lengths, max_bp) + 1
 
     def gather_tokens(self, asv_ids: NDArray[np.int64]) -> Ragged:
@@ -94,11 +77,7 @@ class _Tokenized:
 
 
 class AsvDataset(_Tokenized):
-    """Some distinct sequences, cut at ``max_bp``; what `SampleDataset` is to samples.
-
-    Attributes:
-        default_batch: ASVs of a step of about ``BATCH_TOKENS`` tokens.
-    """
+    """Some distinct sequences, cut at ``max_bp``; what `SampleDataset` is to samples."""
 
     unit = "ASVs"
     fills_memory = False  # steps of one size learn best: memory only decides their pieces
@@ -109,7 +88,6 @@ class AsvDataset(_Tokenized):
         self.default_batch = max(2, round(BATCH_TOKENS / mean))
 
     def __len__(self) -> int:
-        """Number of ASVs."""
         return len(self.sequence_lengths)
 
     def batch(
@@ -125,9 +103,7 @@ class AsvDataset(_Tokenized):
 
 
 class SampleDataset(_Tokenized):
-    """A feature table as samples of ASVs, which are ordered by sequence.
-
-    So the order of the table's rows and columns changes nothing.
+    """A feature table as samples of ASVs; these are ordered, so the table's order is all the same.
 
     Attributes:
         sample_ids: ids, row by row, as in the table.
@@ -164,8 +140,6 @@ class SampleDataset(_Tokenized):
         Raises:
             InputError: a sample has no reads.
         """
-        if min(token_limit, max_bp) < 1:
-            raise InputError(f"token_limit and max_bp must be 1 or more: {token_limit}, {max_bp}")
         table = table.ordered()
         super().__init__(table.feature_ids, max_bp)
         self.sample_ids, self.asv_sampling = table.sample_ids, asv_sampling
@@ -182,33 +156,17 @@ class SampleDataset(_Tokenized):
             )
         self.asv_count = np.minimum(full, token_limit)
         self.facts = self._describe(token_limit, full)
-        self._targets = _as_tensor(targets, len(self), "targets")
-        self._categories = _as_tensor(categories, len(self), "categories")
+        self._targets = _as_tensor(targets)
+        self._categories = _as_tensor(categories)
 
     def __len__(self) -> int:
-        """Number of samples."""
         return len(self.sample_ids)
 
     def batch(
-        self,
-        rows: Sequence[int] | NDArray[np.int64],
-        *,
-        generator: torch.Generator | None = None,
+        self, rows: Sequence[int] | NDArray[np.int64], *, generator: torch.Generator | None = None
     ) -> Batch:
-        """Gather samples.
-
-        Args:
-            rows: rows of the dataset, in any order.
-            generator: draws the ASVs of ``asv_sampling="random"``; torch's default if None.
-
-        Raises:
-            IndexError: a row is not in the dataset.
-        """
-        wanted = np.array(rows, dtype=np.int64)
-        if wanted.size and not 0 <= wanted.min() <= wanted.max() < len(self):
-            raise IndexError(
-                f"rows must lie in 0..{len(self) - 1}, got {wanted.min()}..{wanted.max()}"
-            )
+        """Gather samples; the generator draws the ASVs of ``asv_sampling="random"``."""
+        wanted = np.asarray(rows, dtype=np.int64)
         entries, lengths = self._entries(wanted, generator)
         asv_ids, slots = np.unique(self._asvs[entries].astype(np.int64), return_inverse=True)
         picked = torch.from_numpy(wanted)
@@ -225,7 +183,7 @@ class SampleDataset(_Tokenized):
     def _entries(
         self, rows: NDArray[np.int64], generator: torch.Generator | None = None, whole: bool = False
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Entries of some samples, and how many each has: what the token limit leaves of them.
+        """Entries of some samples, as the token limit leaves them, and how many each has.
 
         With ``whole`` and random sampling all that may be drawn.
         """
@@ -249,12 +207,9 @@ class SampleDataset(_Tokenized):
         self.asv_count[rows] = np.minimum(self.asv_count[rows], most)
 
     def entries(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The ASVs of all samples, sample by sample, as the token limit leaves them.
+        """Starts ``(samples + 1,)`` and, one after the other, ASVs ``(entries,)`` of all samples.
 
-        With ``asv_sampling="random"`` all that may be drawn.
-
-        Returns:
-            Starts ``(samples + 1,)`` and indices of ``sequences`` ``(entries,)``.
+        As the token limit leaves them; with ``asv_sampling="random"`` all that may be drawn.
         """
         if self.asv_sampling == "random" or (self.asv_count == np.diff(self._row_starts)).all():
             return self._row_starts, self._asvs
@@ -306,11 +261,9 @@ def _lowest_of_each(
     return np.sort(order[rank < most[segment]])
 
 
-def _as_tensor(values: Any, rows: int, name: str) -> Tensor | None:
-    """Numbers as float32 and integers as int64, one row a sample."""
+def _as_tensor(values: Any) -> Tensor | None:
+    """Numbers as float32 and integers as int64."""
     if values is None:
         return None
     tensor = torch.as_tensor(values)
-    if len(tensor) != rows:
-        raise ValueError(f"{name}: expected one row a sample ({rows}), got {len(tensor)}")
     return tensor.to(torch.float32 if tensor.is_floating_point() else torch.int64)

@@ -34,17 +34,9 @@ def is_dna(name: str) -> bool:
 
 
 def tokenize(sequences: Sequence[str], max_bp: int = 150) -> Ragged:
-    """Tokens of DNA, one row a sequence: START, then A 1, C 2, G 3, T 4, cut at ``max_bp`` bases.
+    """Tokens ``(total_tokens,)`` uint8 of DNA, one row a sequence, cut at ``max_bp`` bases.
 
-    Args:
-        sequences: in memory, or ``Texts`` of a mapped file, of which these are read.
-        max_bp: longest sequence in bases.
-
-    Returns:
-        Ragged with values uint8 ``(total_tokens,)``.
-
-    Raises:
-        InputError: a sequence holds something else than A, C, G and T.
+    START, then A 1, C 2, G 3, T 4; InputError where a sequence holds something else.
     """
     texts = Texts.of(sequences)
     lengths = np.minimum(texts.lengths, max_bp)
@@ -67,10 +59,7 @@ def ragged_rows(values: NDArray[Any], lengths: NDArray[Any]) -> Ragged:
 def read_fasta(path: Path) -> dict[str, str]:
     """Read FASTA, plain or inside a QIIME 2 ``.qza``, as ``{id: SEQUENCE}``, in upper case.
 
-    The id is the first word after ``>``.
-
-    Raises:
-        InputError: the file is missing, is no FASTA, or names an id twice.
+    The id is the first word after ``>``; InputError where it is no FASTA or an id stands twice.
     """
     parts: dict[str, list[str]] = {}
     current: list[str] | None = None
@@ -105,17 +94,17 @@ def _fasta_text(path: Path) -> str:
 
 
 def read_qza_member(path: Path, member: str, expected_type: str) -> bytes:
-    """Return the bytes of ``<uuid>/<member>`` in a QIIME 2 artifact.
-
-    Raises:
-        InputError: the file is no zip, is damaged, or holds another kind of artifact.
-    """
+    """The bytes of ``<uuid>/<member>`` in a QIIME 2 artifact; InputError where it is none."""
+    found = "no QIIME 2 artifact"
     try:
         with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                if name.split("/", 1)[-1] == member:
-                    return archive.read(name)
-            found = _artifact_type(archive)
+            names = {name.split("/", 1)[-1]: name for name in archive.namelist()}
+            if member in names:
+                return archive.read(names[member])
+            if "metadata.yaml" in names:  # which declares its semantic type
+                text = archive.read(names["metadata.yaml"]).decode("utf-8", "replace")
+                declared = re.search(r"^type:\s*['\"]?(.+?)['\"]?\s*$", text, re.MULTILINE)
+                found = declared.group(1) if declared else found
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{path}: is no readable .qza, which is a zip file ({one_line(error)}): export it again"
@@ -125,25 +114,10 @@ def read_qza_member(path: Path, member: str, expected_type: str) -> bytes:
     )
 
 
-def _artifact_type(archive: zipfile.ZipFile) -> str:
-    """The semantic type that a QIIME 2 artifact declares of itself."""
-    for name in archive.namelist():
-        if name.count("/") == 1 and name.endswith("/metadata.yaml"):
-            declared = re.search(rb"^type:\s*(.+)$", archive.read(name), re.MULTILINE)
-            if declared:
-                return declared.group(1).decode("utf-8", "replace").strip().strip("'\"")
-    return "no QIIME 2 artifact"
-
-
 def resolve_sequences(
     feature_ids: Sequence[str], source: str, sequences: Path | None
 ) -> tuple[str, ...]:
-    """Each feature's DNA in upper case: its id itself, or what ``sequences`` says of it.
-
-    Args:
-        feature_ids: the table's ids.
-        source: the table's file, for messages.
-        sequences: FASTA or ``.qza`` that maps ids to sequences; None where the ids are sequences.
+    """Each feature's DNA in upper case: its id itself, or what the file ``sequences`` says of it.
 
     Raises:
         InputError: ids are no DNA, lack a sequence, hold other letters, or coincide.
@@ -184,9 +158,7 @@ def resolve_sequences(
 def resolve_in_blocks(ids: Any, sequences: Path | None, at_once: int) -> Texts:
     """What `resolve_sequences` gives for ids of a BIOM 2.1 file, of which ``at_once`` are read.
 
-    Raises:
-        ValueError: `resolve_sequences` would say more; that sequences differ is not looked at.
-        KeyError: there is no sequence for an id.
+    ValueError or KeyError where it would refuse them; it says more, and looks for repeats.
     """
     known = None if sequences is None else read_fasta(sequences)
     letters, lengths = [], []

@@ -32,29 +32,17 @@ def split_samples(
     labels: Sequence[str] | None = None,
     groups: Sequence[str] | None = None,
 ) -> Split:
-    """Split samples at random, by class, by group, or by both.
+    """Split samples at random, by class (``labels``), by group (subject), or by both.
 
     The split depends on the ids, not on their order. With ``labels`` every class is in both parts,
     in proportion. With ``groups`` no group is in both parts; whole groups are drawn so that the
     validation part has about the asked fraction of *samples* (scikit-learn's GroupShuffleSplit
     counts groups).
 
-    Args:
-        ids: distinct sample ids.
-        validation_fraction: share of samples for validation, in (0, 1).
-        seed: not negative.
-        labels: one class a sample.
-        groups: one group (subject) a sample.
-
     Raises:
         InputError: no such split exists (a single class, a class with one sample or in one group,
             a single group, missing values, too few samples).
     """
-    if not 0.0 < validation_fraction < 1.0 or seed < 0:
-        raise InputError(
-            "a split needs a validation fraction between 0 and 1 and a seed >= 0, "
-            f"got {validation_fraction} and {seed}"
-        )
     if len(ids) < 2:
         raise InputError(f"a split needs at least 2 samples, got {len(ids)}")
     order = np.argsort(np.array(ids, dtype=object))

@@ -19,7 +19,7 @@ from aam.errors import InputError, name_some
 
 # numpy's limit for exact draws without replacement.
 _MOST_READS = 1_000_000_000
-_DIGEST_BLOCK = 2**20
+_DIGEST_BLOCK = 2**14  # strings or numbers
 
 
 @dataclass(frozen=True)
@@ -42,19 +42,11 @@ class FeatureTable:
     position: NDArray[np.int64] | None = None
 
     def select(self, sample_ids: Sequence[str]) -> FeatureTable:
-        """Return these samples in this order, without the features that none of them has.
-
-        Raises:
-            InputError: an id is not in the table.
-        """
+        """These samples in this order, without the features that none of them has."""
         return self.with_samples(tuple(sample_ids), self.counts[self.rows_of(sample_ids)])
 
     def rows_of(self, sample_ids: Sequence[str]) -> NDArray[np.int64]:
-        """Return the row of each id.
-
-        Raises:
-            InputError: an id is not in the table.
-        """
+        """The row of each id; InputError where one is not in the table."""
         row_of = {name: row for row, name in enumerate(self.sample_ids)}
         unknown = [name for name in sample_ids if name not in row_of]
         if unknown:
@@ -71,9 +63,8 @@ class FeatureTable:
         columns = (np.cumsum(present) - 1)[counts.indices].astype(counts.indices.dtype)
         shape = (len(sample_ids), int(present.sum()))
         counts = sp.csr_array((counts.data, columns, counts.indptr), shape=shape)
-        counts.sort_indices()
-        position = None if self.position is None else self.position[present]
         features = Texts.of(self.feature_ids).take(present)
+        position = None if self.position is None else self.position[present]
         return FeatureTable(sample_ids, features, counts, self.source, position)
 
     def ordered(self) -> FeatureTable:
@@ -87,7 +78,7 @@ class FeatureTable:
         return FeatureTable(self.sample_ids, features.take(position), counts, self.source, position)
 
     def digest(self) -> str:
-        """Return a digest of samples, features and counts, whatever the order of the features."""
+        """A digest of samples, features and counts, whatever the order of the features."""
         table = self.ordered()
         texts, counts = Texts.of(table.feature_ids), table.counts
         digest = hashlib.sha256("\n".join(table.sample_ids).encode() + b"\0")
@@ -100,7 +91,7 @@ class FeatureTable:
 
 
 def read_table(source: Any, *, sequences: str | Path | None = None) -> FeatureTable:
-    """Read a feature table whose features are DNA sequences.
+    """Read a feature table whose features are DNA sequences, in the file's order.
 
     Features that no sample has are left out; annotations such as taxonomy are not read.
 
@@ -109,9 +100,6 @@ def read_table(source: Any, *, sequences: str | Path | None = None) -> FeatureTa
             ``.tsv``/``.txt`` with features as rows (samples as rows where only the header holds
             DNA); or, in memory, a ``biom.Table`` or a pandas frame (samples x features).
         sequences: FASTA, or ``.qza`` of sequences, for tables whose ids are not sequences.
-
-    Returns:
-        FeatureTable with samples and features in the file's order.
 
     Raises:
         InputError: the file or its contents cannot be used; one line with the remedy.
@@ -137,15 +125,12 @@ def _whole_counts(raw: RawTable, path: Path) -> sp.csr_array:
     """Counts ``(samples, features)`` as int64; InputError where a value is no whole count."""
     counts = raw.counts
     data = counts.data
-    with np.errstate(invalid="ignore"):
-        problems = {
-            "are not numbers (NaN or infinite)": (~np.isfinite(data), "fill them with 0"),
-            "are negative": (data < 0, "give raw read counts"),
-            "are not whole numbers": (
-                data != np.floor(data), "give raw read counts, not relative abundances"
-            ),
-        }  # fmt: skip
-    for problem, (wrong, remedy) in problems.items():
+    for wrong, problem, remedy in (
+        (~np.isfinite(data), "are not numbers (NaN or infinite)", "fill them with 0"),
+        (data < 0, "are negative", "give raw read counts"),
+        (data != np.floor(data), "are not whole numbers",
+         "give raw read counts, not relative abundances"),
+    ):  # fmt: skip
         if wrong.any():
             at = int(np.argmax(wrong))
             sample = raw.sample_ids[int(np.searchsorted(counts.indptr, at, side="right")) - 1]
@@ -165,20 +150,13 @@ def rarefy(table: FeatureTable, depth: int, seed: int) -> tuple[FeatureTable, tu
     A sample's draw depends on ``seed``, its id and its own reads only: not on the order of rows
     and columns, nor on the other samples.
 
-    Args:
-        table: raw counts.
-        depth: reads to keep a sample, at least 1.
-        seed: not negative.
-
     Returns:
         The rarefied table (samples in order, features by sequence, without those that lost their
         last read) and the ids of the samples dropped for having fewer than ``depth`` reads.
 
     Raises:
-        InputError: every sample has fewer reads, or ``depth`` or ``seed`` is out of range.
+        InputError: every sample has fewer reads, or one has more than can be drawn from.
     """
-    if depth < 1 or seed < 0:
-        raise InputError(f"rarefaction needs depth >= 1 and seed >= 0, got {depth} and {seed}")
     table = table.ordered()
     reads = table.counts.sum(axis=1)
     check_depth(reads, depth, table.source)
@@ -206,7 +184,7 @@ def rarefied(
         counts: ``(samples, features)`` int64, features in the order of their sequences.
         names: id of each sample.
         depth: at least 1.
-        seed: not negative.
+        seed: with the sample's id it decides the draw.
         source: the table's file, for messages.
 
     Raises:

@@ -20,6 +20,7 @@ from aam.data.sequences import is_dna, read_qza_member
 from aam.errors import InputError, name_some, one_line
 from aam.files import check_input
 
+_IN_ARTIFACT = "data/feature-table.biom", "FeatureTable[Frequency]"
 # Column names under which TSV tables carry a taxonomy instead of counts.
 _ANNOTATIONS = {"taxonomy", "consensus lineage", "consensuslineage"}
 
@@ -36,28 +37,18 @@ class RawTable(NamedTuple):
 
 
 def read_raw_table(path: Path) -> RawTable:
-    """Read a ``.biom``, ``.qza``, ``.tsv`` or ``.txt`` feature table.
-
-    Raises:
-        InputError: the file is missing, of another kind, or damaged.
-    """
+    """Read a ``.biom``, ``.qza``, ``.tsv`` or ``.txt`` file; InputError where it is no table."""
     check_input(path, "a feature table (.biom, .qza or .tsv)")
     kind = path.suffix.lower()
+    if kind not in (".biom", ".qza", ".tsv", ".txt"):
+        raise InputError(
+            f"{path}: unknown extension {kind!r}; expected a feature table as .biom, .qza or .tsv"
+        )
     try:
-        if kind == ".biom":
-            table = _read_biom(path.read_bytes(), path)
-        elif kind == ".qza":
-            member = read_qza_member(path, "data/feature-table.biom", "FeatureTable[Frequency]")
-            table = _read_biom(member, path)
-        elif kind in (".tsv", ".txt"):
-            table = _read_tsv(path.read_bytes(), path)
-        else:
-            raise InputError(
-                f"{path}: unknown extension {kind!r}; expected a feature table as .biom, .qza "
-                "or .tsv"
-            )
+        content = path.read_bytes() if kind != ".qza" else read_qza_member(path, *_IN_ARTIFACT)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({one_line(error)})") from error
+    table = (_read_biom if kind in (".biom", ".qza") else _read_tsv)(content, path)
     check_ids("sample", table.sample_ids, path)
     check_ids("feature", table.feature_ids, path)
     return table

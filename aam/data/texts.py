@@ -6,35 +6,26 @@ A million names take no million Python objects.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-_WORD = 8
-"""Bytes compared or hashed at once."""
-
-_BLOCK = 16_384
-"""Strings whose bytes, padded to the longest, are looked at together."""
-
+_WORD = 8  # bytes compared or hashed at once
+_BLOCK = 16_384  # strings whose bytes, padded to the longest, are looked at together
 _BLOCK_ENTRIES = 2**20
 
 
 class Texts(Sequence[str]):
-    """Strings as slices of one array of bytes, which may be a memory-mapped file.
+    """Strings ``buffer[starts[i]:stops[i]]``, made when they are asked for.
 
-    A string is made when it is asked for; nothing else takes memory but 16 bytes a string.
-
-    Attributes:
-        buffer: ``(bytes,)`` uint8, UTF-8.
-        starts: ``(n,)`` int64, where each string starts in ``buffer``.
-        stops: ``(n,)`` int64, where it ends.
+    ``buffer`` (bytes,) uint8 is UTF-8 and may be a memory-mapped file; ``starts`` and ``stops``
+    (n,) int64 are all else that takes memory.
     """
 
     def __init__(
         self, buffer: NDArray[np.uint8], starts: NDArray[np.int64], stops: NDArray[np.int64]
     ) -> None:
-        """Look at slices of ``buffer``; nothing is copied."""
         self.buffer, self.starts, self.stops = buffer, starts, stops
 
     @classmethod
@@ -43,26 +34,20 @@ class Texts(Sequence[str]):
         if isinstance(names, Texts):
             return names
         encoded = [name.encode() for name in names]
-        lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
+        lengths = np.array([len(one) for one in encoded], dtype=np.int64)
         stops = np.cumsum(lengths)
         return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), stops - lengths, stops)
 
     def __len__(self) -> int:
-        """Number of strings."""
         return len(self.starts)
 
-    @overload
-    def __getitem__(self, at: int) -> str: ...
-    @overload
-    def __getitem__(self, at: slice) -> Texts: ...
-    def __getitem__(self, at: int | slice) -> str | Texts:
-        """One string, or some as ``Texts``."""
+    def __getitem__(self, at: Any) -> Any:
+        """One string, or of a slice ``Texts``."""
         if isinstance(at, slice):
-            return Texts(self.buffer, self.starts[at], self.stops[at])
+            return self.take(at)
         return self.buffer[self.starts[at] : self.stops[at]].tobytes().decode()
 
     def __eq__(self, other: object) -> bool:
-        """Whether another sequence holds the same strings."""
         if not isinstance(other, Sequence):
             return NotImplemented
         return len(other) == len(self) and all(map(str.__eq__, self, other))
@@ -74,8 +59,8 @@ class Texts(Sequence[str]):
         """``(n,)`` bytes of each string."""
         return self.stops - self.starts
 
-    def take(self, index: NDArray[Any]) -> Texts:
-        """The strings at ``index`` (numbers or a mask), as ``Texts`` of the same bytes."""
+    def take(self, index: NDArray[Any] | slice) -> Texts:
+        """The strings at ``index`` (numbers, a mask or a slice), of the same bytes."""
         return Texts(self.buffer, self.starts[index], self.stops[index])
 
     def cut(self, most: int) -> Texts:
@@ -140,13 +125,13 @@ class Texts(Sequence[str]):
         order = np.arange(len(self))
         for skip in reversed(range(0, int(self.lengths.max(initial=0)), _WORD)):
             longer = self.lengths[order] > skip  # the others have ended and come first
-            rest = order[longer]
+            rest = self.take(order[longer])
             blocks = [
-                self.take(rest[low : low + _BLOCK]).padded(skip, _WORD).view(">u8")
+                rest[low : low + _BLOCK].padded(skip, _WORD).view(">u8")
                 for low in range(0, len(rest), _BLOCK)
             ]
             by_word = np.argsort(np.concatenate(blocks)[:, 0], kind="stable")
-            order = np.concatenate((order[~longer], rest[by_word]))
+            order = np.concatenate((order[~longer], order[longer][by_word]))
         return order
 
     def repeats(self, order: NDArray[np.int64]) -> int:
@@ -159,9 +144,8 @@ class Texts(Sequence[str]):
         for low in range(0, len(self), _BLOCK):
             block = slice(low, low + _BLOCK)
             width = int(self.lengths[block].max())
-            equal[block] &= (
-                self[block].padded(width=width) == other[block].padded(width=width)
-            ).all(axis=1)
+            mine, theirs = self[block].padded(0, width), other[block].padded(0, width)
+            equal[block] &= (mine == theirs).all(axis=1)
         return equal
 
 
@@ -191,19 +175,13 @@ def match_names(wanted: Sequence[str], among: Sequence[str]) -> NDArray[np.int64
 def ranges(starts: NDArray[Any], lengths: NDArray[Any]) -> NDArray[np.int64]:
     """``starts[0]`` to ``starts[0] + lengths[0]``, then the same for 1, 2, ... in one array."""
     ends = np.cumsum(lengths)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.repeat(starts - (ends - lengths), lengths) + np.arange(total)
+    return np.repeat(starts - (ends - lengths), lengths) + np.arange(np.sum(lengths))
 
 
 def row_blocks(row_starts: NDArray[Any]) -> Iterator[slice]:
-    """Rows in parts of about a million entries, one row at the least.
-
-    Args:
-        row_starts: ``(rows + 1,)`` where each row starts, and where the last one ends.
-    """
+    """Parts of about a million entries, one row at the least, of ``row_starts`` (rows + 1,)."""
     low = 0
     while low < len(row_starts) - 1:
         fits = int(np.searchsorted(row_starts, row_starts[low] + _BLOCK_ENTRIES, side="right")) - 1
-        high = max(fits, low + 1)
-        yield slice(low, high)
-        low = high
+        yield slice(low, max(fits, low + 1))
+        low = max(fits, low + 1)

@@ -85,13 +85,9 @@ def test_lengths_for_the_planner_and_the_distinct_asvs_of_samples():
     assert found.tolist() == sorted(expected)
 
 
-def test_an_empty_batch_and_rows_that_are_not_there():
-    dataset = SampleDataset(random_table())
-    batch = dataset.batch([])
+def test_an_empty_batch():
+    batch = SampleDataset(random_table()).batch([])
     assert len(batch) == 0 and len(batch.tokens) == 0 and batch.slots.max_length == 0
-    for wrong in (9, -1):
-        with pytest.raises(IndexError, match=r"0\.\.8"):
-            dataset.batch([0, wrong])
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [2, 0, 3, 1, 4]])
@@ -177,19 +173,14 @@ def test_targets_and_categories_follow_their_samples_to_a_device():
     for tensor in (there.rows, there.tokens.values, there.tokens.offsets, there.asv_ids,
                    there.slots.values, there.counts, there.targets, there.categories):  # fmt: skip
         assert tensor.device.type == "meta"
-    with pytest.raises(ValueError, match="one row a sample"):
-        SampleDataset(table, targets=values[:-1])
 
 
-def test_samples_and_limits_that_do_not_serve():
+def test_samples_without_reads():
     table = random_table()
     counts = table.counts.toarray()
     counts[[2, 5]] = 0
     with pytest.raises(InputError, match=r"t: 2 samples have no reads \('s2', 's5'\)"):
         SampleDataset(table_of(counts, table.feature_ids))
-    for option in ("token_limit", "max_bp"):
-        with pytest.raises(InputError, match="must be 1 or more"):
-            SampleDataset(table, **{option: 0})
 
 
 def test_asvs_alone_are_batches_too():
