@@ -15,8 +15,9 @@ import pytest
 from aam.cli import COMMANDS
 from aam.config import CONFIGS, options_of
 from aam.data.distances import read_distances
+from aam.data.table import read_table
 from aam.data.tree import read_tree
-from tests.data.trees import write_unifrac
+from aam.data.unifrac import UniFrac
 
 STEPS = ("--epochs", 1, "--max-steps", 2)
 
@@ -158,8 +159,7 @@ def files(community, aam, tmp_path_factory) -> dict[str, Path]:
     """What the options above name in capitals."""
     folder = tmp_path_factory.mktemp("files")
     names = {
-        "TSV": "d.tsv", "NPY": "d.npy", "IDS": "ids.txt", "FEWERNPY": "fewer.npy",
-        "FEWERIDS": "fewer.txt",
+        "NPY": "d.npy", "IDS": "ids.txt", "FEWERNPY": "fewer.npy", "FEWERIDS": "fewer.txt",
         "TRAIN": "train.txt", "VALIDATION": "validation.txt", "CONFIG": "run.toml",
         "META": "metadata.tsv", "FEWERMETA": "fewer-metadata.tsv", "INDEX": "index",
         "HASHED": "hashed.biom", "FASTA": "sequences.fasta", "HASHEDTREE": "hashed.nwk",
@@ -167,9 +167,8 @@ def files(community, aam, tmp_path_factory) -> dict[str, Path]:
     }  # fmt: skip
     found = {name: folder / file for name, file in names.items()}
     found |= {"T": community.table, "TREE": community.tree}
-    write_unifrac(community.table, community.tree, found["TSV"])
-    rows = [line.split("\t") for line in found["TSV"].read_text().splitlines()]
-    ids, distances = rows[0][1:], np.array([row[1:] for row in rows[1:]], dtype=float)
+    unifrac = UniFrac(read_table(community.table), community.tree)
+    ids, distances = unifrac.sample_ids, unifrac.pairwise()
     for kind, count in (("", 24), ("FEWER", 22)):
         np.save(found[f"{kind}NPY"], distances[:count, :count])
         found[f"{kind}IDS"].write_text("\n".join(ids[:count]))
@@ -292,9 +291,9 @@ def test_other_commands(command, aam, files, argv_of, tmp_path, monkeypatch, cap
         assert found["results"][0]["name"] == "Mantel r" and found["results"][0]["value"] > 0.9
     if command == "unifrac":
         by_model = read_distances(Path("weighted.tsv"))
-        write_unifrac(files["T"], files["TREE"], Path("true.tsv"), "weighted-normalized")
-        true = read_distances(Path("true.tsv"), sample_ids=by_model.sample_ids)
-        assert np.abs(by_model.matrix - true.matrix).max() < 0.1
+        true = UniFrac(read_table(files["T"]), files["TREE"], "weighted-normalized")
+        assert by_model.sample_ids == true.sample_ids
+        assert np.abs(by_model.matrix - true.pairwise()).max() < 0.1
         assert len(Path("faith.tsv").read_text().splitlines()) == 25
     if command == "embed":
         rows = [line.split("\t") for line in Path("out.tsv").read_text().splitlines()]
@@ -323,17 +322,6 @@ def test_no_option_is_left_out(command):
     assert options - written - ELSEWHERE == set()
 
 
-def test_compiled_and_plain_models_learn_the_same(aam, community, tmp_path):
-    if not any(map(shutil.which, ("g++", "clang++", "c++"))):
-        pytest.skip("torch.compile needs a C++ compiler, and there is none")
-    words = ("--table", community.table, "--distance", "jaccard", "--dropout", 0, *STEPS)
-    for name, more in (("plain", ()), ("compiled", ("--compile-model",))):
-        more = (*words, *more, "--output-dir", tmp_path / name)
-        assert aam("pretrain", *more, files=False) == 0
-    plain, compiled = (losses(tmp_path / name) for name in ("plain", "compiled"))
-    assert compiled == pytest.approx(plain, rel=1e-4)
-
-
 def losses(run: Path) -> list[float]:
     with open(run / "metrics.csv", newline="") as file:
         rows = csv.DictReader(file)
@@ -341,7 +329,7 @@ def losses(run: Path) -> list[float]:
 
 
 def test_interchangeable_settings_give_the_same_losses(aam, community, tmp_path):
-    """Kernels and recomputation change speed and memory, not what is learned."""
+    """Kernels, compilation and recomputation change speed and memory, not what is learned."""
     files = ("--table", community.table)
     words = ("pretrain", *files, "--distance", "jaccard", "--epochs", 1, "--dropout", 0)
     fine = (
@@ -361,6 +349,8 @@ def test_interchangeable_settings_give_the_same_losses(aam, community, tmp_path)
         "tree recomputed": tree,
         "tree kept": (*tree, "--no-gradient-checkpointing"),
     }
+    if any(map(shutil.which, ("g++", "clang++", "c++"))):  # which torch.compile needs
+        variants["compiled"] = (*words, "--compile-model")
     found = {}
     for name, own in variants.items():
         assert aam(*own, "--output-dir", tmp_path / name, files=False) == 0
@@ -368,6 +358,7 @@ def test_interchangeable_settings_give_the_same_losses(aam, community, tmp_path)
         assert len(found[name]) == (26 if "tree" in name else 5)
     assert found["math"] == pytest.approx(found["plain"], rel=1e-5)
     assert found["sdpa"] == pytest.approx(found["math"], rel=1e-5)
+    assert found.get("compiled", found["plain"]) == pytest.approx(found["plain"], rel=1e-4)
     assert found["kept"] == found["recomputed"]  # bit for bit, dropout included
     assert found["tree kept"] == found["tree recomputed"]
 
