@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from aam.commands.inputs import split
-from aam.commands.training import Metrics, Task, make_encoder, train, usual_options
+from aam.commands.training import Task, make_encoder, train, usual_options
 from aam.config import FinetuneConfig, flag
 from aam.data.clades import known_arrays
 from aam.data.dataset import SampleDataset
 from aam.data.metadata import require_values
 from aam.data.samples import Samples, make_dataset, read_samples
 from aam.errors import InputError, log
-from aam.evaluation.metrics import target_metrics
+from aam.evaluation.metrics import Measured, target_metrics
 from aam.evaluation.outputs import (
     encode_asvs,
     in_units,
@@ -197,7 +197,7 @@ class Finetuning(Task):
         )
         return in_units(outputs, self.target, self.keys_of(rows)), outputs
 
-    def validate(self) -> Metrics:
+    def validate(self) -> Measured:
         """The loss of the validation samples, and their metrics in the user's units."""
         rows = self.validation_rows
         predicted, outputs = self.predict(rows, RankGroup())

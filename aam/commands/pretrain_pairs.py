@@ -9,7 +9,6 @@ import torch
 
 from aam.commands.inputs import attach_distances, evaluation_rows, split
 from aam.commands.training import (
-    Metrics,
     Task,
     make_encoder,
     pretraining_metrics,
@@ -20,7 +19,7 @@ from aam.data.clades import known_arrays
 from aam.data.dataset import SampleDataset
 from aam.data.samples import make_dataset, read_samples
 from aam.evaluation import metrics
-from aam.evaluation.metrics import distance_metrics
+from aam.evaluation.metrics import Measured, distance_metrics
 from aam.evaluation.outputs import predicted_distances
 from aam.evaluation.results import (
     CHECK_SEED,
@@ -81,7 +80,7 @@ class PairPretraining(Task):
         loss = DistanceLoss(self.distances)
         return PairObjective(encoder, self.model.pairs, self.config.losses, loss)
 
-    def validate(self) -> Metrics:
+    def validate(self) -> Measured:
         """Distances of the validation samples, and masked nucleotides."""
         measured, rows = {}, self.subset.rows
         if self.config.losses.unifrac_penalty:

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from scipy.sparse import csr_array
 
 from aam.commands.training import (
-    Metrics,
     Task,
     make_encoder,
     pretraining_metrics,
@@ -27,6 +26,7 @@ from aam.data.embedding import COMMUNITIES, Embedding
 from aam.data.neighbours import Found, Neighbours
 from aam.data.placement import Law, Placement
 from aam.data.texts import match_names
+from aam.evaluation.metrics import Measured
 from aam.evaluation.placer import WEIGHT, Placer
 from aam.evaluation.results import CHECK_SEED, Results, nucleotide_results
 from aam.evaluation.tree_results import colours, membership_results, sample_results
@@ -157,9 +157,9 @@ class TreePretraining(Task):
         is_pair = (lowest >= 0) & inside & (stop - start == 2)
         return np.where(is_pair, self.clades.parent[lowest], lowest)
 
-    def validate(self) -> Metrics:
+    def validate(self) -> Measured:
         """Memberships of left-out ASVs in clades, and their masked nucleotides."""
-        measured: Metrics = {self.best_metric: None}
+        measured: Measured = {self.best_metric: None}
         if not len(self.left_out):
             return measured
         if self.config.losses.unifrac_penalty:

@@ -20,6 +20,7 @@ from aam.config import FinetuneConfig, OptimizerOptions, PretrainConfig, to_dict
 from aam.data.dataset import AsvDataset, SampleDataset
 from aam.data.splits import Split
 from aam.errors import DataFact, log, log_facts
+from aam.evaluation.metrics import Measured
 from aam.evaluation.outputs import check_nucleotides
 from aam.evaluation.results import CHECK_SEED, print_results
 from aam.files import MODEL_FILE
@@ -35,15 +36,13 @@ from aam.learning.objective import Objective
 from aam.learning.run import Run
 from aam.model import AsvEncoder, EncoderShape, Predictor, PretrainedModel
 
-Metrics = dict[str, float | None]
-
 
 class Task(ABC):
     """Something to learn: its data, read when it is made, its model, and how that is measured."""
 
     config: Any
     model: PretrainedModel | Predictor  # what is saved; there after `build`
-    dataset: SampleDataset | AsvDataset  # on the device
+    dataset: SampleDataset | AsvDataset
     rows: np.ndarray  # (n,) which of the dataset train
     parts: Split  # names of those that train and those that validate
     unit = "samples"  # what `parts` names
@@ -59,7 +58,7 @@ class Task(ABC):
         """Make the model, and what it is to learn; `state` is the checkpoint to continue from."""
 
     @abstractmethod
-    def validate(self) -> Metrics:
+    def validate(self) -> Measured:
         """Validation metrics of the current weights, in evaluation mode; all ranks call it."""
 
     @abstractmethod
@@ -187,8 +186,8 @@ def usual_options(
 
 
 def pretraining_metrics(
-    task: Task, measured: Metrics, dataset: SampleDataset | AsvDataset, asvs: np.ndarray
-) -> Metrics:
+    task: Task, measured: Measured, dataset: SampleDataset | AsvDataset, asvs: np.ndarray
+) -> Measured:
     """Metrics with masked nucleotides of some ASVs (n,), and the sum of all losses by penalty."""
     penalties = task.config.losses
     if penalties.nucleotide_penalty:
