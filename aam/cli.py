@@ -136,7 +136,7 @@ def parse(name: str, argv: Sequence[str]) -> Any:
     saved = saved_options(kind, Path(given["resume_from"])) if "resume_from" in given else {}
     if "config" in given:
         saved |= read_toml(Path(given["config"]), kind)
-    options = from_dict(kind, {**saved, **given}, "", typed=True)
+    options = from_dict(kind, {**saved, **given}, source="")
     check_paths(options)
     return options
 
@@ -150,7 +150,7 @@ def read_argv(name: str, argv: Sequence[str]) -> dict[str, Any]:
     """
     import tyro
 
-    from aam.config import CONFIGS, nearest, options_of
+    from aam.config import CONFIGS, flag, nearest, options_of
 
     summary, example = COMMANDS[name]
     said = io.StringIO()
@@ -171,8 +171,8 @@ def read_argv(name: str, argv: Sequence[str]) -> dict[str, Any]:
         lacking = re.search(r"--[a-z][a-z0-9-]*", said.getvalue())
         raise InputError(f"{lacking.group() if lacking else name}: expected a value") from None
     if rest:
-        flags = [one.flag for one in options_of(CONFIGS[name]).values()]
-        flags += [flag.replace("--", "--no-", 1) for flag in flags]
+        known = options_of(CONFIGS[name])
+        flags = [flag(one) for one in (*known, *(f"no_{one}" for one in known))]
         word = rest[0].partition("=")[0]
         problem = f"unknown option {word}{nearest(word, flags)}" if word.startswith("-") else ""
         problem = problem or f"{word!r} belongs to no option"

@@ -17,7 +17,7 @@ from pathlib import Path
 import pdoc
 from pdoc.render_helpers import to_html
 
-from aam.config import CONFIGS, options_of
+from aam.config import CONFIGS, flag, options_of
 
 ROOT = Path(__file__).parent.parent
 GUIDE = [
@@ -114,7 +114,7 @@ def command_options() -> dict[str, str]:
         for one in options_of(config_class).values():
             default = "required" if one.required else f"`{one.default}`"
             values = f" One of {', '.join(one.schema['enum'])}." if "enum" in one.schema else ""
-            rows.append(f"| `{one.flag}` | {default} | {one.help}{values} |")
+            rows.append(f"| `{flag(one.name)}` | {default} | {one.help}{values} |")
         tables[command] = "\n".join([*rows, ""])
     return tables
 

@@ -186,7 +186,7 @@ def test_help_of_a_command_fits_the_screen_and_ends_with_an_example_that_parses(
     assert stop.value.code == 0 and all(len(line) <= 80 for line in said.splitlines())
     boxes = re.findall(r"^\W+([a-z]+) options\b", said, flags=re.M)
     assert boxes[0] == "common" and (len(boxes) > 1 or command == "demo")
-    assert all(one.flag in said for one in config.options_of(config.CONFIGS[command]).values())
+    assert all(config.flag(one) in said for one in config.options_of(config.CONFIGS[command]))
     example = said.partition("example:\n")[2].replace("\\\n", " ").split()
     assert example[:2] == ["aam", command] and cli.read_argv(command, example[2:])
 

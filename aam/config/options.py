@@ -62,11 +62,6 @@ class Option:
     help: str
 
     @property
-    def flag(self) -> str:
-        """The option on the command line."""
-        return flag(self.name)
-
-    @property
     def expected(self) -> str:
         """What its values are."""
         schema = self.schema
@@ -78,10 +73,6 @@ class Option:
         limits = [f"{word} {schema[key]:g}" for key, word in LIMITS.items() if key in schema]
         return f"{kind}, {' and '.join(limits)}" if limits else kind
 
-    def of(self, config: Any) -> Any:
-        """Its value in a config."""
-        return getattr(getattr(config, self.group) if self.group else config, self.name)
-
 
 def flag(name: str) -> str:
     """An option as it is written on the command line."""
@@ -89,16 +80,11 @@ def flag(name: str) -> str:
 
 
 @functools.cache
-def _adapter(config_class: type) -> pydantic.TypeAdapter[Any]:
-    return pydantic.TypeAdapter(config_class)
-
-
-@functools.cache
 def options_of(config_class: type, group: str = "") -> dict[str, Option]:
     """All options of a class, by name."""
     found: dict[str, Option] = {}
     hints = typing.get_type_hints(config_class)
-    schema = _adapter(config_class).json_schema()
+    schema = pydantic.TypeAdapter(config_class).json_schema()
     for name in (one.name for one in fields(config_class)):
         if pydantic.dataclasses.is_pydantic_dataclass(hints[name]):
             found |= options_of(hints[name], name)
@@ -121,20 +107,14 @@ def _docstring(config_class: type, name: str) -> str:
 
 
 def from_dict(
-    config_class: Any,
-    values: Mapping[str, Any],
-    source: str = "options",
-    *,
-    typed: bool = False,
-    partial: bool = False,
+    config_class: Any, values: Mapping[str, Any], source: str = "options", *, partial: bool = False
 ) -> Any:
     """Options of a class from plain values, with the class's defaults for the others.
 
     Args:
         config_class: one of the classes of `aam.config`.
         values: values by option, or in groups, as :func:`to_dict` gives them.
-        source: where they are from, for messages; empty: the command line.
-        typed: whether they may be text, as typed, so that "3" is a number.
+        source: where they are from, for messages; empty: the command line, so that "3" is a number.
         partial: only check; options that are required may lack.
 
     Raises:
@@ -143,28 +123,27 @@ def from_dict(
     nested = _nested(config_class, flat(config_class, values, source))
     text = pydantic_core.to_json(nested, inf_nan_mode="constants", fallback=lambda one: one.item())
     try:
-        return _adapter(config_class).validate_json(text, strict=not typed)
+        return pydantic.TypeAdapter(config_class).validate_json(text, strict=bool(source))
     except pydantic.ValidationError as found:
-        errors = found.errors()
-    missing = [str(one["loc"][-1]) for one in errors if one["type"] == "missing"]
+        wrong = [one for one in found.errors() if one["type"] != "missing"]
+        missing = [str(one["loc"][-1]) for one in found.errors() if one["type"] == "missing"]
     if missing and not partial:
-        names, command = (
-            " and ".join(missing if source else map(flag, missing)),
-            config_class.command,
-        )
-        raise InputError(
-            f"{source or f'aam {command}'} needs {names}; aam {command} --help lists the options"
-        )
-    for error in errors:
-        if error["type"] == "value_error":  # raised by the class, about two options
-            raise InputError(str(error["ctx"]["error"]))
-        if error["type"] != "missing":
-            known = options_of(config_class)
-            option = next(known[one] for one in reversed(error["loc"]) if one in known)
-            value = error["input"]
-            given = f"{source}: {option.name} = {value!r}" if source else f"{option.flag} {value}"
-            raise InputError(f"{given}: expected {option.expected}")
-    return None
+        command = config_class.command
+        lacks = f"{source} needs {' and '.join(missing)}"
+        if not source:
+            lacks = f"aam {command} needs {' and '.join(map(flag, missing))}"
+        raise InputError(f"{lacks}; aam {command} --help lists the options")
+    if not wrong:
+        return None
+    first, known = wrong[0], options_of(config_class)
+    if first["type"] == "value_error":  # raised by the class, about two options
+        raise InputError(str(first["ctx"]["error"]))
+    option, value = (
+        next(known[one] for one in reversed(first["loc"]) if one in known),
+        first["input"],
+    )
+    given = f"{source}: {option.name} = {value!r}" if source else f"{flag(option.name)} {value}"
+    raise InputError(f"{given}: expected {option.expected}")
 
 
 def flat(config_class: type, values: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -245,7 +224,7 @@ def check_paths(config: Any) -> None:
     """
     run = getattr(config, "run", None)
     for option in options_of(type(config)).values():
-        path = option.of(config)
+        path = getattr(getattr(config, option.group, config), option.name)
         if path is not None and "file" in option.schema:
             check_input(path, option.schema["file"])
         # A checkpoint has the weights of the encoder that a run began with.

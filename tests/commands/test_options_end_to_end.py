@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from aam.cli import COMMANDS
-from aam.config import CONFIGS, options_of
+from aam.config import CONFIGS, flag, options_of
 from aam.data.distances import read_distances
 from aam.data.table import read_table
 from aam.data.tree import read_tree
@@ -317,7 +317,7 @@ def test_no_option_is_left_out(command):
     if texts is None:  # what pretrain and finetune share is one class
         texts = [*TINY, *map(str, STEPS), *PRETRAIN.values()]
         texts += FINETUNE.values() if command == "finetune" else []
-    options = {one.flag for one in options_of(CONFIGS[command]).values()}
+    options = {flag(one) for one in options_of(CONFIGS[command])}
     written = set(" ".join(texts).replace("--no-", "--").split())
     assert options - written - ELSEWHERE == set()
 
