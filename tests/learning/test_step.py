@@ -1,12 +1,8 @@
 """A step cut into pieces, and over processes, is the step in one piece on one device."""
 
-import os
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
 
 from aam.config import FinetunePenaltyOptions, PenaltyOptions, TargetOptions
 from aam.data.clades import Clades
@@ -22,6 +18,7 @@ from aam.learning.objective import CladeObjective, FinetuneObjective, PairObject
 from aam.learning.step import Step, StepTooLarge, is_out_of_memory
 from aam.model import AsvEncoder, CladeHead, EncoderShape, FreeClades, Predictor
 from aam.model.predictor import PredictorShape
+from tests.processes import fork_ranks
 
 SHAPE = EncoderShape(embedding_dim=32, wide_dim=24, num_heads=2, num_layers=2, dropout=0.3)
 FINETUNE = FinetunePenaltyOptions(nucleotide_penalty=0.5, count_penalty=2.0, mask_strategy="span")
@@ -214,26 +211,23 @@ def test_cuts_balance_lengths_and_lose_nothing():
                 assert sizes.max() <= bounds[-1] / parts + lengths.max()
 
 
-def run_rank(rank, size, folder, files):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "WORLD_SIZE": str(size)}
-    torch.set_num_threads(1)
-    store = torch.distributed.FileStore(str(folder / f"store{size}"), size)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
-    found = {}
-    for kind in RANKED[size]:
-        step, dataset = make_step(kind, *files)
-        for rows in (11, 3):  # 3 samples: a rank of four has none
-            for pieces in (1, 3):
-                found[kind, rows, pieces] = terms_and_gradients(step, dataset, pieces, range(rows))
-    torch.save(found, folder / f"{size}-{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("size", RANKED)
 def test_ranks_give_the_loss_and_gradients_of_one_process(size, community, tmp_path):
     files = community.table, community.tree
-    start = partial(torch.multiprocessing.spawn, nprocs=size, join=True)
-    start(run_rank, args=(size, tmp_path, files))
+
+    def compute():
+        torch.distributed.init_process_group("gloo")
+        found = {}
+        for kind in RANKED[size]:
+            step, dataset = make_step(kind, *files)
+            for rows in (11, 3):  # 3 samples: a rank of four has none
+                for pieces in (1, 3):
+                    result = terms_and_gradients(step, dataset, pieces, range(rows))
+                    found[kind, rows, pieces] = result
+        torch.save(found, tmp_path / f"{size}-{torch.distributed.get_rank()}.pt")
+        torch.distributed.destroy_process_group()
+
+    assert [one.end(120) for one in fork_ranks(size, compute)] == [(0, "")] * size
     found = [torch.load(tmp_path / f"{size}-{rank}.pt") for rank in range(size)]
     for kind in RANKED[size]:
         step, dataset = make_step(kind, *files)
