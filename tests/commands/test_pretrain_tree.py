@@ -1,7 +1,5 @@
 """What is known and what is left out of a tree, and how much the network counts."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -9,15 +7,7 @@ import torch
 from aam.commands import tree_inputs
 from aam.commands.pretrain_tree import TreePretraining, calibration_asvs, tree_options
 from aam.commands.tree_inputs import clade_facts, distinct_sequences
-from aam.config import (
-    DistanceOptions,
-    MetadataOptions,
-    ModelOptions,
-    OptimizerOptions,
-    OptionalTableOptions,
-    PretrainConfig,
-    RunOptions,
-)
+from aam.config import OptimizerOptions, from_options
 from aam.data.dataset import AsvDataset
 from aam.data.metadata import read_metadata
 from aam.data.samples import Samples
@@ -37,13 +27,10 @@ def study(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def task(study):
-    config = PretrainConfig(
-        data=OptionalTableOptions(table=study.table, rarefy_depth=0),
-        distances=DistanceOptions(tree=study.tree),
-        metadata=MetadataOptions(validation_fraction=0.5),
-        model=ModelOptions(encoder="wide", embedding_dim=8, wide_dim=8),
-        run=RunOptions(output_dir=Path("run")),
-    )
+    config = from_options(
+        "pretrain", table=study.table, rarefy_depth=0, tree=study.tree, validation_fraction=0.5,
+        encoder="wide", embedding_dim=8, wide_dim=8, output_dir=study.table.parent / "run",
+    )  # fmt: skip
     made = TreePretraining(config, torch.device("cpu"))
     made.build(None)
     return made
