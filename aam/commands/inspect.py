@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +16,11 @@ from aam.data.metadata import require_values
 from aam.data.samples import Samples, make_dataset, read_samples
 from aam.errors import InputError, log, log_facts
 from aam.evaluation.applicability import add_applicability
+from aam.evaluation.metrics import condensed
 from aam.learning.batches import GB, Batching
 from aam.learning.device import pick_device
 from aam.learning.distributed import RankGroup
-from aam.learning.losses import DistanceLoss
+from aam.learning.losses import DistanceLoss, DistanceSource
 from aam.learning.model_file import read_model
 from aam.learning.objective import PairObjective
 from aam.learning.optimizer import make_optimizer
@@ -28,7 +28,9 @@ from aam.learning.planner import EpochPlan
 from aam.learning.step import Step
 from aam.model import AsvEncoder, EncoderShape, PretrainedModel
 
-BATCHES_LOOKED_AT = 200
+LOOKED_AT = 200  # batches, and samples whose distances are described
+
+Rows = dict[str, str]
 
 
 def inspect(config: InspectConfig) -> None:
@@ -37,56 +39,57 @@ def inspect(config: InspectConfig) -> None:
     from rich.table import Table
 
     samples = read_samples(config.data, config.seed, metadata=config.metadata.metadata)
+    found: Rows = {}
     labels = distances = None
-    table = Table("what", "value", title=None)
     if config.metadata_column is not None:
-        labels = _describe_target(table, samples, config)
+        labels = _describe_target(found, samples, config.metadata_column)
     given = config.distances
     if given.tree or given.unifrac_matrix or given.distance:
-        distances = attach_distances(samples, config.data, config.distances)
-        _describe_distances(table, distances, len(samples.ids))
+        distances = attach_distances(samples, config.data, given)
+        rows = np.random.default_rng(0).permutation(len(samples.ids))[:LOOKED_AT]
+        values = condensed(distances.pairwise(np.sort(rows)))
+        found["true distances"] = f"mean {values.mean():.3f}, sd {values.std():.3f}"
     dataset = make_dataset(samples, config.data)
     if config.model is not None:
         add_applicability(samples, read_model(config.model))
     parts = split(samples, config.metadata, config.seed, labels=labels)
-    table.add_row("training / validation samples", f"{len(parts.train)} / {len(parts.validation)}")
+    found["training / validation samples"] = f"{len(parts.train)} / {len(parts.validation)}"
     log_facts(samples.facts, samples.warnings)
-    plan = _plan(table, dataset, samples.rows(parts.train), distances, config)
-    _describe_cost(table, dataset, plan, config)
-    Console(width=110, highlight=False).print(table)
+    plan = _plan(found, dataset, samples.rows(parts.train), distances, config)
+    _describe_cost(found, dataset, plan, config.data.token_limit)
+    table = Table("what", "value")
+    for row in found.items():
+        table.add_row(*row)
+    Console(highlight=False).print(table)
 
 
-def _describe_target(table: Any, samples: Samples, config: InspectConfig) -> list[str] | None:
+def _describe_target(found: Rows, samples: Samples, column: str) -> list[str] | None:
     """Kind and values of the target; its classes as labels for the split."""
-    metadata, column = samples.metadata, config.metadata_column
-    if metadata is None or column is None:
+    metadata = samples.metadata
+    if metadata is None:
         raise InputError("--metadata-column needs --metadata")
-    values = metadata.text(column)
     numeric = metadata.is_numeric(column)
     require_values(metadata, column, numeric=numeric)
     samples.keep_with(column, allow_missing=True)
-    present = [value for value in values if value is not None]
+    present = [value for value in metadata.text(column) if value is not None]
     if numeric:
-        numbers = np.array([float(value) for value in present])
-        table.add_row(
-            f"target {column!r}",
+        numbers = np.array(present, dtype=np.float64)
+        found[f"target {column!r}"] = (
             f"number, mean {numbers.mean():.4g}, sd {numbers.std():.4g}, "
-            f"{numbers.min():.4g} to {numbers.max():.4g}",
+            f"{numbers.min():.4g} to {numbers.max():.4g}"
         )
         return None
     sizes = ", ".join(f"{name} {size}" for name, size in sorted(Counter(present).items()))
-    table.add_row(f"target {column!r}", f"classes: {sizes}")
-    return [str(value) for value in present]
-
-
-def _describe_distances(table: Any, distances: Any, count: int) -> None:
-    rows = np.sort(np.random.default_rng(0).permutation(count)[:BATCHES_LOOKED_AT])
-    values = distances.pairwise(rows)[np.triu_indices(len(rows), 1)]
-    table.add_row("true distances", f"mean {values.mean():.3f}, sd {values.std():.3f}")
+    found[f"target {column!r}"] = f"classes: {sizes}"
+    return present
 
 
 def _plan(
-    table: Any, dataset: SampleDataset, rows: np.ndarray, distances: Any, config: InspectConfig
+    found: Rows,
+    dataset: SampleDataset,
+    rows: np.ndarray,
+    distances: DistanceSource | None,
+    config: InspectConfig,
 ) -> Sequence[np.ndarray]:
     """The rows of each step of the first epoch; says what they take where a memory is given."""
     if config.max_memory_gb is None and config.max_memory_fraction is None:
@@ -116,36 +119,8 @@ def _plan(
     log("measuring what steps of samples take, at the default options")
     batching.prepare(compute)
     plan = batching.batches(0)
-    _describe_memory(table, batching, plan)
+    _describe_memory(found, batching, plan)
     return plan
-
-
-def _describe_memory(table: Any, batching: Batching, plan: Sequence[np.ndarray]) -> None:
-    """Memory of a plan's steps."""
-    model = batching.calibration.model
-    assert model is not None
-    sizes = [batching.size(one) for one in plan]
-    pieces = np.array([batching.pieces(one) for one in sizes])
-    parts = [size.split(count) for size, count in zip(sizes, pieces.tolist(), strict=True)]
-    peaks = np.array([model.predict(one) for one in parts])
-    table.add_row(
-        "memory to fill",
-        f"{batching.budget / GB:.2f} GB, of which {model.constant / GB:.2f} GB before a step",
-    )
-    table.add_row(
-        "predicted peak of a step",
-        f"mean {peaks.mean() / GB:.2f} GB ({peaks.mean() / batching.budget:.0%}), most "
-        f"{peaks.max() / GB:.2f} GB ({peaks.max() / batching.budget:.0%})",
-    )
-    table.add_row(
-        "error of the prediction",
-        f"{model.error:.1%} (95th percentile of {len(batching.calibration.peaks)} measured steps, "
-        "each left out once)",
-    )
-    if pieces.max() > 1:
-        table.add_row(
-            "steps in pieces", f"{(pieces > 1).sum()} of {len(pieces)}, most {pieces.max()} pieces"
-        )
 
 
 class _NoDistances:
@@ -158,32 +133,43 @@ class _NoDistances:
         return np.zeros((len(rows_a), len(rows_b)))
 
 
+def _describe_memory(found: Rows, batching: Batching, plan: Sequence[np.ndarray]) -> None:
+    """Memory of a plan's steps."""
+    model, budget = batching.calibration.model, batching.budget
+    assert model is not None
+    sizes = [batching.size(one) for one in plan]
+    pieces = np.array([batching.pieces(one) for one in sizes])
+    parts = [size.split(count) for size, count in zip(sizes, pieces.tolist(), strict=True)]
+    peaks = np.array([model.predict(one) for one in parts])
+    mean, most = (f"{one / GB:.2f} GB ({one / budget:.0%})" for one in (peaks.mean(), peaks.max()))
+    before = f"{model.constant / GB:.2f} GB before a step"
+    found["memory to fill"] = f"{budget / GB:.2f} GB, of which {before}"
+    found["predicted peak of a step"] = f"mean {mean}, most {most}"
+    measured = f"{len(batching.calibration.peaks)} measured steps, each left out once"
+    found["error of the prediction"] = f"{model.error:.1%} (95th percentile of {measured})"
+    if pieces.max() > 1:
+        cut = f"{(pieces > 1).sum()} of {len(pieces)}, most {pieces.max()} pieces"
+        found["steps in pieces"] = cut
+
+
 def _describe_cost(
-    table: Any, dataset: SampleDataset, plan: Sequence[np.ndarray], config: InspectConfig
+    found: Rows, dataset: SampleDataset, plan: Sequence[np.ndarray], limit: int
 ) -> None:
     """Lengths, shared ASVs and what a step computes."""
-    count = dataset.asv_count
-    table.add_row("ASVs a sample", f"mean {count.mean():.0f}, most {count.max()}")
-    lengths = dataset.sequence_lengths - 1
-    table.add_row(
-        "nucleotides an ASV", f"{lengths.min()} to {lengths.max()}, mean {lengths.mean():.0f}"
-    )
-    batches = [dataset.batch(one) for one in plan[:BATCHES_LOOKED_AT]]
+    count, lengths = dataset.asv_count, dataset.sequence_lengths - 1
+    found["ASVs a sample"] = f"mean {count.mean():.0f}, most {count.max()}"
+    around = f"{lengths.min()} to {lengths.max()}, mean {lengths.mean():.0f}"
+    found["nucleotides an ASV"] = around
+    sizes = np.array([len(one) for one in plan])
+    found["steps an epoch"] = str(len(plan))
+    found["samples a step"] = f"{sizes.min()} to {sizes.max()}, mean {sizes.mean():.1f}"
+    batches = [dataset.batch(one) for one in plan[:LOOKED_AT]]
     slots = np.array([len(batch.slots.values) for batch in batches])
     distinct = np.array([len(batch.asv_ids) for batch in batches])
     tokens = np.array([len(batch.tokens.values) for batch in batches])
-    sizes = np.array([len(one) for one in plan])
-    table.add_row("steps an epoch", str(len(plan)))
-    table.add_row("samples a step", f"{sizes.min()} to {sizes.max()}, mean {sizes.mean():.1f}")
-    table.add_row(
-        "distinct ASVs a step",
-        f"mean {distinct.mean():.0f} of {slots.mean():.0f} slots "
-        f"(share {distinct.sum() / slots.sum():.2f})",
-    )
-    table.add_row("nucleotides a step", f"mean {tokens.mean():,.0f}, most {tokens.max():,}")
-    padded = np.mean([len(batch) for batch in batches]) * config.data.token_limit
-    table.add_row(
-        "padding avoided",
-        f"{1 - slots.mean() / padded:.0%} of {padded:,.0f} slots "
-        f"(--token-limit {config.data.token_limit})",
-    )
+    share = f"mean {distinct.mean():.0f} of {slots.mean():.0f} slots"
+    found["distinct ASVs a step"] = f"{share} (share {distinct.sum() / slots.sum():.2f})"
+    found["nucleotides a step"] = f"mean {tokens.mean():,.0f}, most {tokens.max():,}"
+    padded = sizes[:LOOKED_AT].mean() * limit
+    avoided = f"{1 - slots.mean() / padded:.0%} of {padded:,.0f} slots"
+    found["padding avoided"] = f"{avoided} (--token-limit {limit})"

@@ -11,7 +11,7 @@ import numpy as np
 
 from aam.data.dataset import SampleDataset
 from aam.data.mapped import MappedTable, Source, UnwritableError, open_mapped
-from aam.data.metadata import Metadata, match_ids, read_metadata
+from aam.data.metadata import Metadata, as_metadata, match_ids, read_metadata
 from aam.data.table import FeatureTable, rarefy, read_table
 from aam.data.table_files import size_in_memory
 from aam.errors import DataFact, InputError, log, name_some
@@ -128,7 +128,7 @@ def read_samples(
     seed: int,
     *,
     table: Any = None,
-    metadata: Path | Metadata | None = None,
+    metadata: Any = None,
     keep_unmatched: bool = False,
 ) -> Samples:
     """Read a table, rarefy it and match it with metadata.
@@ -137,7 +137,8 @@ def read_samples(
         options: the table's options.
         seed: of the rarefaction.
         table: one in memory, in place of a file; see `read_table`.
-        metadata: sample metadata; samples without a row are an error or, on request, dropped.
+        metadata: path or frame of sample metadata; samples without a row are an error or, on
+            request, dropped.
         keep_unmatched: keep samples that may lack a row; all their cells are then missing.
 
     Raises:
@@ -155,7 +156,8 @@ def read_samples(
     samples.facts.append(DataFact("samples in the table", len(ids), table.source))
     kept = ids
     if metadata is not None:
-        known = metadata if isinstance(metadata, Metadata) else read_metadata(metadata)
+        is_file = isinstance(metadata, (str, Path))
+        known = read_metadata(metadata) if is_file else as_metadata(metadata)
         kept, facts = match_ids(
             ids,
             known.ids,

@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from aam.data.clades import known_sequences
-from aam.data.neighbours import Neighbours
+from aam.data.neighbours import Found, Neighbours
 from aam.data.samples import Samples
 from aam.data.table import FeatureTable
 from aam.data.texts import Texts, match_names
 from aam.errors import DataFact, name_some
-from aam.evaluation.placer import Placed
 from aam.learning.model_file import SavedModel
 
 LOOKED_AT = 2000  # most new ASVs whose nearest known one is looked for, the most abundant ones
@@ -18,57 +17,46 @@ LOST_READS = 0.1  # share of the reads that have no place from which on a warnin
 FAR_EDITS, FAR_READS = 0.1, 0.25  # edits a base, and the share of reads that lie farther
 
 
-def of_placed(table: FeatureTable, placed: Placed) -> tuple[list[DataFact], list[str]]:
-    """Facts and warnings about a table whose ASVs were placed."""
-    new = np.flatnonzero(placed.known < 0)
-    reverse, foreign = placed.reverse[new], placed.foreign[new]
-    return _describe(table, placed.known >= 0, new, placed.distance[new], reverse, foreign)
-
-
 def add_applicability(samples: Samples, saved: SavedModel) -> None:
     """Add to the samples' facts and warnings what a model knows of their table."""
-    table, known = samples.table, known_sequences(saved.arrays)
-    is_known = match_names(table.feature_ids, known) >= 0
-    new = np.flatnonzero(~is_known)
-    new = np.sort(new[np.argsort(-_reads(table)[new], kind="stable")][:LOOKED_AT])
-    near = Neighbours(known).find(Texts.of(table.feature_ids).take(new))
-    edits = near.distance[:, 0]
-    facts, warnings = _describe(table, is_known, new, edits, near.reverse, near.foreign)
+    table, sequences = samples.table, known_sequences(saved.arrays)
+    known = match_names(table.feature_ids, sequences)
+    new = np.flatnonzero(known < 0)
+    reads = np.asarray(table.counts.sum(axis=0)).ravel()[new]
+    new = np.sort(new[np.argsort(-reads, kind="stable")][:LOOKED_AT])
+    near = Neighbours(sequences).find(Texts.of(table.feature_ids).take(new))
+    facts, warnings = applicability(table, known, near, new)
     samples.facts += facts
     samples.warnings += warnings
 
 
-def _describe(
-    table: FeatureTable,
-    is_known: np.ndarray,
-    new: np.ndarray,
-    edits: np.ndarray,
-    reverse: np.ndarray,
-    foreign: np.ndarray,
+def applicability(
+    table: FeatureTable, known: np.ndarray, near: Found, new: np.ndarray | None = None
 ) -> tuple[list[DataFact], list[str]]:
     """Shares of ASVs and reads that training knew, distances of the others, and warnings.
 
     Args:
         table: the samples.
-        is_known: (features,) bool.
-        new: (n,) features that are not known, all or some of them.
-        edits: (n,) distance of each to the nearest known one.
-        reverse: (n,) bool, reverse complements of known ones.
-        foreign: (n,) bool, near to none.
+        known: (features,) the known ASV that each equals; -1: none.
+        near: neighbours of those that are new.
+        new: (n,) those that `near` is of; None: all.
     """
-    reads = _reads(table) / max(table.counts.sum(), 1)
-    known = int(is_known.sum())
+    is_known, reverse, foreign = known >= 0, near.reverse, near.foreign
+    new = np.flatnonzero(~is_known) if new is None else new
+    reads = np.asarray(table.counts.sum(axis=0), dtype=np.float64).ravel()
+    reads /= max(reads.sum(), 1.0)
+    count, edits = int(is_known.sum()), near.distance[:, 0]
     detail = f"{is_known.mean():.1%} of {len(is_known)}, {reads[is_known].sum():.1%} of the reads"
-    facts, warnings = [DataFact("ASVs that the model knows", known, detail)], []
+    facts, warnings = [DataFact("ASVs that the model knows", count, detail)], []
     placeable = ~(reverse | foreign)
     if placeable.any():
         middle, ninth, most = np.quantile(edits[placeable], (0.5, 0.9, 1.0))
-        some = "" if len(new) + known == len(is_known) else f"of {len(new):,} looked at, "
+        some = "" if len(new) + count == len(known) else f"of {len(new):,} looked at, "
         detail = (
             f"{some}edits to the nearest known one: median {middle:.1f}, 90 % up to {ninth:.1f}, "
             f"most {most:.1f}"
         )
-        facts.append(DataFact("new ASVs", len(is_known) - known - int((~placeable).sum()), detail))
+        facts.append(DataFact("new ASVs", len(known) - count - int((~placeable).sum()), detail))
     for lost, what in (
         (reverse, "reverse complements of what the model knows"),
         (foreign, "near nothing that the model knows (another region or marker)"),
@@ -88,8 +76,3 @@ def _describe(
             "ASVs that the model knows: what it predicts for them is uncertain"
         )
     return facts, warnings
-
-
-def _reads(table: FeatureTable) -> np.ndarray:
-    """Reads of each feature, (features,)."""
-    return np.asarray(table.counts.sum(axis=0), dtype=np.float64).ravel()

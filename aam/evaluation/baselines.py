@@ -1,7 +1,7 @@
 """What simple methods reach: the numbers printed beside every result.
 
 A model that does not beat the Jaccard distance, a per-position consensus or a random forest has
-not earned its compute. Nothing here needs a model.
+not earned its compute. Nothing here needs a model. `counts` are (samples, features) reads.
 """
 
 from __future__ import annotations
@@ -25,22 +25,16 @@ from aam.evaluation.metrics import (
 from aam_kernels import Ragged
 
 Array = np.ndarray
-Pairwise = Callable[[Array], Array]
 
-CALIBRATING = 200
-"""Training samples whose pairs calibrate a distance: 19,900 pairs fit two numbers well enough."""
-
+CALIBRATING = 200  # training samples whose pairs calibrate a distance: 19,900 pairs are enough
 KMER = 12
-KNOWN_AT_ONCE = 2**13
-"""Known sequences that all masked ones are compared with at once."""
-
-MOST_DENSE = 50_000_000
-"""Numbers up to which a forest gets a dense table, which it splits several times faster."""
+KNOWN_AT_ONCE = 2**13  # known sequences that all masked ones are compared with at once
+MOST_DENSE = 50_000_000  # numbers up to which a forest's table is dense, and split much faster
 
 
 def distance_baselines(
     counts: csr_array,
-    true_distances: Pairwise,
+    true_distances: Callable[[Array], Array],
     train_rows: Array,
     rows: Array,
     true: Array,
@@ -49,15 +43,15 @@ def distance_baselines(
     sequences: Sequence[str],
     seed: int = 0,
 ) -> dict[str, Measured]:
-    """Simple distances as predictors of the true one, by name; each as `distance_metrics` has it.
+    """Simple distances as predictors of the true ones, by name.
 
-    Their mean absolute error is that after a straight line fitted on pairs of training samples.
+    The mean absolute error is that after a straight line fitted on pairs of training samples.
 
     Args:
-        counts: (samples, features) reads.
+        counts: reads.
         true_distances: from rows (n,) to their distances (n, n).
-        train_rows: rows that calibrate; at most `CALIBRATING` of them are drawn.
-        rows: (n,) rows that are measured, all of them.
+        train_rows: rows that calibrate; some of very many are drawn.
+        rows: (n,) rows that are measured.
         true: (n, n) their true distances.
         groups: (n,) labels of `rows`, for Mantel's r between groups.
         sequences: (features,) DNA.
@@ -90,16 +84,7 @@ def richness_difference(counts: csr_array) -> Array:
 
 
 def kmer_profile(counts: csr_array, sequences: Sequence[str], length: int = KMER) -> csr_array:
-    """Which subsequences samples hold, told apart by their position.
-
-    Args:
-        counts: (samples, features) reads.
-        sequences: (features,) DNA.
-        length: bases of a subsequence.
-
-    Returns:
-        (samples, (position, subsequence) pairs), positive where present.
-    """
+    """(samples, k-mers) positive where a sample has a k-mer at its position in the sequence."""
     used = np.unique(counts.indices)
     bases = bases_of(Texts.of(sequences).take(used))
     powers, none = 4 ** np.arange(length), np.empty(0, dtype=np.int64)
@@ -112,9 +97,8 @@ def kmer_profile(counts: csr_array, sequences: Sequence[str], length: int = KMER
         columns.append(count + code)
         count += len(distinct)
     feature, column = np.concatenate(features), np.concatenate(columns)
-    holds = csr_array(
-        (np.ones(len(feature), dtype=np.float32), (feature, column)), (len(used), max(count, 1))
-    )
+    ones = np.ones(len(feature), dtype=np.float32)
+    holds = csr_array((ones, (feature, column)), (len(used), max(count, 1)))
     return csr_array(counts[:, used].sign().astype(np.float32) @ holds)
 
 
@@ -160,14 +144,11 @@ def nucleotide_baselines(
     wanted, most, nearest = one_hot(own), np.full(len(own), -1.0), np.zeros(len(own), np.int64)
     for low in range(0, len(theirs), KNOWN_AT_ONCE):
         agreed = wanted @ one_hot(theirs[low : low + KNOWN_AT_ONCE]).T
-        best = agreed.argmax(axis=1)
-        value = agreed[np.arange(len(own)), best]
+        best, value = agreed.argmax(axis=1), agreed.max(axis=1)
         nearest = np.where(value > most, best + low, nearest)
         most = np.maximum(most, value)
-    named = {
-        "consensus": A + counted.argmax(axis=0)[positions],
-        "nearest known ASV": theirs[nearest[rows], positions],
-    }
+    consensus, neighbour = A + counted.argmax(axis=0)[positions], theirs[nearest[rows], positions]
+    named = {"consensus": consensus, "nearest known ASV": neighbour}
     return {name: float((one == bases).mean()) for name, one in named.items()}
 
 
@@ -181,16 +162,10 @@ def target_baselines(
     trees: int = 200,
     seed: int = 0,
 ) -> dict[str, Measured]:
-    """A random forest on relative abundances, and a constant; each as `target_metrics` has it.
+    """What a random forest on relative abundances, and a constant, reach on a target, by name.
 
-    Args:
-        counts: (samples, features) reads.
-        truth: (samples,) numbers in the user's unit, or classes; known of both parts.
-        train_rows: rows that are fitted, at least one.
-        rows: rows that are measured.
-        classes: of the model; 0 for a number.
-        trees: of the forest.
-        seed: of the forest.
+    `truth` (samples,) are numbers in the user's unit or, of a number of `classes`, class codes; of
+    the rows that are fitted and of those that are measured it must be known.
     """
     import torch
     from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
@@ -218,6 +193,5 @@ def target_baselines(
 def _shares(counts: csr_array, rows: Array) -> csr_array:
     """Relative abundances (rows, features) float32."""
     part = csr_array(counts[rows], dtype=np.float32)
-    depth = np.asarray(part.sum(axis=1)).ravel()
-    part.data /= np.repeat(depth, np.diff(part.indptr))
+    part.data /= np.repeat(np.asarray(part.sum(axis=1)).ravel(), np.diff(part.indptr))
     return part

@@ -1,36 +1,37 @@
 """A trained model as an object: predictions, vectors and distances of any table, as pandas frames.
 
 A table is a path (.biom, .qza, .tsv), a `biom.Table` or a frame (samples x features). Its feature
-ids are DNA, or `sequences` (FASTA or .qza) maps them to it.
+ids are DNA, or `sequences` (FASTA or .qza) maps them to it. `rarefy_depth` is the reads a sample
+is rarefied to, 0: none, the counts as they are; `seed` is that of the draw.
 """
 
 from __future__ import annotations
 
-import tempfile
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from aam.config import OptionalTableOptions, from_dict
 from aam.data.dataset import SampleDataset
 from aam.data.embedding import Embedding
-from aam.data.metadata import Metadata, read_metadata
 from aam.data.neighbours import Found
 from aam.data.samples import Samples, make_dataset, read_samples
 from aam.data.table import FeatureTable
 from aam.errors import InputError, log, log_facts
-from aam.evaluation.applicability import add_applicability, of_placed
+from aam.evaluation.applicability import add_applicability, applicability
 from aam.evaluation.outputs import in_units, predict_outputs, prediction_frame
-from aam.evaluation.placer import Placed, Placer, grafted_tree, require_places, unifrac_by_model
+from aam.evaluation.placer import Placed, Placer, require_places, sample_vectors, unifrac_by_model
 from aam.evaluation.unifrac import unifrac_frame
 from aam.learning.device import pick_device
 from aam.learning.model_file import read_model
 from aam.learning.targets import TargetInfo
 from aam.model import Predictor, PretrainedModel
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def load(run: str | Path, device: str = "auto", attn_implementation: str = "auto") -> Model:
@@ -47,7 +48,6 @@ class Model:
         self.network.to(pick_device(device, attn_implementation))
         self.description = self.saved.description
 
-    # ------------------------------------------------------------------- of a fine-tuned model
     def predict(
         self,
         table: Any,
@@ -57,19 +57,19 @@ class Model:
         rarefy_depth: int | None = None,
         allow_missing: bool = False,
         batch_size: int = 32,
-    ) -> Any:
-        """Predictions, a frame of one row a sample.
+    ) -> pd.DataFrame:
+        """What a fine-tuned model predicts, a row a sample.
+
+        The column ``predicted`` is in the target's units; of classes it is the name, and
+        ``probability_NAME`` follow.
 
         Args:
-            table: it is treated as training treated its own.
+            table: see above; treated as in training, also rarefied, unless a depth is given.
             metadata: path or frame of sample metadata, where the model has categorical columns.
             sequences: see above.
-            rarefy_depth: reads a sample; None: as in training, 0: counts as they are.
+            rarefy_depth: see above.
             allow_missing: treat samples without metadata as unknown in every categorical column.
             batch_size: samples computed at once.
-
-        Returns:
-            ``predicted``, in the target's units; of classes the name, and ``probability_NAME``.
         """
         if not isinstance(self.network, Predictor):
             raise InputError(
@@ -77,7 +77,8 @@ class Model:
             )
         columns = ", ".join(map(repr, self.description["categories"]))
         if metadata is not None and not columns:
-            log(f"{_name(metadata)}: not used, the model has no categorical columns")
+            name = metadata if isinstance(metadata, (str, Path)) else "the metadata"
+            log(f"{name}: not used, the model has no categorical columns")
             metadata = None
         samples = self.read(
             table, metadata, sequences=sequences, rarefy_depth=rarefy_depth,
@@ -96,25 +97,17 @@ class Model:
 
     @property
     def target(self) -> TargetInfo:
-        """The column that is predicted."""
+        """The column that a fine-tuned model predicts."""
         return TargetInfo.from_dict(self.description["target"])
 
     def read(
-        self,
-        table: Any,
-        metadata: Any = None,
-        *,
-        rarefy_depth: int | None = None,
-        keep_unmatched: bool = False,
-        **options: Any,
+        self, table: Any, metadata: Any = None, *, rarefy_depth: int | None = None, **more: Any
     ) -> Samples:
         """Samples treated as in training, with facts on how much of them the model knows."""
         data = self.description["data"]
-        depth = data["rarefy_depth"] if rarefy_depth is None else rarefy_depth
-        samples = _read(
-            table, data["seed"], _metadata(metadata), keep_unmatched, rarefy_depth=depth,
-            asv_sampling=data["asv_sampling"], **options,
-        )  # fmt: skip
+        more["rarefy_depth"] = data["rarefy_depth"] if rarefy_depth is None else rarefy_depth
+        more["asv_sampling"] = data["asv_sampling"]
+        samples = _read(table, data["seed"], metadata, **more)
         add_applicability(samples, self.saved)
         return samples
 
@@ -128,7 +121,6 @@ class Model:
         options = SimpleNamespace(**self.description["data"])
         return make_dataset(samples, options, categories=codes), keys
 
-    # --------------------------------------------------------- of a model that a tree has taught
     def embed(
         self,
         table: Any,
@@ -138,17 +130,12 @@ class Model:
         sequences: str | Path | None = None,
         rarefy_depth: int = 0,
         seed: int = 0,
-    ) -> Any:
-        """Vectors, a frame of one row a sample, or a sequence.
+    ) -> pd.DataFrame:
+        """Vectors by a model that a tree taught: ``faith_pd`` and ``e0``, ... of each sample.
 
-        Args:
-            table: counts as they are, or rarefied to `rarefy_depth` reads, drawn by `seed`.
-            asvs: of ASVs: ``nearest`` (the known one), ``edits``, ``support`` and ``e0``, ...;
-                else of samples: ``faith_pd`` and ``e0``, ...
-            dimensions: of a sample's vector; None: as many as pretraining fitted.
-            sequences: see above.
-            rarefy_depth: 0: counts as they are.
-            seed: of the rarefaction.
+        With `asvs` of each sequence: ``nearest`` (the known one), ``edits`` (to it), ``support``
+        (mean probability of its clades) and ``e0``, .... `dimensions` is the length of a sample's
+        vector; as pretraining fitted it if not given.
         """
         import pandas as pd
 
@@ -164,19 +151,14 @@ class Model:
             )
         own, near, placed = self._place(table, sequences, rarefy_depth, seed)
         require_places(own, placed)
-        if asvs:
-            vectors = placer.vectors(own.feature_ids, placed.known, near)
-            names = placer.clades.sequences
-            known = [names[int(tip)] if tip >= 0 else "" for tip in placed.nearest]
-            first = {"nearest": known, "edits": placed.distance, "support": placed.support}
-            index = pd.Index(list(own.feature_ids), name="sequence")
-        else:
-            grafted = grafted_tree(placer.clades, placed, own.feature_ids)
-            blocks = embedding.rows(own, placer.clades, grafted, dimensions)
-            vectors, faith = (np.concatenate(part) for part in zip(*blocks, strict=True))
-            first, index = {"faith_pd": faith}, pd.Index(own.sample_ids, name="sample-id")
-        numbers = pd.DataFrame(vectors, index).add_prefix("e")
-        return pd.concat([pd.DataFrame(first, index), numbers], axis=1)
+        if not asvs:
+            return sample_vectors(placer, own, placed, embedding, dimensions)
+        names = placer.clades.sequences
+        nearest = [names[int(tip)] if tip >= 0 else "" for tip in placed.nearest]
+        first = {"nearest": nearest, "edits": placed.distance, "support": placed.support}
+        vectors = pd.DataFrame(placer.vectors(own.feature_ids, placed.known, near)).add_prefix("e")
+        frame = pd.concat([pd.DataFrame(first), vectors], axis=1)
+        return frame.set_index(pd.Index(list(own.feature_ids), name="sequence"))
 
     def unifrac(
         self,
@@ -187,16 +169,11 @@ class Model:
         rarefy_depth: int = 0,
         seed: int = 0,
         engine: str = "builtin",
-    ) -> Any:
-        """Distances of all samples, a square frame, or ``faith_pd`` of each; see `embed`.
+    ) -> pd.DataFrame:
+        """Distances of all samples on the model's tree, a square frame; or ``faith_pd`` of each.
 
-        Args:
-            table: its new ASVs are placed on the model's tree.
-            metric: unweighted, weighted, weighted-normalized or faith-pd.
-            sequences: see above.
-            rarefy_depth: 0: counts as they are.
-            seed: of the rarefaction.
-            engine: builtin, or unifrac: the package of that name.
+        `metric` is unweighted, weighted, weighted-normalized or faith-pd; `engine` is builtin, or
+        unifrac: the package of that name.
         """
         own, _, placed = self._place(table, sequences, rarefy_depth, seed)
         source = unifrac_by_model(own, self.placer.clades, placed)
@@ -218,42 +195,20 @@ class Model:
         placer = self.placer
         samples = _read(table, seed, sequences=sequences, rarefy_depth=depth)
         found = placer.find(samples.table.feature_ids)
-        placed = placer.place(samples.table.feature_ids, found)
-        facts, warnings = of_placed(samples.table, placed)
+        facts, warnings = applicability(samples.table, *found)
         log_facts(samples.facts + facts, warnings)
-        return samples.table, found[1], placed
+        return samples.table, found[1], placer.place(samples.table.feature_ids, found)
 
 
 def _read(
-    table: Any,
-    seed: int,
-    metadata: Metadata | None = None,
-    keep_unmatched: bool = False,
-    *,
-    sequences: str | Path | None = None,
-    **options: Any,
+    table: Any, seed: int, metadata: Any = None, keep_unmatched: bool = False, **options: Any
 ) -> Samples:
     """Samples of a file, or of a table in memory."""
     path = table if isinstance(table, (str, Path)) else None
-    values = {"table": path, "sequences": sequences, **options}
     return read_samples(
-        from_dict(OptionalTableOptions, values, "aam.load"),
+        from_dict(OptionalTableOptions, {"table": path, **options}, "aam.load"),
         seed,
         table=None if path else table,
         metadata=metadata,
         keep_unmatched=keep_unmatched,
     )
-
-
-def _metadata(source: Any) -> Metadata | None:
-    """Metadata of a file, or of a frame whose index are sample ids, under the rules of the file."""
-    if source is None or isinstance(source, (str, Path)):
-        return None if source is None else read_metadata(source)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "metadata.tsv"
-        source.to_csv(path, sep="\t", index_label="sample-id")
-        return replace(read_metadata(path), source=_name(source))
-
-
-def _name(source: Any) -> str:
-    return str(source) if isinstance(source, (str, Path)) else "the metadata"

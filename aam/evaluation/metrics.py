@@ -8,7 +8,6 @@ R2). Classes are indices from 0.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -29,11 +28,8 @@ def mantel_r(
 ) -> float | None:
     """Mantel's r: Pearson correlation of two distance matrices (n, n) over the pairs i < j.
 
-    Args:
-        predicted: distances.
-        true: distances.
-        groups: (n,) labels such as the subject: only pairs of different groups count then, so that
-            repeated samples of one subject cannot carry the number. None equals nothing.
+    With groups (n,), such as subjects, of pairs of different groups, so that repeated samples of
+    one subject cannot carry the number; None equals nothing.
     """
     a, b = (condensed(one).astype(np.float64) for one in (predicted, true))
     if groups is not None:
@@ -48,9 +44,7 @@ def mantel_r(
 
 def mean_absolute_error(predicted: Array, true: Array) -> float | None:
     """Mean of the absolute differences, in the unit of the input."""
-    if not _defined(predicted, true):
-        return None
-    return float(np.abs(np.asarray(predicted) - np.asarray(true)).mean())
+    return float(np.abs(predicted - true).mean()) if _defined(predicted, true) else None
 
 
 def r2(predicted: Array, true: Array) -> float | None:
@@ -60,22 +54,6 @@ def r2(predicted: Array, true: Array) -> float | None:
     if not _defined(predicted, true, least=2) or not np.ptp(true):
         return None
     return float(r2_score(true, predicted))
-
-
-def auc(probabilities: Array, true: Array) -> float | None:
-    """Area under the ROC curve; for more than two classes the mean of each against the rest.
-
-    Args:
-        probabilities: (n, classes).
-        true: (n,). A class that is absent has no curve of its own, and is left out of the mean.
-    """
-    from sklearn.metrics import roc_auc_score
-
-    present = np.unique(true)
-    if len(present) < 2 or not np.isfinite(probabilities).all():
-        return None
-    chosen = [1] if probabilities.shape[1] == 2 else present
-    return float(np.mean([roc_auc_score(true == one, probabilities[:, one]) for one in chosen]))
 
 
 def distance_metrics(
@@ -93,31 +71,30 @@ def distance_metrics(
 
 
 def target_metrics(outputs: Array, true: Array, classes: int) -> Measured:
-    """Metrics of predictions.
+    """Metrics of numbers (n,) in the user's units, or of probabilities (n, classes).
 
-    Args:
-        outputs: (n,) numbers in the user's units, or (n, classes) probabilities.
-        true: (n,) numbers or classes.
-        classes: how many; 0 for a number.
+    The area under the ROC curve is, for more than two classes, the mean of each against the rest;
+    a class that is absent from ``true`` (n,) has none.
     """
-    from sklearn.metrics import accuracy_score, recall_score
+    from sklearn.metrics import recall_score, roc_auc_score
 
     if not classes:
         return {"r2": r2(outputs, true), "mae": mean_absolute_error(outputs, true)}
     if not len(true):
         return {"accuracy": None, "balanced_accuracy": None, "auc": None}
-    true, chosen = np.asarray(true, dtype=np.int64), outputs.argmax(axis=1)
-    recall = recall_score(true, chosen, labels=np.unique(true), average="macro")
+    chosen, present, area = outputs.argmax(axis=1), np.unique(true).astype(np.int64), None
+    if len(present) > 1 and np.isfinite(outputs).all():
+        curves = [1] if classes == 2 else present
+        area = float(np.mean([roc_auc_score(true == one, outputs[:, one]) for one in curves]))
     return {
-        "accuracy": float(accuracy_score(true, chosen)),
-        "balanced_accuracy": float(recall),
-        "auc": auc(outputs, true),
+        "accuracy": float((chosen == true).mean()),
+        "balanced_accuracy": float(recall_score(true, chosen, labels=present, average="macro")),
+        "auc": area,
     }
 
 
 def _defined(predicted: Array, true: Array, *, least: int = 1) -> bool:
     """Whether two vectors are long enough and finite."""
-    pair: list[Any] = [np.asarray(predicted), np.asarray(true)]
-    if pair[0].shape != pair[1].shape:
-        raise ValueError(f"expected equal lengths, got {pair[0].size} and {pair[1].size}")
-    return pair[0].size >= least and all(bool(np.isfinite(one).all()) for one in pair)
+    if predicted.shape != true.shape:
+        raise ValueError(f"expected equal lengths, got {predicted.size} and {true.size}")
+    return predicted.size >= least and bool(np.isfinite(predicted).all() & np.isfinite(true).all())

@@ -42,10 +42,7 @@ class NucleotideCheck:
 
 @torch.no_grad()
 def encode_asvs(
-    encoder: AsvEncoder,
-    dataset: SampleDataset,
-    asv_ids: np.ndarray,
-    ranks: RankGroup | None = None,
+    encoder: AsvEncoder, dataset: SampleDataset, asv_ids: np.ndarray, ranks: RankGroup | None = None
 ) -> Tensor:
     """Vectors of some of the dataset's sequences, (len(asv_ids), dim), without dropout."""
     device = next(encoder.parameters()).device
@@ -72,14 +69,8 @@ def encode_batches(
 ) -> Tensor:
     """What a function makes of samples, (len(rows), ...); every distinct ASV is encoded once.
 
-    Args:
-        encoder: the base of the model.
-        dataset: the samples.
-        rows: which of them.
-        compute: makes one row for each sample of a batch and the vectors of its ASVs.
-        frozen_asvs: vectors of all the dataset's ASVs, where they are known already.
-        chunk: samples encoded at a time.
-        ranks: those that share the work.
+    `compute` makes one row for each sample of a batch and the vectors of its ASVs. `frozen_asvs`
+    are the vectors of all the dataset's ASVs, where they are known already.
     """
     device = next(encoder.parameters()).device
     generator = torch.Generator().manual_seed(0)  # of the ASVs that stand for a large sample
@@ -99,10 +90,7 @@ def encode_batches(
 
 @torch.no_grad()
 def predicted_distances(
-    model: PretrainedModel,
-    dataset: SampleDataset,
-    rows: np.ndarray,
-    ranks: RankGroup | None = None,
+    model: PretrainedModel, dataset: SampleDataset, rows: np.ndarray, ranks: RankGroup | None = None
 ) -> np.ndarray:
     """Distances between samples by free clades, (len(rows), len(rows)) float64."""
     pairs = model.pairs
@@ -222,13 +210,9 @@ def _shared(
     compute: Callable[[T], Tensor],
     ranks: RankGroup | None,
 ) -> Tensor:
-    """The rows that all parts give, in order; each rank computes some of the parts.
+    """The rows that all parts (one at least) give, in order; each rank computes some of the parts.
 
-    Args:
-        parts: at least one.
-        size: rows that a part gives.
-        compute: gives them.
-        ranks: None: this process alone.
+    `size` says how many rows a part gives, and `compute` gives them.
     """
     if ranks is None or ranks.size == 1:
         return torch.cat([compute(one) for one in parts])

@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
 from aam.data.clades import Clades, Grafts, levels_of
+from aam.data.embedding import Embedding
 from aam.data.neighbours import Found, Neighbours
 from aam.data.placement import Law, Placement
 from aam.data.sequences import MASK, START, tokenize
@@ -29,6 +30,9 @@ from aam.errors import InputError, name_some
 from aam.learning.model_file import SavedModel
 from aam.model import PretrainedModel
 from aam_kernels import Ragged
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 WEIGHT = "placing.network_weight"  # among a model's arrays
 CLIP = 5.0  # largest network logit: where it is surer than that it has not been tested
@@ -266,6 +270,20 @@ def grafted_tree(
     """The model's tree with all new ASVs that have a place on it; see `Clades.graft`."""
     new = (placed.known < 0) & placed.usable
     return clades.graft(placed.grafts.take(new), Texts.of(sequences).take(new))
+
+
+def sample_vectors(
+    placer: Placer, table: FeatureTable, placed: Placed, embedding: Embedding, dimensions: int
+) -> pd.DataFrame:
+    """A row a sample: ``faith_pd``, and ``e0``, ... of a number of dimensions."""
+    import pandas as pd
+
+    grafted = grafted_tree(placer.clades, placed, table.feature_ids)
+    blocks = embedding.rows(table, placer.clades, grafted, dimensions)
+    vectors, faith = (np.concatenate(part) for part in zip(*blocks, strict=True))
+    frame = pd.DataFrame(vectors, pd.Index(table.sample_ids, name="sample-id")).add_prefix("e")
+    frame.insert(0, "faith_pd", faith)
+    return frame
 
 
 def unifrac_by_model(table: FeatureTable, clades: Clades, placed: Placed) -> UniFrac:

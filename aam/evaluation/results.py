@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,7 @@ NAMES = {
 }
 """What people call the metrics that results list; others are not listed."""
 
-Results = list[dict[str, Any]]
+Results = list[dict[str, Any]]  # as the summary holds them
 
 
 @dataclass(frozen=True)
@@ -132,13 +133,8 @@ def nucleotide_results(
 ) -> Results:
     """Masked-nucleotide accuracy beside the training part's consensus and nearest sequences.
 
-    Args:
-        encoder: the model.
-        asvs: holds the sequences that are masked.
-        chosen: which of them; where some are of training too, new ones are also given apart.
-        known: holds the sequences of training.
-        known_ids: which of them.
-        options: how many nucleotides are masked.
+    Of the `chosen` ASVs of `asvs`; where some of them are `known_ids`, those of training, the
+    others are given apart, too. `options` say how many nucleotides are masked.
     """
     seen = np.isin(chosen, known_ids) if asvs is known else np.zeros(len(chosen), dtype=bool)
     parts = {"nucleotide_accuracy_new": chosen[~seen]}
@@ -168,15 +164,10 @@ def target_results(
     train_rows: np.ndarray,
     rows: np.ndarray,
 ) -> Results:
-    """Predictions beside a random forest and a constant.
+    """Numbers (n,) or probabilities (n, classes) of `rows` beside a forest and a constant.
 
-    Args:
-        target: the column.
-        predicted: (n,) numbers in the user's units, or (n, classes) probabilities.
-        truth: (samples,) numbers or classes, known of both parts.
-        samples: of the table.
-        train_rows: samples that the forest learns from; without any there are no baselines.
-        rows: (n,) samples that were predicted.
+    `truth` (samples,) must be known of `rows` and of `train_rows`, which the forest learns from;
+    without any of these there are no baselines.
     """
     classes, simple = len(target.classes), {}
     if len(train_rows):
@@ -191,13 +182,12 @@ def write_pairs(
 ) -> None:
     """Write the pairs of the first samples: all, unless they are too many."""
     ids, groups = subset.ids, subset.groups
-    pairs = zip(*np.triu_indices(min(len(ids), LISTED_SAMPLES), 1), strict=True)
     rows = (
         [
-            ids[i], ids[j], float(true[i, j]), float(predicted[i, j]),
+            ids[i], ids[j], true[i, j], predicted[i, j],
             "" if groups is None else int(groups[i] == groups[j]),
         ]
-        for i, j in pairs
+        for i, j in itertools.combinations(range(min(len(ids), LISTED_SAMPLES)), 2)
     )  # fmt: skip
     header = ["sample_a", "sample_b", "true", "predicted", "same_group"]
     run.write_table("distances.tsv", header, rows)

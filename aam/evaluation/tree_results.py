@@ -20,7 +20,7 @@ from aam.evaluation.metrics import (
     mean_absolute_error,
     r2,
 )
-from aam.evaluation.placer import Placed, Placer, grafted_tree, unifrac_by_model
+from aam.evaluation.placer import Placed, Placer, sample_vectors, unifrac_by_model
 from aam.evaluation.results import EvaluationSubset, Results, compare, write_pairs
 from aam.learning.run import Run
 
@@ -60,7 +60,12 @@ def sample_results(
     if run is not None:
         write_pairs(run, subset, distances, true[0])
         if embedding is not None:
-            write_embeddings(run, placer, table, placed, embedding)
+            frame = sample_vectors(placer, table, placed, embedding, embedding.most)
+            rows = (
+                [name, "validation", *(f"{one:.6g}" for one in vector)]
+                for name, _, *vector in frame.itertuples(name=None)
+            )
+            run.write_table("embeddings.tsv", ["sample-id", "part", *frame.columns[1:]], rows)
     simple = {"placement": measure(nearest)[1], **subset.baselines(true[0])}
     return compare(measured, simple)
 
@@ -80,21 +85,6 @@ def on_tree(table: FeatureTable, truth: UniFrac) -> FeatureTable:
     counts.sort_indices()
     names = Texts.of(table.feature_ids).take(kept)
     return FeatureTable(table.sample_ids, names, counts, table.source)
-
-
-def write_embeddings(
-    run: Run, placer: Placer, table: FeatureTable, placed: Placed, embedding: Embedding
-) -> None:
-    """Write the vectors of validation samples, for the report's ordination."""
-    grafted = grafted_tree(placer.clades, placed, table.feature_ids)
-    blocks = embedding.rows(table, placer.clades, grafted, embedding.most)
-    vectors = np.concatenate([block for block, _ in blocks])
-    header = ["sample-id", "part", *(f"e{i}" for i in range(vectors.shape[1]))]
-    rows = (
-        [name, "validation", *(f"{one:.6g}" for one in vector)]
-        for name, vector in zip(table.sample_ids, vectors, strict=True)
-    )
-    run.write_table("embeddings.tsv", header, rows)
 
 
 def membership_results(

@@ -17,10 +17,12 @@ COMPILERS = ("g++", "clang++", "c++")
 
 
 def find_device(name: str) -> torch.device:
-    """The device that ``--device`` names; auto takes a GPU if there is one."""
+    """The device that ``--device`` names; auto takes a GPU if there is one.
+
+    Raises:
+        InputError: there is no such device.
+    """
     kind, _, index = name.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (index and not index.isdigit()):
-        raise InputError(f"device {name}: expected auto, cpu, cuda or cuda:N")
     count = torch.cuda.device_count()
     if kind == "cuda" and int(index or 0) >= count:
         raise InputError(f"--device {name}: torch sees {count} GPUs; use --device cpu")
@@ -30,7 +32,11 @@ def find_device(name: str) -> torch.device:
 
 
 def count_devices(options: RunOptions) -> int:
-    """How many devices of this machine are asked for; refuses what cannot be meant."""
+    """How many devices of this machine are asked for.
+
+    Raises:
+        InputError: there are fewer, or the options do not go together.
+    """
     device, count = find_device(options.device), torch.cuda.device_count()
     if options.strategy == "fsdp" and options.compile_model:
         raise InputError("--compile-model: does not go together with --strategy fsdp; leave it out")
@@ -55,7 +61,11 @@ def count_devices(options: RunOptions) -> int:
 
 
 def check_attention(implementation: str, device: torch.device) -> None:
-    """Refuse an attention implementation that this device does not have."""
+    """Refuse an attention implementation that this device does not have.
+
+    Raises:
+        InputError: lists those that it has.
+    """
     available = set.intersection(*map(set, available_impls(device).values()))
     if implementation not in ("auto", *available):
         raise InputError(
@@ -93,7 +103,11 @@ def pick_device(name: str, attn_implementation: str = "auto") -> torch.device:
 
 
 def compile_stacks(module: nn.Module) -> None:
-    """Compile every transformer stack in place, for which torch needs a C++ compiler."""
+    """Compile every transformer stack in place.
+
+    Raises:
+        InputError: there is no C++ compiler, which torch.compile needs.
+    """
     if not any(shutil.which(os.environ.get("CXX") or name) for name in COMPILERS):
         raise InputError(
             "--compile-model: needs a C++ compiler such as g++; install one or leave it out"

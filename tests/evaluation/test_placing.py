@@ -10,7 +10,7 @@ from aam.data.tree import read_tree
 from aam.data.unifrac import METRICS, UniFrac
 from aam.errors import InputError
 from aam.evaluation import placer as placing
-from aam.evaluation.applicability import of_placed
+from aam.evaluation.applicability import applicability
 from aam.evaluation.metrics import condensed
 from aam.evaluation.placer import grafted_tree, unifrac_by_model
 from aam.evaluation.tree_results import jaccards
@@ -147,10 +147,11 @@ def test_sequences_near_nothing_have_no_place_and_facts_say_so(study, placer, ne
     features = [*foreign, *placer.clades.sequences[10:30], *reverse, *new[0][:7]]
     counts = type(study.table.counts)(np.eye(36, dtype=int) + 1)
     table = FeatureTable(tuple(f"s{at}" for at in range(36)), features, counts, "odd.biom")
-    placed = placer.place(features)
+    found = placer.find(features)
+    placed = placer.place(features, found)
     assert placed.foreign.tolist() == [True] * 5 + [False] * 31
     assert placed.reverse.tolist() == [False] * 25 + [True] * 4 + [False] * 7
-    facts, warnings = of_placed(table, placed)
+    facts, warnings = applicability(table, *found)
     assert [(fact.count, fact.kind) for fact in facts] == [
         (20, "info"), (7, "info"), (4, "dropped"), (5, "dropped"),
     ]  # fmt: skip
