@@ -153,9 +153,9 @@ def read_argv(name: str, argv: Sequence[str]) -> dict[str, Any]:
     from aam.config import CONFIGS, flag, nearest, options_of
 
     summary, example = COMMANDS[name]
-    said = io.StringIO()
+    errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(errors):
             boxes, rest = tyro.cli(
                 option_boxes(name),
                 prog=f"aam {name}",
@@ -166,9 +166,9 @@ def read_argv(name: str, argv: Sequence[str]) -> dict[str, Any]:
             )
     except SystemExit as stop:
         if not stop.code:
-            sys.stdout.write(f"\nexample:\n  aam {name} {example}\n")
+            print(f"\nexample:\n  aam {name} {example}", flush=True)
             raise
-        lacking = re.search(r"--[a-z][a-z0-9-]*", said.getvalue())
+        lacking = re.search(r"--[a-z][a-z0-9-]*", errors.getvalue())
         raise InputError(f"{lacking.group() if lacking else name}: expected a value") from None
     if rest:
         known = options_of(CONFIGS[name])

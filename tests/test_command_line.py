@@ -210,10 +210,11 @@ def test_help_and_errors_need_neither_torch_nor_numpy(argv):
     assert found == light.get(argv[0], "") if argv[-1] == "--help" else "2 pydantic tyro"
 
 
-def test_a_reader_that_has_enough_is_no_error():
+@pytest.mark.parametrize("argv", [["pretrain", "--help"], ["demo", "--help"], ["--version"]])
+def test_a_reader_that_has_enough_is_no_error(argv):
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-m", "aam.train", "pretrain", "--help"]
+    command = [sys.executable, "-m", "aam.train", *argv]
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
     os.close(writing)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
