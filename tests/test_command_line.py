@@ -133,6 +133,7 @@ def test_a_wrong_toml_file_gives_one_line(capsys, tmp_path, text, expected):
         ((*PRETRAIN, "--batch-size", 1.5), "--batch-size 1.5: expected a whole number, at least"),
         ((*PRETRAIN, "--seed", -1), "--seed -1: expected a whole number, at least 0"),
         ((*PRETRAIN, "--seed", 2**63), "expected a whole number, at least 0"),
+        ((*PRETRAIN, "--metadata", "m", "--validation-fraction", 2), "--validation-fraction 2: ex"),
         ((*PRETRAIN, "--device", "tpu"), "--device tpu: expected auto, cpu, cuda or cuda:N"),
         ((*PRETRAIN, "--embedding-dim", 30), "--embedding-dim 30: expected a multiple of"),
         ((*PRETRAIN, "--config", "no.toml"), "no.toml: cannot be read (No such file or directory)"),

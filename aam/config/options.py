@@ -120,7 +120,12 @@ def from_dict(
     Raises:
         InputError: an option is unknown, in another group, missing, or has a wrong value.
     """
-    nested = _nested(config_class, flat(config_class, values, source))
+    known, given = options_of(config_class), flat(config_class, values, source)
+    groups = {one.group for one in known.values()}
+    nested = {
+        group: {k: v for k, v in given.items() if known[k].group == group} for group in groups
+    }
+    nested |= nested.pop("", {})
     text = pydantic_core.to_json(nested, inf_nan_mode="constants", fallback=lambda one: one.item())
     try:
         return pydantic.TypeAdapter(config_class).validate_json(text, strict=bool(source))
@@ -135,15 +140,11 @@ def from_dict(
         raise InputError(f"{lacks}; aam {command} --help lists the options")
     if not wrong:
         return None
-    first, known = wrong[0], options_of(config_class)
-    if first["type"] == "value_error":  # raised by the class, about two options
-        raise InputError(str(first["ctx"]["error"]))
-    option, value = (
-        next(known[one] for one in reversed(first["loc"]) if one in known),
-        first["input"],
-    )
-    given = f"{source}: {option.name} = {value!r}" if source else f"{flag(option.name)} {value}"
-    raise InputError(f"{given}: expected {option.expected}")
+    if wrong[0]["type"] == "value_error":  # raised by the class, about two options
+        raise InputError(str(wrong[0]["ctx"]["error"]))
+    name, value = next(one for one in reversed(wrong[0]["loc"]) if one in given), wrong[0]["input"]
+    what = f"{source}: {name} = {value!r}" if source else f"{flag(name)} {value}"
+    raise InputError(f"{what}: expected {known[name].expected}")
 
 
 def flat(config_class: type, values: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -169,14 +170,6 @@ def flat(config_class: type, values: Mapping[str, Any], source: str) -> dict[str
                 raise InputError(f"{source}: option {given!r} is given twice")
             found[name] = one
     return found
-
-
-def _nested(config_class: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    known = options_of(config_class)
-    nested: dict[str, Any] = {one.group: {} for one in known.values() if one.group}
-    for name, value in values.items():
-        (nested[known[name].group] if known[name].group else nested)[name] = value
-    return nested
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -211,17 +204,13 @@ def write_toml(config: Any, path: Path) -> None:
     import tomli_w
 
     values = to_dict(config)
-    if isinstance(values.get("run"), dict):
-        values["run"] = {k: v for k, v in values["run"].items() if k not in NOT_SAVED}
+    for name in NOT_SAVED:
+        values.get("run", {}).pop(name, None)
     path.write_text(tomli_w.dumps(values), encoding="utf-8")
 
 
 def check_paths(config: Any) -> None:
-    """Refuse, before anything is read, files that are not there and outputs that cannot be written.
-
-    Raises:
-        InputError: names the path, and what was expected.
-    """
+    """Refuse, before any work, files that are not there and outputs that cannot be written."""
     run = getattr(config, "run", None)
     for option in options_of(type(config)).values():
         path = getattr(getattr(config, option.group, config), option.name)
