@@ -12,6 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,8 @@ import torch
 from aam.data.dataset import SampleDataset
 from aam.data.table import FeatureTable, read_table
 from aam.data.table_distances import TableDistances
-from aam.learning.calibration import LEARNING_STEPS, Calibration
+from aam.learning.batches import fixed_batches
 from aam.learning.cost_model import CostModel
-from aam.learning.planner import EpochPlan
 from aam.model import AsvEncoder, EncoderShape
 from benchmarks.large_tables import sequences
 from benchmarks.steps import TABLES, forward, make_trainer, pair_objective
@@ -138,7 +138,7 @@ class Case:
 
     def fixed(self, size: int) -> list[np.ndarray]:
         """An epoch in batches of so many samples."""
-        return EpochPlan(self.rows, size, self.seed).batches(0)
+        return fixed_batches(self.rows, size, self.seed)
 
     def predict(self, model: CostModel, batches: Sequence[np.ndarray]) -> np.ndarray:
         """Peaks of these steps in one piece, bytes."""
@@ -151,7 +151,7 @@ class Case:
         return {
             "samples": sum(map(len, batches)),
             "sizes": list(map(len, batches)),
-            "pieces": max(one["pieces"] for one in found),
+            "micro_batches": max(one["micro_batches"] for one in found),
             "peaks": peaks,
             "predicted": [one.get("memory_predicted_gb") for one in found],
             "peak_megabytes": 1e3 * max(peaks),
@@ -173,7 +173,7 @@ def filling(
         folder: of the data.
         name: see `read`.
         steps: take only the first ones of the epoch.
-        keep: file from which the calibration comes, or into which it goes, for other contestants.
+        keep: file from which the cost model comes, or into which it goes, for other contestants.
         options: of `Case`.
     """
     case = Case(folder, name, **options)
@@ -182,17 +182,14 @@ def filling(
     def calibrate() -> Result:
         started = time.perf_counter()
         if keep is not None and Path(keep).exists():
-            known = {"calibration": json.loads(Path(keep).read_text()), "budget": case.budget}
-            batching.load_state({**batching.state(), **known})
+            batching.costs = model_of(keep)
         batching.prepare(case.trainer.compute)
-        if steps is None:  # a run soon knows its steps better
-            later = itertools.chain.from_iterable(map(batching.batches, itertools.count(1)))
-            case.train(list(itertools.islice(later, LEARNING_STEPS)))
+        assert batching.costs is not None
         if keep is not None:
-            Path(keep).write_text(json.dumps(batching.calibration.to_dict()))
+            Path(keep).write_text(json.dumps(asdict(batching.costs)))
         return {
-            "calibration_seconds": time.perf_counter() - started,
-            "calibration_steps": len(batching.calibration.sizes),
+            "measuring_seconds": time.perf_counter() - started,
+            "measured_steps": batching.costs.steps,
         }
 
     return in_turn(calibrate, lambda: case.train(batching.batches(0)[:steps]))
@@ -204,7 +201,7 @@ def largest_fixed(folder: str, name: str, *, keep: str, **options: Any) -> Epoch
     Args:
         folder: of the data.
         name: see `read`.
-        keep: file with a calibration, where the search begins; the number goes beside it.
+        keep: file with a cost model, where the search begins; the number goes beside it.
         options: of `Case`.
     """
     case, known = unlimited(folder, name, **options), Path(f"{keep}.size")
@@ -256,7 +253,7 @@ def halving(folder: str, name: str, *, keep: str, **options: Any) -> Epoch:
     Args:
         folder: of the data.
         name: see `read`.
-        keep: file with a calibration, to know those.
+        keep: file with a cost model, to know those.
         options: of `Case`.
     """
     case = unlimited(folder, name, **options)
@@ -318,10 +315,8 @@ def unlimited(folder: str, name: str, *, budget_gb: float, **options: Any) -> Ca
 
 
 def model_of(keep: str) -> CostModel:
-    """The cost model of a calibration that `filling` has kept."""
-    model = Calibration.from_dict(json.loads(Path(keep).read_text())).model
-    assert model is not None
-    return model
+    """The cost model that `filling` has kept."""
+    return CostModel(**json.loads(Path(keep).read_text()))
 
 
 def in_pieces(folder: str, name: str, *, pieces: int, **options: Any) -> Epoch:

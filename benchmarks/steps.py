@@ -27,11 +27,10 @@ from aam.data.table import FeatureTable, read_table
 from aam.data.table_distances import TableDistances
 from aam.data.tree import read_tree
 from aam.evaluation.outputs import predicted_distances
-from aam.learning.batches import Batching
+from aam.learning.batches import Batching, fixed_batches
 from aam.learning.loop import Trainer
 from aam.learning.losses import CladeLoss, DistanceLoss, Terms
 from aam.learning.objective import CladeObjective, Objective, PairObjective, SamplePart, Work
-from aam.learning.planner import EpochPlan
 from aam.learning.run import Run
 from aam.model import AsvEncoder, CladeHead, EncoderShape, FreeClades, PretrainedModel
 from benchmarks.baselines.padded_transformer import (
@@ -100,7 +99,7 @@ problem = lru_cache(Problem)
 
 def first_batches(rows: int, size: int) -> list[np.ndarray]:
     """The first batches of an epoch."""
-    return EpochPlan(np.arange(rows), size, seed=0).batches(0)[:BATCHES]
+    return fixed_batches(np.arange(rows), size, seed=0)[:BATCHES]
 
 
 def pair_objective(encoder: AsvEncoder, distances: TableDistances) -> PairObjective:

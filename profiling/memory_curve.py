@@ -1,4 +1,4 @@
-"""Memory of a training step over batch sizes, implementations, recomputation and pieces.
+"""Memory of a training step over batch sizes, implementations, recomputation and micro-batches.
 
     python -m profiling.memory_curve                              simulated samples, on this machine
     python -m profiling.memory_curve --device cuda --batch-sizes 8 32 128 512
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -23,11 +24,12 @@ from typing import Any
 from benchmarks.worker import Worker
 
 MB = 1e6
+SEQUENCES = 8  # through the layer whose kept bytes are counted
 COLUMNS = {
     "implementation": "{}",
     "recompute": "{}",
     "samples": "{:,}",
-    "pieces": "{:,}",
+    "micro_batches": "{:,}",
     "ASVs": "{:,}",  # distinct ones of the step
     "tokens": "{:,}",  # of the distinct ASVs
     "slots": "{:,}",  # (sample, ASV) pairs
@@ -62,7 +64,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m profiling.memory_curve")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[2, 4, 8, 16])
-    parser.add_argument("--pieces", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--implementations", nargs="+", help="all that the device has")
     parser.add_argument("--recompute", choices=("on", "off", "both"), default="both")
     parser.add_argument("--asvs", type=int, default=50, help="mean ASVs of a simulated sample")
@@ -83,14 +85,14 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 
     found = options.implementations or available_impls(options.device)["encoder_layer"]
     recompute = {"on": [True], "off": [False], "both": [True, False]}[options.recompute]
-    for impl, again, samples, pieces in itertools.product(
-        found, recompute, options.batch_sizes, options.pieces
+    for impl, again, samples, count in itertools.product(
+        found, recompute, options.batch_sizes, options.micro_batches
     ):
         yield {
             "impl": impl,
             "recompute": again,
             "samples": samples,
-            "pieces": pieces,
+            "micro_batches": count,
             "device": options.device,
             "token_limit": options.token_limit,
             "max_bp": options.max_bp,
@@ -117,7 +119,7 @@ def measure(case: Case) -> dict[str, Any]:
         "implementation": case["impl"],
         "recompute": "on" if case["recompute"] else "off",
         "samples": case["samples"],
-        "pieces": case["pieces"],
+        "micro_batches": case["micro_batches"],
     }
     worker = Worker("profiling.memory_curve:step", **case)
     try:
@@ -130,14 +132,13 @@ def measure(case: Case) -> dict[str, Any]:
         worker.close()
 
 
-def step(samples: int, pieces: int, **setting: Any) -> Callable[[], dict[str, float]]:
+def step(samples: int, micro_batches: int, **setting: Any) -> Callable[[], dict[str, float]]:
     """In the process that is measured: a step of the first samples of a table, ready to run."""
     import numpy as np
     import torch
 
     from aam.learning.distributed import RankGroup
-    from aam.learning.memory_profile import kept_a_token
-    from aam.learning.memory_watch import StepWatch
+    from aam.learning.memory_profile import StepWatch
     from aam.learning.meter import Meter
     from aam.learning.optimizer import make_optimizer
     from aam.learning.step import Step
@@ -146,12 +147,12 @@ def step(samples: int, pieces: int, **setting: Any) -> Callable[[], dict[str, fl
     device = setting["device"]
     dataset, objective = prepare(**setting)
     optimizer = make_optimizer(objective, 1e-4, 0.01)
-    compute, meter = Step(objective, RankGroup()), Meter.for_device(device)
+    compute, meter = Step(objective, RankGroup()), Meter(torch.device(device))
 
     def change(rows: np.ndarray) -> None:
         optimizer.zero_grad(set_to_none=True)
         torch.manual_seed(0)
-        compute(dataset.batch(rows).to(device), pieces)
+        compute(dataset.batch(rows).to(device), micro_batches)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -166,8 +167,10 @@ def step(samples: int, pieces: int, **setting: Any) -> Callable[[], dict[str, fl
         before = meter.peak()
         change(rows)
         peak = meter.peak()
-        with StepWatch(objective, meter).watching(step) as watch:
+        watch = StepWatch(objective, meter)
+        with watch.watching(compute):
             change(rows)
+            watch.begin("")
         return {
             "ASVs": len(batch.tokens),
             "tokens": len(batch.tokens.values),
@@ -175,13 +178,59 @@ def step(samples: int, pieces: int, **setting: Any) -> Callable[[], dict[str, fl
             "before_mb": before / MB,
             "peak_mb": peak / MB,
             "step_mb": (peak - before) / MB,
-            "kept_mb": watch.most_kept / MB,
+            "kept_mb": max(kept.total() for kept in watch.kept.values()) / MB,
             "kept_b_token_layer": kept_a_token(
                 dim, stack.num_heads, hidden, stack.impl, stack.recompute, device
             ),
         }
 
     return work
+
+
+def kept_a_token(
+    dim: int,
+    num_heads: int,
+    hidden: int,
+    impl: str,
+    recompute: bool,
+    device: str,
+    *,
+    length: int = 150,
+) -> int:
+    """Bytes that a float32 encoder layer keeps for its backward pass, for each token.
+
+    Args:
+        dim: width.
+        num_heads: divides it.
+        hidden: width of the feed-forward part.
+        impl: implementation, as in `aam_kernels`.
+        recompute: keep the layer's input only.
+        device: where it runs.
+        length: tokens a sequence.
+    """
+    import torch
+    from torch.autograd.graph import saved_tensors_hooks
+
+    from aam_kernels import Ragged
+    from aam_kernels.modules import TransformerEncoder
+
+    total = SEQUENCES * length
+    stack = TransformerEncoder(dim, num_heads, 1, hidden, 0.0, recompute, impl).to(device)
+    stack.norm = torch.nn.Identity()  # type: ignore[assignment]  # the stack's, not a layer's
+    offsets = torch.arange(0, total + 1, length, dtype=torch.int32, device=device)
+    x = torch.zeros(total, dim, device=device, requires_grad=True)
+    known = {one.untyped_storage().data_ptr() for one in (*stack.parameters(), offsets)}
+    kept: dict[int, torch.Tensor] = {}
+
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        own = tensor.detach()
+        if own.untyped_storage().data_ptr() not in known:
+            kept.setdefault(own.untyped_storage().data_ptr(), own)
+        return own
+
+    with saved_tensors_hooks(save, lambda tensor: tensor):
+        stack(Ragged(x, offsets, length))
+    return math.ceil(sum(one.untyped_storage().nbytes() for one in kept.values()) / total)
 
 
 def prepare(

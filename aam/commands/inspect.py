@@ -17,14 +17,14 @@ from aam.data.samples import Samples, make_dataset, read_samples
 from aam.errors import InputError, log, log_facts
 from aam.evaluation.applicability import add_applicability
 from aam.evaluation.metrics import condensed
-from aam.learning.batches import GB, Batching
+from aam.learning.batches import Batching, fixed_batches
 from aam.learning.device import pick_device
 from aam.learning.distributed import RankGroup
 from aam.learning.losses import DistanceLoss, DistanceSource
+from aam.learning.meter import GB
 from aam.learning.model_file import read_model
 from aam.learning.objective import PairObjective
 from aam.learning.optimizer import make_optimizer
-from aam.learning.planner import EpochPlan
 from aam.learning.step import Step
 from aam.model import AsvEncoder, EncoderShape, PretrainedModel
 
@@ -94,7 +94,7 @@ def _plan(
     """The rows of each step of the first epoch; says what they take where a memory is given."""
     if config.max_memory_gb is None and config.max_memory_fraction is None:
         size = config.batch_size or min(dataset.default_batch, len(rows))
-        return EpochPlan(rows, size, config.seed).batches(0)
+        return fixed_batches(rows, size, config.seed)
     options = OptimizerOptions(
         batch_size=config.batch_size,
         max_memory_gb=config.max_memory_gb,
@@ -111,10 +111,10 @@ def _plan(
     optimizer = make_optimizer(objective, lr=0.0, weight_decay=0.0)
     step = Step(objective, RankGroup())
 
-    def compute(rows: np.ndarray, pieces: int) -> dict[str, float]:
+    def compute(rows: np.ndarray, micro_batches: int) -> dict[str, float]:
         optimizer.zero_grad(set_to_none=True)
         torch.manual_seed(config.seed)
-        return step(dataset.batch(rows).to(device), pieces)
+        return step(dataset.batch(rows).to(device), micro_batches)
 
     log("measuring what steps of samples take, at the default options")
     batching.prepare(compute)
@@ -135,21 +135,20 @@ class _NoDistances:
 
 def _describe_memory(found: Rows, batching: Batching, plan: Sequence[np.ndarray]) -> None:
     """Memory of a plan's steps."""
-    model, budget = batching.calibration.model, batching.budget
-    assert model is not None
-    sizes = [batching.size(one) for one in plan]
-    pieces = np.array([batching.pieces(one) for one in sizes])
-    parts = [size.split(count) for size, count in zip(sizes, pieces.tolist(), strict=True)]
-    peaks = np.array([model.predict(one) for one in parts])
+    costs, budget = batching.costs, batching.budget
+    assert costs
+    sizes = [batching.contents.size(one) for one in plan]
+    counts = np.array([batching.micro_batches(one) for one in sizes])
+    parts = [size.split(count) for size, count in zip(sizes, counts.tolist(), strict=True)]
+    peaks = np.array([costs.predict(one) for one in parts])
     mean, most = (f"{one / GB:.2f} GB ({one / budget:.0%})" for one in (peaks.mean(), peaks.max()))
-    before = f"{model.constant / GB:.2f} GB before a step"
+    before = f"{costs.constant / GB:.2f} GB before a step"
     found["memory to fill"] = f"{budget / GB:.2f} GB, of which {before}"
     found["predicted peak of a step"] = f"mean {mean}, most {most}"
-    measured = f"{len(batching.calibration.peaks)} measured steps, each left out once"
-    found["error of the prediction"] = f"{model.error:.1%} (95th percentile of {measured})"
-    if pieces.max() > 1:
-        cut = f"{(pieces > 1).sum()} of {len(pieces)}, most {pieces.max()} pieces"
-        found["steps in pieces"] = cut
+    found["error of the prediction"] = f"{costs.margin:.1%} kept free, by measured steps"
+    if counts.max() > 1:
+        cut = f"{(counts > 1).sum()} of {len(counts)}, most {counts.max()}"
+        found["steps in micro-batches"] = cut
 
 
 def _describe_cost(

@@ -1,14 +1,16 @@
-"""Which samples share a step and in how many pieces it is computed, within a memory budget.
+"""Which samples share a step, and in how many micro-batches it fits into a budget of memory.
 
-`Batching` joins the plan of an epoch with what steps are measured to take. Fixed steps (a number
-of samples) are cut into the fewest pieces that fit; filling steps hold as many samples as fit. A
-step that still runs out of memory is computed again, the same one, in smaller pieces.
+Fixed steps (a number of samples) are cut into the fewest micro-batches that fit; filling steps
+hold as many samples as fit. A step that still runs out of memory is computed again, the same one,
+in smaller micro-batches.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -19,20 +21,94 @@ from aam.config import OptimizerOptions
 from aam.data.dataset import AsvDataset, SampleDataset
 from aam.errors import InputError, log
 from aam.learning import distributed
-from aam.learning.calibration import CALIBRATION_STEPS, Calibration
-from aam.learning.cost_model import CostModel, StepSize
-from aam.learning.cost_model import memory_budget as budget_of
-from aam.learning.meter import Meter
+from aam.learning.cost_model import CostModel, StepContents, StepSize
+from aam.learning.meter import GB, Meter
 from aam.learning.objective import Objective
-from aam.learning.planner import Contents, EpochPlan, MemoryPlan
 from aam.learning.step import StepTooLarge
 
-GB = 1e9
+WINDOW = 64  # samples that may wait for a step with room for them
+MEASURED_ORDER = 10  # the epoch of whose order measured steps are
+MEASURED_SHARE = 0.8  # of what steps may hold, which no measured one is predicted to exceed
+GROWING_STEPS, GROWTH = 8, 4  # measured steps of more and more samples, at most times as many
+MANY = 64  # micro-batches of a step of which a few small ones say that it fits in no number
+KEPT = ("budget", "failures", "least", "asv_limits", "epoch", "stale")
 Compute = Callable[[np.ndarray, int], dict[str, float]]
 
 
+def shuffled(rows: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """The rows in the order of an epoch."""
+    return np.random.default_rng([seed, epoch]).permutation(rows)
+
+
+def fixed_batches(
+    rows: np.ndarray, size: int, seed: int, epoch: int = 0, option: str = "--batch-size"
+) -> list[np.ndarray]:
+    """Random batches of a number of samples; one that is left joins the batch before it."""
+    if len(rows) < 2:  # a distance needs a pair
+        raise InputError(
+            f"{len(rows)} training samples: at least 2 are needed; "
+            "use more samples or a smaller --validation-fraction"
+        )
+    if not 2 <= size <= len(rows):
+        raise InputError(
+            f"{option} {size}: choose 2 to {len(rows)}, the number of training samples"
+        )
+    count = len(rows) // size + (len(rows) % size > 1)
+    return np.split(shuffled(rows, seed, epoch), np.arange(1, count) * size)
+
+
+class Filling:
+    """Batches of as many samples as fit into the memory, by what their new ASVs cost.
+
+    Samples are not chosen by the ASVs they share: that would save 1 to 7 % of the distinct ASVs
+    (ibd, oral), but batches would no longer be random, and their distances too small.
+    """
+
+    def __init__(self, contents: StepContents, costs: CostModel, budget: float) -> None:
+        self.contents = contents
+        self.room = budget / (1 + costs.margin) - costs.constant  # for what a step holds
+        rates = StepSize(*costs.rates)
+        self.asv_cost = rates.asvs + rates.tokens * contents.lengths / contents.ranks
+        self.slots_cost = rates.slots * contents.counts / contents.ranks
+        sums = np.concatenate([[0.0], np.cumsum(self.asv_cost[contents.asvs])])
+        self.alone = self.slots_cost + np.diff(sums[contents.starts])  # of each sample by itself
+
+    def batches(self, order: np.ndarray) -> list[np.ndarray]:
+        """Batches of all rows, at least two in each.
+
+        A sample that does not fit any more waits and is among the first of the next batch. Only
+        one that fits with none that is at hand shares a batch that is over the budget.
+        """
+        queue, batches = deque(order.tolist()), list[list[int]]()
+        batch_of = np.full(len(self.asv_cost), -1)  # of an ASV
+        while queue:
+            batch, waiting, left = list[int](), list[int](), self.room
+            while queue and len(waiting) < WINDOW:
+                row = queue.popleft()
+                asvs = self.contents.of(row)
+                new = asvs[batch_of[asvs] != len(batches)]
+                cost = self.asv_cost[new].sum() + self.slots_cost[row]
+                if batch and cost > left:
+                    waiting.append(row)
+                    continue
+                batch.append(row)
+                batch_of[new] = len(batches)
+                left -= cost
+            if len(batch) == 1 and waiting:
+                batch.append(waiting.pop(int(np.argmin(self.alone[waiting]))))
+            queue.extendleft(reversed(waiting))
+            batches.append(batch)
+        if len(batches[-1]) == 1:  # another one joins it, or it joins two others
+            row, before = batches.pop()[0], batches[-1]
+            if len(before) > 2:
+                batches.append([row, before.pop(int(np.argmin(self.alone[before])))])
+            else:
+                before.append(row)
+        return [np.array(one) for one in batches]
+
+
 class Batching:
-    """The samples of every step, and the pieces in which it fits into the memory."""
+    """The samples of every step, and the micro-batches in which it fits into the memory."""
 
     def __init__(
         self,
@@ -43,289 +119,204 @@ class Batching:
         device: torch.device,
         seed: int,
     ) -> None:
-        """Plan fixed steps; filling ones are planned once steps are measured.
-
-        Args:
-            rows: (n,) rows of the dataset to train on.
-            dataset: the samples; ``--oversize subsample`` limits their ASVs.
-            objective: what is learned of them.
-            options: batch sizes and memory.
-            device: whose memory is filled.
-            seed: of the order.
-        """
-        self.rows, self.options, self.seed = rows, options, seed
-        self.dataset, self.objective = dataset, objective
-        self.contents = contents_of(dataset, objective)
-        self.meter = Meter.for_device(device)
+        """Choose the size of steps; filling ones are planned once some are measured."""
+        self.rows, self.dataset, self.objective = rows, dataset, objective
+        self.options, self.seed = options, seed
+        self.contents, self.meter = self._contents(), Meter(device)
         self.limited = options.max_memory_gb is not None or options.max_memory_fraction is not None
         whole, part = options.effective_batch_size, options.batch_size
-        self.least_pieces = 1
-        self.fixed: EpochPlan | None = None
-        if whole is not None:
-            self.fixed = EpochPlan(rows, whole, seed, "--effective-batch-size")
-            self.least_pieces = math.ceil(whole / part) if part else 1
-        elif part is not None or not self.limited or not dataset.fills_memory:
-            size = part or min(dataset.default_batch, len(rows))
-            self.fixed = EpochPlan(rows, size, seed)
-        self.calibration = Calibration()
+        self.least = math.ceil(whole / part) if whole and part else 1  # micro-batches of a step
+        self.batch_size = part if whole is None else whole  # None: as many as fit
+        if self.batch_size is None and not (self.limited and dataset.fills_memory):
+            self.batch_size = min(dataset.default_batch, len(rows))
+        option = "--batch-size" if whole is None else "--effective-batch-size"
+        fixed_batches(rows, self.batch_size or 2, seed, option=option)  # refuses bad sizes
         self.budget = 0.0
+        self.costs: CostModel | None = None
         self.failures = 0  # times that memory ran out
-        self.largest: StepSize | None = None  # a piece that did not fit
-        self.limits: dict[int, int] = {}  # most ASVs of rows, by --oversize subsample
-        self._epoch = -1  # that is planned
-        self._plan: list[tuple[int, CostModel]] = []  # from which batch on, with which costs
-        self._batches: list[np.ndarray] = []
-        self._settled: CostModel | None = None  # by which samples that do not fit were looked for
+        self.asv_limits: dict[int, int] = {}  # most ASVs of rows, by --oversize subsample
+        self.epoch, self.planned = -1, list[np.ndarray]()
+        self.stale = False  # the costs have moved since the epoch was planned
 
-    @property
-    def calibrates(self) -> bool:
-        """Whether steps are measured before the first one of training."""
-        return self.limited or self.options.effective_batch_size is not None
+    def _contents(self) -> StepContents:
+        known = self.objective.frozen_asvs is not None
+        starts, asvs = self.dataset.entries()
+        lengths = self.dataset.sequence_lengths * (not known)
+        return StepContents(starts, asvs, lengths, distributed.world_size())
 
     def prepare(self, compute: Compute) -> None:
-        """Set the budget and, where it decides anything, measure a few steps.
+        """Set the budget and, where a memory option or an effective batch asks, measure steps.
 
         Called when data, weights and optimizer state are there. The steps are real ones, up to
-        the change of the weights.
-
-        Args:
-            compute: a step of some rows in some pieces; leaves no gradients.
+        the change of the weights: `compute` takes rows and micro-batches and leaves no gradients.
         """
+        options = self.options
         if not self.budget:
-            self.budget = float(
-                budget_of(
-                    self.meter,
-                    max_memory_gb=self.options.max_memory_gb,
-                    max_memory_fraction=self.options.max_memory_fraction,
-                )
-            )
-        if not self.calibrates or self.calibration.model is not None:
+            budget = self.meter.budget(options.max_memory_gb, options.max_memory_fraction)
+            self.budget = -float(distributed.all_reduce_max(-int(budget)))
+        if self.costs or not (self.limited or options.effective_batch_size):
             return
-        order = np.random.default_rng([self.seed, CALIBRATION_STEPS]).permutation(self.rows)
-        self._warm_up(order[:2], compute)
-        self.calibration.floor = float(self.meter.now())
-        richest = self.rows[np.argsort(-self.contents.counts[self.rows], kind="stable")]
-        most = None if self.fixed is None else self.fixed.batch_size
-        for rows, pieces in self.calibration.steps(order, richest, self.size, self.budget, most):
-            size = self.size(rows)
+        order = shuffled(self.rows, self.seed, MEASURED_ORDER)
+        self.run(order[:2], compute)  # the first step of a process takes more than later ones
+        sizes, held = list[StepSize](), list[float]()
+        for rows, count in self._steps_to_measure(order):
             self.meter.reset()
+            base = self.meter.now()
             try:
-                compute(rows, pieces)
+                compute(rows, count)
             except StepTooLarge:
-                self._note_failure(size, pieces)
                 break
-            self.calibration.add(size.split(pieces), distributed.all_reduce_max(self.meter.peak()))
-        model = self.calibration.model
-        if model is not None:
-            log(
-                f"memory: {self.budget / GB:.2f} GB to fill, {model.constant / GB:.2f} GB taken "
-                f"before a step; measured in {len(self.calibration.peaks)} steps"
-            )
+            sizes.append(self.contents.size(rows).split(count))
+            held.append(distributed.all_reduce_max(self.meter.peak() - base))
+            self.costs = CostModel.fit(sizes, held, distributed.all_reduce_max(base))
+        assert self.costs
+        log(
+            f"memory: {self.budget / GB:.2f} GB to fill, {self.costs.constant / GB:.2f} GB "
+            f"taken before a step; measured in {len(held)} steps"
+        )
+        if self.batch_size is None:
+            self._settle_oversize()
 
-    def _warm_up(self, rows: np.ndarray, compute: Compute) -> None:
-        """Take the first step of the process, which needs more than later ones, unmeasured."""
-        size, pieces = self.size(rows), 1
-        while True:
-            try:
-                compute(rows, pieces)
-                return
-            except StepTooLarge:
-                self._note_failure(size, pieces)
-                pieces *= 2
+    def _steps_to_measure(self, order: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
+        """Rows and micro-batches of steps; `costs` are those of the ones before.
 
-    def batches(self, epoch: int, done: int = 0) -> list[np.ndarray]:
-        """The rows of each step of an epoch.
-
-        Args:
-            epoch: its number.
-            done: batches that were taken already. Where steps are filled and their costs are known
-                better by now, those after them are planned again.
+        More and more samples, up to the most that are predicted to fit; some with many ASVs, which
+        tell tokens from slots; the same in three micro-batches, which tells what these do not
+        divide; and a step of training, in the micro-batches that it needs.
         """
-        if self.fixed is not None:
-            if epoch != self._epoch:
-                self._epoch, self._batches = epoch, self.fixed.batches(epoch)
-            return self._batches
-        model = self.calibration.model
-        assert model is not None
-        if epoch != self._epoch or not done:
-            if epoch == self._epoch and self._plan == [(0, model)]:
-                return self._batches
-            self._epoch, self._plan, self._batches = epoch, [], []
-        if not self._plan or self._plan[-1][1] != model:
-            self._plan_from(done if self._plan else 0, model)
-        return self._batches
 
-    @property
-    def steps_an_epoch(self) -> int:
-        """Steps of an epoch; where they are filled, of the one that is planned."""
-        if self.fixed is not None:
-            return len(self.fixed)
-        return len(self._batches or self.batches(0))
+        def fitting(rows: np.ndarray) -> int:
+            """How many of the first of these samples are predicted to fit together."""
+            assert self.costs
+            bound, base = self.costs.bound, self.costs.base
+            most = base + MEASURED_SHARE * (self.budget - base)
+            numbers = range(1, len(rows) + 1)
+            return bisect_right(numbers, most, key=lambda n: bound(self.contents.size(rows[:n])))
 
-    def _plan_from(self, first: int, model: CostModel) -> None:
-        """Plan the epoch's batches from one on."""
-        if not first and model != self._settled:
-            self._settle_oversize(model)
-            self._settled = model
-        left = self._batches[first:] if first else [self.rows]
-        if left:
-            plan = MemoryPlan(np.concatenate(left), self.contents, model, self.budget, self.seed)
-            self._batches = self._batches[:first] + plan.batches(self._epoch)
-        self._plan.append((first, model))
+        whole = self.batch_size or len(order)
+        count, following = 0, 2
+        for _ in range(GROWING_STEPS):
+            if following < 1.1 * count:
+                break
+            count = following
+            yield order[:count], self.least if self.failures else 1
+            following = fitting(order[: min(GROWTH * count, whole)])
+        rich = order[np.argsort(-self.contents.counts[order], kind="stable")]
+        rich = rich[len(order) // 16 :][:count]
+        if count < len(order) and (few := fitting(rich)) > 1:
+            yield rich[:few], 1
+        if count > 2:
+            yield order[:count], 3
+        if self.batch_size and self.costs and count < whole:
+            needed = self.costs.micro_batches(self.contents.size(order[:whole]), self.budget)
+            yield order[:whole], needed or MANY
 
-    def _settle_oversize(self, model: CostModel) -> None:
-        """Do with samples that do not fit what ``--oversize`` says.
-
-        Raises:
-            InputError: it says that they are an error.
-        """
-        found = MemoryPlan(self.rows, self.contents, model, self.budget, self.seed).oversize()
-        if not found:
+    def _settle_oversize(self) -> None:
+        """Do what ``--oversize`` says with samples that do not fit even with the smallest other."""
+        assert self.costs
+        filling, counts = Filling(self.contents, self.costs, self.budget), self.contents.counts
+        alone = filling.alone[self.rows]
+        room = max(0.0, filling.room - alone.min())
+        found, worst = self.rows[alone > room], self.rows[alone.argmax()]
+        if not len(found):
             return
         assert isinstance(self.dataset, SampleDataset)  # a step of ASVs is never filled
-        worst = max(found, key=lambda one: one.needed)
         what = (
-            f"{len(found)} samples do not fit into {self.budget / GB:.2f} GB in one piece "
-            f"(largest: {self.dataset.sample_ids[worst.row]}, {worst.asvs} ASVs, "
-            f"{worst.needed / GB:.2f} GB)"
+            f"{len(found)} samples do not fit into {self.budget / GB:.2f} GB in one micro-batch "
+            f"(largest: {self.dataset.sample_ids[worst]}, {counts[worst]} ASVs)"
         )
         if self.options.oversize == "error":
             raise InputError(
                 f"{what}: give more memory, a smaller --token-limit or --oversize chunk"
             )
         if self.options.oversize == "chunk":
-            log(f"{what}: computed in pieces")
+            log(f"{what}: computed in more")
             return
-        lost = sum(one.asvs - max(1, one.keep) for one in found)
+        keep = np.maximum(1, counts[found] * room // filling.alone[found]).astype(int)
+        lost = int((counts[found] - keep).sum())
         log(f"{what}: {lost} of their ASVs are left out (--oversize subsample)")
-        self._limit({one.row: max(1, one.keep) for one in found})
+        self._limit_asvs(dict(zip(found.tolist(), keep.tolist(), strict=True)))
 
-    def _limit(self, limits: dict[int, int]) -> None:
-        """Let rows have no more than so many ASVs."""
-        self.limits |= limits
+    def _limit_asvs(self, limits: dict[int, int]) -> None:
         assert isinstance(self.dataset, SampleDataset)
+        self.asv_limits = limits
         self.dataset.limit_asvs(np.array(list(limits)), np.array(list(limits.values())))
-        self.contents = contents_of(self.dataset, self.objective)
+        self.contents = self._contents()
 
-    def size(self, rows: np.ndarray) -> StepSize:
-        """What each rank holds of a step in one piece."""
-        return self.contents.size(rows)
+    def batches(self, epoch: int, done: int = 0) -> list[np.ndarray]:
+        """The rows of each step of an epoch.
 
-    def pieces(self, size: StepSize) -> int:
-        """Into how many pieces a step is cut."""
-        pieces, model = self.least_pieces, self.calibration.model
-        if model is not None and self.calibrates:
-            found = model.pieces_that_fit(size, self.budget)
-            if found is None:
-                raise InputError(
-                    f"a step does not fit into {self.budget / GB:.2f} GB in pieces of any size "
-                    f"(at least {model.bound(size.split(1 << 12)) / GB:.2f} GB): give more memory"
-                )
-            pieces = max(pieces, found)
-        most = max(size.asvs, size.samples)  # the largest sample is never cut
-        while (
-            self.largest is not None
-            and pieces < most
-            and _as_large(size.split(pieces), self.largest)
-        ):
-            pieces *= 2
-        return distributed.all_reduce_max(pieces)
+        Those after the `done` ones are planned again where steps are filled and costs have moved.
+        """
+        if epoch != self.epoch:
+            self.epoch, self.stale, self.planned, done = epoch, True, [self.rows], 0
+        if self.stale and self.batch_size:
+            self.planned = fixed_batches(self.rows, self.batch_size, self.seed, epoch)
+        elif self.stale and done < len(self.planned):
+            left = shuffled(np.concatenate(self.planned[done:]), self.seed, epoch)
+            assert self.costs
+            filling = Filling(self.contents, self.costs, self.budget)
+            self.planned = self.planned[:done] + filling.batches(left)
+        self.stale = False
+        return self.planned
+
+    @property
+    def steps_an_epoch(self) -> int:
+        """Steps of an epoch; where they are filled, of the one that is planned."""
+        return len(self.planned or self.batches(0))
+
+    def micro_batches(self, size: StepSize) -> int:
+        """Into how many micro-batches a step is cut, on every rank."""
+        needed = self.costs.micro_batches(size, self.budget) if self.costs else 1
+        if needed is None:
+            raise InputError(
+                f"a step does not fit into {self.budget / GB:.2f} GB in micro-batches of any size: "
+                "give more memory"
+            )
+        return distributed.all_reduce_max(max(self.least, needed))
 
     def run(self, rows: np.ndarray, compute: Compute) -> tuple[dict[str, float], dict[str, float]]:
-        """Compute a step, again in twice as many pieces each time the memory is too small.
+        """Compute a step, again in twice as many micro-batches each time the memory is too small.
 
-        Args:
-            rows: the step's samples.
-            compute: the step of some rows in some pieces; leaves no gradients where it fails.
-
-        Returns:
-            What the step returned, and what it took: pieces, predicted and measured memory.
-
-        Raises:
-            InputError: even the smallest pieces do not fit.
+        Returns what `compute` did, and what it took.
         """
-        size = self.size(rows)
-        pieces = self.pieces(size)
+        whole = self.contents.size(rows)
+        count = self.micro_batches(whole)
         while True:
             self.meter.reset()
             try:
-                terms = compute(rows, pieces)
+                terms = compute(rows, count)
+                break
             except StepTooLarge:
-                self._note_failure(size, pieces)
-                pieces *= 2
-                log(f"out of memory: the same step again in {pieces} pieces")
-                continue
-            return terms, self._measure(size.split(pieces), pieces)
-
-    def _measure(self, size: StepSize, pieces: int) -> dict[str, float]:
-        """Compare the peak with its prediction, and learn from it."""
-        peak = distributed.all_reduce_max(self.meter.peak())
-        model, known = self.calibration.model, len(self.calibration.sizes)
-        found = {"pieces": float(pieces), "memory_gb": peak / GB}
-        if model is not None:
-            found["memory_predicted_gb"] = model.predict(size) / GB
+                self.failures += 1
+                if count >= max(whole.asvs, len(rows)):
+                    raise InputError(
+                        "out of memory: a step does not fit even one sequence at a time; use a "
+                        "smaller model or --token-limit"
+                    ) from None
+                self.least = count = 2 * count  # what did not fit once is not tried again
+                log(f"out of memory: the same step again in {count} micro-batches")
+        size, peak = whole.split(count), distributed.all_reduce_max(self.meter.peak())
+        found = {"micro_batches": float(count), "memory_gb": peak / GB}
         if self.failures:
             found["out_of_memory"] = float(self.failures)
-        if not self.calibrates and known < CALIBRATION_STEPS:
-            self.calibration.add(size, peak)
-        elif self.calibrates and self.calibration.check(size, peak):
-            log(f"memory: predictions were off, fitted again ({self.calibration.refits} times)")
-        return found
-
-    def _note_failure(self, size: StepSize, pieces: int) -> None:
-        """Remember a step that did not fit.
-
-        Raises:
-            InputError: it cannot be cut any further.
-        """
-        self.failures += 1
-        self.largest = size.split(pieces)
-        if pieces >= max(size.asvs, size.samples):
-            raise InputError(
-                "out of memory: a step does not fit even one sequence at a time; use a smaller "
-                "model or --token-limit"
-            )
+        if self.costs:
+            found["memory_predicted_gb"] = self.costs.predict(size) / GB
+            self.stale = self.costs.check(size, peak) or self.stale
+        return terms, found
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: a resumed epoch is planned as the first time."""
-        return {
-            "budget": self.budget,
-            "failures": self.failures,
-            "largest": None if self.largest is None else asdict(self.largest),
-            "calibration": self.calibration.to_dict(),
-            "limits": self.limits,
-            "epoch": self._epoch,
-            "plan": [(first, model.to_dict()) for first, model in self._plan],
-        }
+        """What a checkpoint keeps: a resumed epoch goes on with the same batches."""
+        planned = [one.tolist() for one in self.planned] if self.batch_size is None else []
+        costs = asdict(self.costs) if self.costs else None
+        return {name: getattr(self, name) for name in KEPT} | {"costs": costs, "planned": planned}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what a checkpoint kept."""
-        self.budget, self.failures = state["budget"], state["failures"]
-        self.largest = None if state["largest"] is None else StepSize(**state["largest"])
-        self.calibration = Calibration.from_dict(state["calibration"])
-        if state["limits"]:
-            self._limit(state["limits"])
-        if self.fixed is None:
-            self._epoch, self._plan, self._batches = state["epoch"], [], []
-            for first, model in state["plan"]:
-                self._plan_from(first, CostModel.from_dict(model))
-
-
-def contents_of(dataset: SampleDataset | AsvDataset, objective: Objective) -> Contents:
-    """What each sample of a dataset holds, for an objective."""
-    starts, asvs = dataset.entries()
-    lengths = dataset.sequence_lengths
-    if objective.frozen_asvs is not None:
-        lengths = np.zeros_like(lengths)  # known already
-    return Contents(
-        starts,
-        asvs,
-        lengths,
-        masked_share=objective.masked_share,
-        squares=objective.holds_matrices,
-        shares=distributed.world_size(),
-    )
-
-
-def _as_large(one: StepSize, other: StepSize) -> bool:
-    return one.tokens >= other.tokens and one.slots >= other.slots
+        for name in KEPT:
+            setattr(self, name, state[name])
+        self.costs = CostModel(**state["costs"]) if state["costs"] else None
+        self.planned = [np.array(one) for one in state["planned"]]
+        self.stale = self.stale or self.batch_size is not None  # fixed ones are not kept
+        if self.asv_limits:
+            self._limit_asvs(self.asv_limits)

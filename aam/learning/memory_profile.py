@@ -1,75 +1,121 @@
 """`--memory-profile`: what takes the memory of a step, and the batch that would fill it.
 
-One real step is computed before training, its gradients and the change of the weights undone, so
-that the run is the one it would have been. See `aam.learning.memory_watch` for what is counted.
+The coming step is computed once before training, watched, and undone, so that the run is to the bit
+the one that it would have been.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
 
-from aam.errors import InputError, log
+from aam.errors import log
 from aam.files import write_text
 from aam.learning import distributed
-from aam.learning.batches import GB, Batching
-from aam.learning.calibration import Calibration
-from aam.learning.cost_model import CostModel, StepSize
+from aam.learning.batches import Batching, fixed_batches, shuffled
+from aam.learning.cost_model import StepSize
 from aam.learning.fsdp import clip_gradients
-from aam.learning.memory_watch import Amounts, Held, Phase, StepWatch, bytes_of
-from aam.learning.planner import EpochPlan
-from aam.learning.step import StepTooLarge
-from aam_kernels import Ragged, available_impls
-from aam_kernels.modules import TransformerEncoder
+from aam.learning.meter import GB, Meter
+from aam.learning.step import Step
 
 if TYPE_CHECKING:
     from aam.learning.loop import Trainer
 
 TABLE, FIGURE = "memory.tsv", "memory.svg"
-LEAST_CALIBRATED, CALIBRATED_STEPS = 16, 4  # samples; times the run's step
-BATCHES_TRIED = 32  # of an epoch, to find its largest
-SEQUENCES = 8  # through the layer whose kept bytes are counted
+COLUMNS = ("section", "name", "part", "bytes", "detail")
 DRAW = "from aam.report.memory_figure import main; main()"
+LEAST_MEASURED, TIMES_MEASURED = 16, 4  # samples; times the run's step
+BATCHES_TRIED = 32  # of an epoch, to find its largest
 KEPT = "kept for backward"
+STEP = "the step itself"  # where no module runs: gathers, losses, what stages hand on
+Row = tuple[str, str, str, int, str]
 
 
-@dataclass(frozen=True)
-class Row:
-    """A line of memory.tsv.
+@dataclass(eq=False)
+class Kept:
+    """What autograd holds instead of a tensor, for as long as it needs it."""
 
-    Attributes:
-        section: stage, peak, module, layer, tensor or batch.
-        name: of the stage, module, implementation or tensor.
-        part: what of it.
-        bytes: how much.
-        detail: in words.
+    tensor: Tensor
+    part: str  # of the model
+
+
+class StepWatch:
+    """Peaks of a step's stages, and what autograd keeps for the backward pass.
+
+    Tensors that share their storage count once, weights not at all; of the micro-batches of a stage
+    the largest counts.
     """
 
-    section: str
-    name: str
-    part: str
-    bytes: int
-    detail: str = ""
+    def __init__(self, trained: nn.Module, meter: Meter) -> None:
+        self.trained, self.meter = trained, meter
+        self.before = 0  # bytes in use before the step
+        self.peaks: dict[str, int] = {}  # of every stage
+        self.kept: dict[str, Counter[str]] = {}  # in every stage, by part of the model
+        self._held: WeakValueDictionary[int, Kept] = WeakValueDictionary()
+        self._number, self._running = 0, [STEP]
+        self._stage, self._kept_before = "", Counter[str]()
 
+    @contextmanager
+    def watching(self, step: Step) -> Iterator[None]:
+        """Watch what is computed inside; what torch has compiled runs as it is written."""
+        self.meter.reset()
+        self.before, self.peaks, self._stage = self.meter.peak(), {}, "batch made"
+        with ExitStack() as stack:
+            for name, module in self.trained.named_modules():
+                stack.callback(module.register_forward_pre_hook(partial(self._enter, name)).remove)
+                leave = module.register_forward_hook(self._leave, always_call=True)
+                stack.callback(leave.remove)
+            stack.enter_context(saved_tensors_hooks(self._keep, lambda kept: kept.tensor))
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.callback(setattr, step, "on_stage", None)
+            step.on_stage = self.begin
+            yield
 
-@dataclass(frozen=True)
-class Fit:
-    """A batch, the fewest pieces in which it fits, and its predicted peak in bytes."""
+    def begin(self, stage: str, beside: int = 0) -> None:
+        """A stage begins, the one before it ends; `beside` are bytes that are not the step's."""
+        peak, kept = self.meter.peak() - beside, self._kept_now()
+        if peak > self.peaks.get(self._stage, 0):
+            self.peaks[self._stage] = peak
+            self.kept[self._stage] = max(self._kept_before, kept, key=Counter.total)
+        self._stage, self._kept_before = stage, kept
+        self.meter.reset()
 
-    samples: int
-    pieces: int
-    bytes: float
+    def _enter(self, name: str, *_: Any) -> None:
+        self._running.append(part_of_model(name))
+
+    def _leave(self, *_: Any) -> None:
+        self._running.pop()
+
+    def _keep(self, tensor: Tensor) -> Kept:
+        self._number += 1
+        kept = self._held[self._number] = Kept(tensor.detach(), self._running[-1])
+        return kept
+
+    def _kept_now(self) -> Counter[str]:
+        found = Counter[str]()
+        seen = {local(one).untyped_storage().data_ptr() for one in self.trained.parameters()}
+        for one in list(self._held.values()):
+            storage = local(one.tensor).untyped_storage()
+            if storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
+                found[one.part] += storage.nbytes()
+        return found
 
 
 def write_memory_profile(trainer: Trainer) -> None:
@@ -77,26 +123,123 @@ def write_memory_profile(trainer: Trainer) -> None:
 
     Weights, optimizer state, random generators and progress are as before; all ranks call it.
     """
-    devices = [trainer.device] if trainer.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        rows = next_rows(trainer)
-        model = cost_model(trainer, len(rows))
-        watch, pieces, before = watched_step(trainer, rows)
-        layers = kept_by_layers(trainer)
+    at, device = trainer.progress, trainer.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        batches = trainer.batching.batches(at.epoch, at.batch)
+        rows = batches[at.batch] if at.batch < len(batches) else batches[0]
+        batching = measured(trainer, len(rows))
+        watch = StepWatch(trainer.trained, batching.meter)
+        _, taken = batching.run(rows, lambda *step: watched_step(trainer, watch, *step))
+        table = [
+            *peak_rows(trainer, watch),
+            *batch_rows(batching, trainer.batching.rows, len(rows)),
+        ]
+        trainer.optimizer.zero_grad(set_to_none=True)
     if not distributed.is_rank_zero():
         return
-    table = [
-        *stage_rows(watch, before),
-        *peak_rows(trainer, watch, before),
-        *module_rows(trainer, watch),
-        *layers,
-        *tensor_rows(watch),
-        *batch_rows(model, trainer.batching, len(rows)),
-    ]
-    header = [field.name for field in fields(Row)]
-    trainer.run.write_table(TABLE, header, [astuple(row) for row in table])
+    trainer.run.write_table(TABLE, list(COLUMNS), table)
     draw(trainer.run.path)
-    summarise(trainer, watch, table, f"a step of {len(rows)} samples in {_pieces(pieces)}")
+    stage = max(watch.peaks, key=lambda name: watch.peaks[name])
+    parts = [
+        f"{part} {size_text(size)}" for section, _, part, size, _ in table if section == "peak"
+    ]
+    log(
+        f"memory profile of a step of {len(rows)} {trainer.dataset.unit} in "
+        f"{in_words(round(taken['micro_batches']))}: peak {size_text(watch.peaks[stage])} ({stage})"
+    )
+    log(f"  {', '.join(parts[:-1])}")
+    for _, name, part, size, detail in table:
+        if detail.startswith("recommended"):
+            log(f"  fits into what is free: {name} in {part}, {size_text(size)}")
+    log(f"  {trainer.run.path / TABLE}, {trainer.run.path / FIGURE}")
+
+
+def measured(trainer: Trainer, count: int) -> Batching:
+    """A batching like the run's that may be used up, and that knows what steps cost."""
+    batching = copy.copy(trainer.batching)
+    batching.costs = copy.deepcopy(batching.costs)
+    if batching.costs is None:
+        order = shuffled(batching.rows, batching.seed, 0)
+        batching.rows = order[: max(LEAST_MEASURED, TIMES_MEASURED * count)]
+        batching.limited, batching.batch_size = True, len(batching.rows)
+        batching.prepare(trainer.compute_all)
+    return batching
+
+
+def watched_step(
+    trainer: Trainer, watch: StepWatch, rows: np.ndarray, count: int
+) -> dict[str, float]:
+    """Compute a step and change the weights, then put them and the optimizer's state back."""
+    weights = [one for group in trainer.optimizer.param_groups for one in group["params"]]
+    changed = [*weights, *(one for key in weights for one in state_of(trainer, key))]
+    trainer.compute_all(rows[:2], count)  # the first step of a process takes more than later ones
+    trainer.optimizer.zero_grad(set_to_none=True)
+    with watch.watching(trainer._step):
+        terms = trainer.compute_all(rows, count)
+        watch.begin("")
+        copies = [one.detach().clone() for one in changed]
+        watch.begin("optimizer step")
+        clip_gradients(weights, trainer.options.clip)
+        trainer.optimizer.step()
+        watch.begin("", beside=sum(local(one).nbytes for one in copies))
+        del watch.peaks[""]
+    with torch.no_grad():
+        for one, saved in zip(changed, copies, strict=True):
+            one.copy_(saved)
+    return terms
+
+
+def peak_rows(trainer: Trainer, watch: StepWatch) -> list[Row]:
+    """Peaks of the stages above what was there before, what the highest is made of, and whose."""
+    highest = max(watch.peaks, key=lambda name: watch.peaks[name])
+    kept, peak = Counter[str](), watch.peaks[highest]
+    for stage in watch.peaks:
+        kept |= watch.kept[stage]  # the larger of both, for each part of the model
+    modules = {
+        "weights": by_module(trainer, lambda one: [one]),
+        "gradients": by_module(trainer, lambda one: [one.grad]),
+        "optimizer state": by_module(trainer, lambda one: state_of(trainer, one)),
+        KEPT: kept,
+    }
+    weights, gradients, state = (sum(found.values()) for found in list(modules.values())[:3])
+    parts = {
+        "program and data": watch.before - weights - state,
+        "weights": weights,
+        "optimizer state": state,
+        "gradients": gradients,
+        KEPT: watch.kept[highest].total(),
+    }
+    parts["working memory and unexplained"] = peak - sum(parts.values())
+    table: list[Row] = []
+    for stage, size in watch.peaks.items():
+        name, _, way = stage.partition(" ")
+        table.append(("stage", name, way, size - watch.before, f"{size_text(size)} in all"))
+    table += [("peak", highest, part, size, "") for part, size in parts.items()]
+    table.append(("peak", highest, "measured", peak, ""))
+    for name in dict.fromkeys(name for found in modules.values() for name in +found):
+        table += [("module", name, part, found[name], "") for part, found in modules.items()]
+    return table
+
+
+def batch_rows(batching: Batching, rows: np.ndarray, own: int) -> list[Row]:
+    """The run's batch and the largest in one micro-batch, which is recommended: by its memory."""
+    costs, budget, counts = batching.costs, batching.budget, range(2, len(rows) + 1)
+    assert costs
+
+    def largest(count: int) -> StepSize:
+        """The most that a batch of so many samples holds."""
+        batches = fixed_batches(rows, count, batching.seed)[:BATCHES_TRIED]
+        return max(map(batching.contents.size, batches), key=costs.bound)
+
+    best = max(2, 1 + bisect_right(counts, budget, key=lambda count: costs.bound(largest(count))))
+    found: list[Row] = []
+    for count in sorted({own, best}):
+        cut = costs.micro_batches(largest(count), budget)
+        if cut is not None:
+            detail = "recommended; " * (count == best) + f"of {size_text(budget)}"
+            bound = round(costs.bound(largest(count).split(cut)))
+            found.append(("batch", f"{count} samples", in_words(cut), bound, detail))
+    return found
 
 
 def draw(folder: Path) -> None:
@@ -110,314 +253,36 @@ def draw(folder: Path) -> None:
         write_text(folder / FIGURE, done.stdout.decode())
 
 
-# ------------------------------------------------------------------------------------ the step
-def next_rows(trainer: Trainer) -> np.ndarray:
-    """The samples of the step that comes next."""
-    at = trainer.progress
-    batches = trainer.batching.batches(at.epoch, at.batch)
-    return batches[at.batch] if at.batch < len(batches) else batches[0]
+def part_of_model(name: str) -> str:
+    """The part that a module belongs to: the first two names of its path, as in encoder.stack."""
+    return ".".join(name.removeprefix("predictor.").split(".")[:2]) or STEP
 
 
-def cost_model(trainer: Trainer, count: int) -> CostModel:
-    """The cost model of the run, or where it has none one of steps up to a few times its own.
-
-    Args:
-        trainer: of the run.
-        count: samples of its step.
-    """
-    own = trainer.batching
-    if own.calibration.model is None:
-        own = copy.copy(own)
-        order = np.random.default_rng(own.seed).permutation(own.rows)
-        own.rows = order[: max(LEAST_CALIBRATED, CALIBRATED_STEPS * count)]
-        own.limited, own.calibration = True, Calibration()
-        own.prepare(trainer.compute_all)
-    assert own.calibration.model is not None
-    return own.calibration.model
-
-
-def watched_step(trainer: Trainer, rows: np.ndarray) -> tuple[StepWatch, int, int]:
-    """Compute a step in as many pieces as it will take, and undo it.
-
-    Returns:
-        What was seen, the pieces, and the bytes in use before the step.
-    """
-    batching = trainer.batching
-    pieces = batching.pieces(batching.size(rows))
-    while True:
-        watch = StepWatch(trainer.trained, batching.meter)
-        try:
-            trainer.compute_all(
-                rows[:2], pieces
-            )  # the first of a process takes more than later ones
-            trainer.optimizer.zero_grad(set_to_none=True)
-            batching.meter.reset()
-            before = batching.meter.peak()  # as the phases are measured
-            with watch.watching(trainer._step):
-                trainer.compute_all(rows, pieces)
-                change_and_restore(trainer, watch)
-        except StepTooLarge:
-            if pieces >= len(rows) and pieces >= batching.size(rows).asvs:
-                raise InputError("--memory-profile: the step does not fit in any pieces") from None
-            pieces *= 2
-            continue
-        trainer.optimizer.zero_grad(set_to_none=True)
-        return watch, pieces, before
-
-
-def change_and_restore(trainer: Trainer, watch: StepWatch) -> None:
-    """Change the weights as a step does, and put everything back, bit for bit."""
-    watch.end()
-    weights = [one for group in trainer.optimizer.param_groups for one in group["params"]]
-    note_state(trainer, watch)
-    changed = list(weights)
-    for state in trainer.optimizer.state.values():
-        changed += [one for one in state.values() if isinstance(one, Tensor)]
-    with torch.no_grad():
-        copies = [one.detach().clone() for one in changed]
-        watch.turn("optimizer", "step")
-        clip_gradients(weights, trainer.options.clip)
-        trainer.optimizer.step()
-        watch.end(sum(map(bytes_of, copies)))
-        for one, saved in zip(changed, copies, strict=True):
-            one.copy_(saved)
-
-
-def note_state(trainer: Trainer, watch: StepWatch) -> None:
-    """Weights, gradients, optimizer state and frozen vectors are tensors too."""
-    for name, one in trainer.trained.named_parameters():
-        watch.note(Held.of(one, f"weight {name}", "whole run"))
-        if one.grad is not None:
-            watch.note(Held.of(one.grad, f"gradient of {name}", "backward to the step's end"))
-        for key, value in trainer.optimizer.state.get(one, {}).items():
-            if isinstance(value, Tensor):
-                watch.note(Held.of(value, f"optimizer's {key} of {name}", "whole run"))
-    if trainer.objective.frozen_asvs is not None:
-        watch.note(Held.of(trainer.objective.frozen_asvs, "frozen ASV vectors", "whole run"))
-
-
-# ------------------------------------------------------------------------------------ one layer
-def kept_by_layers(trainer: Trainer) -> list[Row]:
-    """Bytes a token a layer of the ASV stack, for every implementation that runs here."""
-    if not trainer.objective.encoder.has_stack:
-        return []
-    stack: Any = trainer.objective.encoder.stack
-    layer = stack.layers[0]
-    dim, hidden = layer.linear1.in_features, layer.linear1.out_features
-    length = max(1, int(np.median(trainer.dataset.sequence_lengths)))
-    rows, own = [], stack.impl
-    for impl in available_impls(trainer.device)["encoder_layer"]:
-        for recompute in (True, False):
-            try:
-                kept = kept_a_token(
-                    dim, stack.num_heads, hidden, impl, recompute, trainer.device, length=length
-                )
-            except (RuntimeError, ValueError) as error:  # refused for this shape or device
-                reason = str(error).partition("\n")[0]
-                rows.append(Row("layer", impl, _mode(recompute), 0, f"does not run: {reason}"))
-                continue
-            own = impl if own == "auto" else own  # the first that runs, as "auto" chooses
-            used = impl == own and recompute == stack.recompute
-            rows.append(Row("layer", impl, _mode(recompute), kept, "as in this run" * used))
-    return rows
-
-
-def kept_a_token(
-    dim: int,
-    num_heads: int,
-    hidden: int,
-    impl: str,
-    recompute: bool,
-    device: torch.device | str,
-    *,
-    length: int = 150,
-) -> int:
-    """Bytes that a float32 encoder layer keeps for its backward pass, for each token.
-
-    Args:
-        dim: width.
-        num_heads: divides it.
-        hidden: width of the feed-forward part.
-        impl: implementation, as in `aam_kernels`.
-        recompute: keep the layer's input only.
-        device: where it runs.
-        length: tokens a sequence.
-
-    Raises:
-        RuntimeError, ValueError: the implementation does not take this.
-    """
-    total = SEQUENCES * length
-    stack = TransformerEncoder(dim, num_heads, 1, hidden, 0.0, recompute, impl).to(device)
-    stack.norm = torch.nn.Identity()  # type: ignore[assignment]  # the stack's, not a layer's
-    offsets = torch.arange(0, total + 1, length, dtype=torch.int32, device=device)
-    x = torch.zeros(total, dim, device=device, requires_grad=True)
-    known = {one.untyped_storage()._cdata for one in (*stack.parameters(), offsets)}
-    kept: dict[int, Tensor] = {}
-
-    def save(tensor: Tensor) -> Tensor:
-        own = tensor.detach()
-        if own.untyped_storage()._cdata not in known:
-            kept.setdefault(own.untyped_storage()._cdata, own)
-        return own
-
-    with saved_tensors_hooks(save, lambda tensor: tensor):
-        stack(Ragged(x, offsets, length))
-    return math.ceil(sum(one.untyped_storage().nbytes() for one in kept.values()) / total)
-
-
-def _pieces(count: int) -> str:
-    return "1 piece" if count == 1 else f"{count} pieces"
-
-
-def _mode(recompute: bool) -> str:
-    return "recompute" if recompute else "all kept"
-
-
-# ------------------------------------------------------------------------------------ the table
-def highest(watch: StepWatch) -> Phase:
-    """The phase of the step's peak."""
-    return max(watch.phases, key=lambda phase: phase.peak)
-
-
-def stage_rows(watch: StepWatch, before: int) -> list[Row]:
-    """Peak of every phase, above what was there before the step."""
-    return [
-        Row(
-            "stage", phase.stage, phase.way, phase.peak - before,
-            f"{size_text(phase.peak)} in all, {size_text(sum(phase.kept.values()))} of it {KEPT}",
-        )
-        for phase in watch.phases
-    ]  # fmt: skip
-
-
-def peak_rows(trainer: Trainer, watch: StepWatch, before: int) -> list[Row]:
-    """What the peak is made of; the parts add up to it."""
-    phase = highest(watch)
-    weights, state = (sum(found.values()) for found in _held_by_weights(trainer, watch))
-    frozen = trainer.objective.frozen_asvs
-    vectors = {} if frozen is None else {"frozen ASV vectors": frozen.nbytes}
-    parts = {
-        "program and data": before - weights - state - sum(vectors.values()),
-        **vectors,
-        "weights": weights,
-        "optimizer state": state,
-        "gradients": sum(phase.gradients.values()),
-        KEPT: sum(phase.kept.values()),
-    }
-    parts["working memory and unexplained"] = phase.peak - sum(parts.values())
-    rows = [Row("peak", phase.name, part, size) for part, size in parts.items()]
-    return [*rows, Row("peak", phase.name, "measured", phase.peak)]
-
-
-def module_rows(trainer: Trainer, watch: StepWatch) -> list[Row]:
-    """What belongs to each part of the model."""
-    weights, state = _held_by_weights(trainer, watch)
-    columns = {
-        "weights": weights,
-        "gradients": watch.phases[-1].gradients,
-        "optimizer state": state,
-        KEPT: watch.most,
-        f"{KEPT}, at the peak": highest(watch).kept,
-    }
-    return [
-        Row("module", group, part, found.get(group, 0))
-        for group in dict.fromkeys(name for found in columns.values() for name in found)
-        if any(found.get(group) for found in columns.values())
-        for part, found in columns.items()
-    ]
-
-
-def _held_by_weights(trainer: Trainer, watch: StepWatch) -> tuple[Amounts, Amounts]:
-    """Bytes of the weights and of the optimizer's state, by module."""
-    optimizer = trainer.optimizer
-
-    def state(one: Any) -> list[Tensor]:
-        return [v for v in optimizer.state.get(one, {}).values() if isinstance(v, Tensor)]
-
-    return watch.sizes(lambda one: [one]), watch.sizes(state)
-
-
-def tensor_rows(watch: StepWatch) -> list[Row]:
-    """The largest tensors."""
-    return [
-        Row("tensor", one.origin, one.stage, one.bytes, f"{one.dtype} {one.shape}")
-        for one in watch.largest_tensors()
-    ]
-
-
-# ------------------------------------------------------------------------------------ the batch
-def fitting_batches(model: CostModel, batching: Batching, own: int) -> list[Fit]:
-    """The largest batch that fits in one piece, this run's, and larger ones in their pieces.
-
-    Args:
-        model: of the run's steps.
-        batching: of the run; its budget is what there is.
-        own: samples of the run's step.
-    """
-    budget, most = batching.budget, len(batching.rows)
-
-    def need(count: int) -> StepSize:
-        """The most that a batch of so many samples holds."""
-        batches = EpochPlan(batching.rows, count, batching.seed).batches(0)[:BATCHES_TRIED]
-        return max(map(batching.size, batches), key=model.bound)
-
-    low, high = 1, most + 1  # `low` fits, `high` does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if model.bound(need(middle)) <= budget else (low, middle)
-    found = []
-    for count in sorted({own, low, 2 * low, 4 * low, most} & set(range(2, most + 1))):
-        size = need(count)
-        pieces = model.pieces_that_fit(size, budget)
-        if pieces is not None:
-            found.append(Fit(count, pieces, model.bound(size.split(pieces))))
+def by_module(trainer: Trainer, tensors_of: Callable[[Any], list[Any]]) -> Counter[str]:
+    """Bytes of what belongs to the weights, by part of the model."""
+    found = Counter[str]()
+    for name, parameter in trainer.trained.named_parameters():
+        held = [local(one).nbytes for one in tensors_of(parameter) if one is not None]
+        found[part_of_model(name.rpartition(".")[0])] += sum(held)
     return found
 
 
-def best_fit(fits: Sequence[Fit]) -> Fit | None:
-    """The largest batch in one piece, else the smallest in pieces."""
-    whole = [fit for fit in fits if fit.pieces == 1]
-    return max(whole, key=lambda fit: fit.samples) if whole else next(iter(fits), None)
+def state_of(trainer: Trainer, parameter: Tensor) -> list[Tensor]:
+    """The optimizer's state of a weight."""
+    state = trainer.optimizer.state.get(parameter, {})
+    return [one for one in state.values() if isinstance(one, Tensor)]
 
 
-def batch_rows(model: CostModel, batching: Batching, own: int) -> list[Row]:
-    """Batches, their pieces and the peaks predicted for them; the recommended one is marked."""
-    fits = fitting_batches(model, batching, own)
-    best = best_fit(fits)
-    limit = f"of {size_text(batching.budget)}; error of predictions {100 * model.error:.1f} %"
-    rows = []
-    for fit in fits:
-        said = ["recommended"] if fit is best else []
-        said += ["all training samples"] if fit.samples == len(batching.rows) else []
-        rows.append(
-            Row(
-                "batch", f"{fit.samples} samples", _pieces(fit.pieces), round(fit.bytes),
-                "; ".join([*said, limit]),
-            )
-        )  # fmt: skip
-    return rows
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-# ------------------------------------------------------------------------------------ the words
+def in_words(count: int) -> str:
+    """A number of micro-batches."""
+    return f"{count} micro-batch" + "es" * (count > 1)
+
+
 def size_text(size: float) -> str:
     """Bytes in words."""
     return f"{size / GB:.2f} GB" if abs(size) >= 0.1 * GB else f"{size / 1e6:.1f} MB"
-
-
-def summarise(trainer: Trainer, watch: StepWatch, table: Sequence[Row], done: str) -> None:
-    """Say the most important of it in a few lines."""
-    phase = highest(watch)
-    parts = {row.part: row.bytes for row in table if row.section == "peak"}
-    own = [row for row in table if row.section == "module" and row.part == KEPT]
-    most = max(own, key=lambda row: row.bytes, default=None)
-    log(f"memory profile of {done}: peak {size_text(phase.peak)} ({phase.name})")
-    said = [f"{name} {size_text(size)}" for name, size in parts.items() if name != "measured"]
-    log(f"  {', '.join(said)}")
-    layers = [row for row in table if row.section == "layer" and row.detail == "as in this run"]
-    if most is not None:
-        of_layers = f"; {layers[0].bytes:,} B a token a layer ({layers[0].name})" if layers else ""
-        log(f"  kept most: {most.name}, {size_text(most.bytes)}{of_layers}")
-    for row in table:
-        if row.detail.startswith("recommended"):
-            log(f"  fits into what is free: {row.name} in {row.part}, {size_text(row.bytes)}")
-    log(f"  {trainer.run.path / TABLE}, {trainer.run.path / FIGURE}")

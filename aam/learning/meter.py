@@ -1,257 +1,152 @@
-"""How much memory training takes: the peak of a step, what is in use, what is free.
+"""How much memory training takes: the peak of a step, what is in use, what is free; all in bytes.
 
-On CUDA and ROCm devices the peak is the allocator's. Where host and device share one pool
-(MI300A) what is free is what the whole machine has left. On a CPU the peak is that of the process,
-interpreter and libraries included, because that is what a limit on memory is about.
+On a CPU the peak is that of the process, interpreter and libraries included, because that is what
+a limit on memory is about. On CUDA and ROCm devices it is the allocator's: what that has reserved
+beyond it depends on earlier steps, and it gives it up before it fails.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import os
-import sys
 import threading
-from abc import ABC, abstractmethod
+import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import torch
 
+from aam.errors import InputError
+
+GB = 1e9
+DEFAULT_FRACTION = 0.85  # of what is free
 SAMPLING_SECONDS = 0.005
 LARGE_BLOCK = 8 << 20  # bytes; larger ones are given back to the system when they are freed
 HEAP_TOP = 16 << 20  # bytes of free small blocks that stay with the process
-UNIFIED_NAMES = ("MI300A",)
+UNIFIED_NAMES = ("MI300A",)  # host and device share one pool
+# Files of a memory control group: its limit, its use and, in memory.stat, what is cached.
+GROUP_FILES = ("memory.max", "memory.current", "inactive_file")
+GROUP_FILES_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
-class Meter(ABC):
-    """Memory of one device. All numbers are bytes."""
+class Meter:
+    """Memory of a GPU, or of this process on a CPU.
 
-    @staticmethod
-    def for_device(device: torch.device | str) -> Meter:
-        """The meter of a device."""
-        device = torch.device(device)
-        return CudaMeter(device) if device.type == "cuda" else ProcessMeter()
-
-    @abstractmethod
-    def reset(self) -> None:
-        """Begin a new peak at what is in use now."""
-
-    @abstractmethod
-    def peak(self) -> int:
-        """Most memory in use since `reset`."""
-
-    @abstractmethod
-    def now(self) -> int:
-        """Memory in use."""
-
-    @abstractmethod
-    def free(self) -> int:
-        """What could be taken beside what is in use."""
-
-    @abstractmethod
-    def total(self) -> int:
-        """All there is."""
-
-
-class CudaMeter(Meter):
-    """A CUDA or ROCm device, by torch's allocator.
-
-    The peak is of allocated memory: what the allocator has reserved beyond it depends on the steps
-    before, and it gives that up before it fails.
+    There the peak is the kernel's high-water mark, where that can be reset (Linux); elsewhere a
+    thread looks every 5 ms, and a peak that is shorter can be missed.
     """
 
     def __init__(self, device: torch.device) -> None:
-        """Meter this device."""
-        self.device = device
-        properties = torch.cuda.get_device_properties(device)
-        self.unified = bool(getattr(properties, "is_integrated", False)) or any(
-            name in properties.name for name in UNIFIED_NAMES
-        )
-
-    def reset(self) -> None:
-        """Begin a new peak of the allocator."""
-        torch.cuda.reset_peak_memory_stats(self.device)
-
-    def peak(self) -> int:
-        """Most that the allocator has handed out since `reset`."""
-        return torch.cuda.max_memory_allocated(self.device)
-
-    def now(self) -> int:
-        """What the allocator has handed out."""
-        return torch.cuda.memory_allocated(self.device)
-
-    def free(self) -> int:
-        """Free on the device or in the shared pool, and what the allocator keeps for later."""
-        free, _ = torch.cuda.mem_get_info(self.device)
-        cached = torch.cuda.memory_reserved(self.device) - self.now()
-        if self.unified:
-            free = min(free, free_host_memory())
-        return free + cached
-
-    def total(self) -> int:
-        """Of the device, or of the shared pool."""
-        total = torch.cuda.mem_get_info(self.device)[1]
-        return min(total, total_host_memory()) if self.unified else total
-
-
-class ProcessMeter(Meter):
-    """This process, by the kernel's own high-water mark where it can be reset (Linux).
-
-    Elsewhere a thread looks every 5 ms: a peak that is shorter can be missed.
-    """
-
-    def __init__(self) -> None:
-        """Meter this process; large blocks go back to the system when they are freed, from now."""
+        self.gpu = device if device.type == "cuda" else None
+        self.unified = False
+        if self.gpu is not None:
+            found = torch.cuda.get_device_properties(device)
+            named = any(name in found.name for name in UNIFIED_NAMES)
+            self.unified = named or bool(getattr(found, "is_integrated", False))
+            return
         return_freed_blocks()
-        self._sampler = None if _can_reset_mark() else _Sampler()
+        self._highest, self._marks = 0, high_water_mark(reset=True) is not None
+        if not self._marks:
+            threading.Thread(target=self._sample, name="memory meter", daemon=True).start()
 
     def reset(self) -> None:
-        """Begin a new high-water mark."""
-        if self._sampler is None:
-            Path("/proc/self/clear_refs").write_text("5")
-        else:
-            self._sampler.reset()
+        """Begin a new peak at what is in use now."""
+        if self.gpu is not None:
+            torch.cuda.reset_peak_memory_stats(self.gpu)
+            return
+        if self._marks:
+            high_water_mark(reset=True)
+        self._highest = self.now()
 
     def peak(self) -> int:
-        """Most resident memory since `reset`."""
-        return _status("VmHWM") if self._sampler is None else self._sampler.peak()
+        """Most memory in use since `reset`."""
+        if self.gpu is not None:
+            return torch.cuda.max_memory_allocated(self.gpu)
+        return max(self._highest, (self._marks and high_water_mark()) or self.now())
 
     def now(self) -> int:
-        """Resident memory."""
-        return _resident()
+        """Memory in use."""
+        if self.gpu is not None:
+            return torch.cuda.memory_allocated(self.gpu)
+        return psutil.Process().memory_info().rss
 
-    def free(self) -> int:
-        """What the machine, or its memory group, has left."""
-        return free_host_memory()
+    def available(self) -> tuple[int, int]:
+        """What could be taken beside what is in use, and all there is."""
+        free, total = host_memory()
+        if self.gpu is None:
+            return free, total
+        device = torch.cuda.mem_get_info(self.gpu)
+        if not self.unified:
+            free, total = device
+        kept_for_later = torch.cuda.memory_reserved(self.gpu) - self.now()
+        return min(free, device[0]) + kept_for_later, min(total, device[1])
 
-    def total(self) -> int:
-        """Of the machine, or of its memory group."""
-        return total_host_memory()
+    def budget(self, max_gb: float | None, max_fraction: float | None) -> float:
+        """The peak that training may reach; data and weights should be there already.
+
+        In units of 10^9 bytes, or as a share of what is free; 0.85 of that if neither is given.
+        """
+        used, (free, total) = self.now(), self.available()
+        if max_gb is None:
+            return used + (max_fraction or DEFAULT_FRACTION) * free
+        reason = ""
+        if max_fraction is not None:
+            reason = f"--max-memory-fraction {max_fraction:g} is given too; give one of them"
+        elif max_gb * GB > total:
+            reason = f"there are {total / GB:.3g} GB; give less"
+        elif max_gb * GB <= used:
+            reason = f"program, data and weights already take {used / GB:.3g} GB; give more"
+        if reason:
+            raise InputError(f"--max-memory-gb {max_gb:g}: {reason}")
+        return max_gb * GB
+
+    def _sample(self) -> None:
+        while True:
+            self._highest = max(self._highest, self.now())
+            time.sleep(SAMPLING_SECONDS)
 
 
-class _Sampler:
-    """The highest resident size that a thread has seen."""
-
-    def __init__(self) -> None:
-        self._highest = 0
-        self._started = False
-
-    def reset(self) -> None:
-        self._highest = _resident()
-        if not self._started:
-            threading.Thread(target=self._look, name="memory meter", daemon=True).start()
-            self._started = True
-
-    def peak(self) -> int:
-        self._highest = max(self._highest, _resident())
-        return self._highest
-
-    def _look(self) -> None:
-        pause = threading.Event()
-        while not pause.wait(SAMPLING_SECONDS):
-            self._highest = max(self._highest, _resident())
+def high_water_mark(reset: bool = False) -> int | None:
+    """Most resident memory of this process since the last reset; None where there is no such."""
+    with suppress(OSError, StopIteration):
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        with open("/proc/self/status") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return None
 
 
 def return_freed_blocks() -> bool:
-    """Let glibc return large blocks to the system as soon as they are freed.
+    """Let glibc return large blocks to the system as soon as they are freed; whether it could.
 
     By default it keeps freed blocks of up to 32 MB, and the peak of a step depends on the steps
-    before it. Pretraining on the ibd table, the error of a fit to steps of 2 to 64 samples then was
-    7 to 24 % (95th percentile); it is 4 % so, and peaks are 10 % lower, for 2.6 % more time. Giving
-    back small blocks too (malloc_trim before each step) took 4 to 5 % and predicted no better.
-
-    Returns:
-        Whether it could be done: on Linux with glibc.
+    before it: on the ibd table predictions were off by 7 to 24 % (95th percentile); they are by
+    4 % so, and peaks are 10 % lower, for 2.6 % more time.
     """
-    if not sys.platform.startswith("linux"):
-        return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
+    except (AttributeError, OSError, TypeError):  # another libc; Windows
         return False
     trim_threshold, mmap_threshold = -1, -3  # malloc.h
     return bool(mallopt(mmap_threshold, LARGE_BLOCK) and mallopt(trim_threshold, HEAP_TOP))
 
 
-def free_host_memory() -> int:
-    """Host memory that this process could still take, within its control groups; bytes."""
-    import psutil
-
-    free = psutil.virtual_memory().available
-    return max(0, min([free, *(limit - used for limit, used in _group_limits())]))
-
-
-def total_host_memory() -> int:
-    """Host memory that this process could have, within its control groups; bytes."""
-    import psutil
-
-    return min([psutil.virtual_memory().total, *(limit for limit, _ in _group_limits())])
-
-
-def _group_limits() -> list[tuple[int, int]]:
-    """(limit, used) bytes of every control group of this process that has a limit.
-
-    Cached files count as used there, but the kernel drops them first.
-    """
-    found = []
-    for folder, limit, used, cache in _group_folders():
-        try:
-            most = (folder / limit).read_text().strip()
-            if most == "max" or int(most) >= 1 << 60:  # "unlimited" in version 2 and 1
-                continue
-            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            taken = int((folder / used).read_text()) - int(stat.get(cache, 0))
-        except (OSError, ValueError):
-            continue
-        found.append((int(most), taken))
-    return found
-
-
-@functools.cache
-def _group_folders(
+def host_memory(
     root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")
-) -> tuple[tuple[Path, str, str, str], ...]:
-    """Folders of the memory control groups of this process, from its own up to the root.
-
-    Each with the names of its limit, its use and, in memory.stat, its cached files.
-    """
-    version2 = ("memory.max", "memory.current", "inactive_file")
-    version1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-    found = []
-    try:
-        lines = groups.read_text().splitlines()
-    except OSError:
-        return ()
-    for line in lines:
+) -> tuple[int, int]:
+    """(free, total) that this process can have, within its memory control groups."""
+    machine = psutil.virtual_memory()
+    free, total = machine.available, machine.total
+    for line in groups.read_text().splitlines() if groups.is_file() else ():
         _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory") and "memory" not in controllers.split(","):
+        if controllers and "memory" not in controllers.split(","):
             continue
-        top, names = (root, version2) if not controllers else (root / "memory", version1)
+        top, names = (root / "memory", GROUP_FILES_1) if controllers else (root, GROUP_FILES)
         own = Path(path.lstrip("/"))
-        found += [(top / one, *names) for one in (own, *own.parents) if (top / one).is_dir()]
-    return tuple(found)
-
-
-def _resident() -> int:
-    """Resident size of this process, bytes."""
-    if sys.platform.startswith("linux"):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    import psutil
-
-    return psutil.Process().memory_info().rss
-
-
-def _status(key: str) -> int:
-    """A size of /proc/self/status, bytes."""
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-
-@functools.cache
-def _can_reset_mark() -> bool:
-    """Whether the kernel's high-water mark of this process can be reset, by trying."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        return _status("VmHWM") > 0
-    except (OSError, StopIteration):
-        return False
+        for folder in (top / one for one in (own, *own.parents)):
+            with suppress(OSError, ValueError):  # no such folder, or the limit is "max"
+                limit, used = (int((folder / name).read_text()) for name in names[:2])
+                stat = (folder / "memory.stat").read_text().split()
+                cached = int(stat[stat.index(names[2]) + 1])  # in use, but dropped first
+                free, total = min(free, limit - used + cached), min(total, limit)
+    return max(0, free), total

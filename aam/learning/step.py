@@ -174,12 +174,14 @@ class Step:
         del outputs
         self._together(lambda: self._pair_losses(work, leaves, scale, sums))
         gradients = {name: self._own_gradient(leaf, samples) for name, leaf in leaves.items()}
-        self._begin("encode_samples backward")
-        self._together(lambda: samples.backward(gradients))
+        self._together(
+            lambda: samples.backward(gradients, lambda: self._begin("encode_samples backward"))
+        )
         if objective.frozen_asvs is None:
             gradient = {"vectors": self._own_gradient(vectors, asvs)}
-            self._begin("encode_asvs backward")
-            self._together(lambda: asvs.backward(gradient))
+            self._together(
+                lambda: asvs.backward(gradient, lambda: self._begin("encode_asvs backward"))
+            )
 
     def _pair_losses(self, work: Work, leaves: Terms, scale: float, sums: Terms) -> None:
         """This rank's blocks of the loss; leaves its part of the gradients in the leaves."""
@@ -272,9 +274,10 @@ class GradientCache:
             found = [self.compute(one, "without graph") for one in self.micro_batches]
         return {name: torch.cat([one[name] for one in found]) for name in found[0]}
 
-    def backward(self, gradients: Terms) -> None:
+    def backward(self, gradients: Terms, begin: Callable[[], None]) -> None:
         """Hand the outputs' gradients, each (rows, ...), to the weights and inputs."""
         for outputs, rows in self._with_graph():
+            begin()
             own = slice(rows.start - self.rows.start, rows.stop - self.rows.start)
             reached = [name for name, value in outputs.items() if value.requires_grad]
             if reached:

@@ -24,7 +24,7 @@ def test_fixed_steps_are_cut_into_pieces_that_fit(aam, community, capsys):
     assert aam("inspect", *words, "--max-memory-fraction", 0.5) == 0
     output = capsys.readouterr().out
     assert printed(output, "steps an epoch") == "5"
-    assert "steps in pieces" not in output
+    assert "steps in micro-batches" not in output
     assert "to fill" in output
 
 
