@@ -128,7 +128,7 @@ def parse(name: str, argv: Sequence[str]) -> Any:
         InputError: an option is unknown, missing or wrong, or a path cannot be used.
         SystemExit: --help was asked for (code 0).
     """
-    from aam.config import CONFIGS, check_paths, from_dict, read_toml
+    from aam.config import CONFIGS, check, from_dict, read_toml
 
     kind, given = CONFIGS[name], read_argv(name, argv)
     if given.get("resume_from") == AUTO:
@@ -137,7 +137,7 @@ def parse(name: str, argv: Sequence[str]) -> Any:
     if "config" in given:
         saved |= read_toml(Path(given["config"]), kind)
     options = from_dict(kind, {**saved, **given}, source="")
-    check_paths(options)
+    check(options)
     return options
 
 

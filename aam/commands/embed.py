@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from aam.config import EmbedConfig
-from aam.errors import InputError, log
+from aam.errors import log
 from aam.evaluation.loaded import load
 from aam.files import atomic_path
 
@@ -17,8 +17,6 @@ from aam.files import atomic_path
 def embed(config: EmbedConfig) -> Path:
     """Run `aam embed`; the result is the file that was written."""
     path = config.output
-    if path.suffix.lower() not in (".tsv", ".npz"):
-        raise InputError(f"{path}: write to .tsv or .npz")
     frame = load(config.model, config.device, config.attn_implementation).embed(
         config.table, config.asvs, config.dimensions, sequences=config.sequences,
         rarefy_depth=config.rarefy_depth, seed=config.seed,

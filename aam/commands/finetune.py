@@ -44,28 +44,7 @@ EPOCHS, LEARNING_RATE = 20, 6e-4  # where none are given
 
 def finetune(config: FinetuneConfig) -> Path:
     """Run `aam finetune`; returns the run folder."""
-    check_options(config)
     return train(config, Finetuning)
-
-
-def check_options(config: FinetuneConfig) -> None:
-    """Refuse combinations that cannot mean anything.
-
-    Raises:
-        InputError: names the options.
-    """
-    if config.metadata.metadata is None:
-        raise InputError("finetune needs --metadata, which holds the --metadata-column")
-    if config.freeze_base and config.pretrained_encoder is None and config.run.resume_from is None:
-        raise InputError("--freeze-base needs --pretrained-encoder: a fresh encoder must train")
-    if config.freeze_base and config.losses.nucleotide_penalty:
-        raise InputError("--freeze-base leaves nothing for --nucleotide-penalty to train")
-    if not config.losses.target_penalty:
-        raise InputError("--target-penalty 0: nothing would learn to predict the column")
-    if config.target.metadata_column in config.categorical.categorical_columns:
-        raise InputError(
-            f"--categorical-columns: {config.target.metadata_column!r} is the target itself"
-        )
 
 
 def adopt_shape(config: FinetuneConfig, run: Path) -> None:

@@ -12,7 +12,7 @@ from aam.data.distances import write_distances
 from aam.data.samples import read_samples
 from aam.data.tree import read_tree
 from aam.data.unifrac import UniFrac
-from aam.errors import InputError, log, log_facts
+from aam.errors import log, log_facts
 from aam.evaluation.loaded import load
 from aam.evaluation.metrics import condensed
 from aam.evaluation.unifrac import unifrac_frame
@@ -21,15 +21,7 @@ from aam.files import atomic_path
 
 def unifrac(config: UnifracConfig) -> None:
     """Run `aam unifrac`."""
-    if (config.tree is None) == (config.model is None):
-        raise InputError("give either --tree or --model: what places the table's features")
     output, metric, started = config.output, config.metric, time.perf_counter()
-    kinds = (".tsv",) if metric == "faith-pd" else (".h5", ".tsv")
-    if output.suffix.lower() not in kinds:
-        raise InputError(
-            f"{output}: unknown extension {output.suffix!r} for {metric}; write to "
-            f"{' or '.join(kinds)}"
-        )
     frame = (
         _by_tree(config)
         if config.model is None

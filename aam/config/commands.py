@@ -9,7 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from aam.config import groups
-from aam.config.options import Options, check_paths, from_dict
+from aam.config.options import Options, check, from_dict
+from aam.errors import InputError
 
 
 class PretrainConfig(Options):
@@ -23,6 +24,26 @@ class PretrainConfig(Options):
     losses: groups.PenaltyOptions = field(default_factory=groups.PenaltyOptions)
     optimizer: groups.OptimizerOptions = field(default_factory=groups.OptimizerOptions)
     run: groups.RunOptions
+
+    def check(self) -> None:
+        """Refuse options that mean nothing together."""
+        table, tree = self.data.table, self.distances.tree
+        other = self.distances.unifrac_matrix or self.distances.distance
+        problem = None
+        if not (self.losses.unifrac_penalty or self.losses.nucleotide_penalty):
+            problem = "--unifrac-penalty and --nucleotide-penalty are both 0: nothing to learn"
+        elif tree and other:
+            problem = (
+                "give one of --tree, --unifrac-matrix and --distance: what samples are compared by"
+            )
+        elif not table and (other or self.metadata.metadata):
+            problem = "pretrain needs --table for --unifrac-matrix, --distance and --metadata"
+        elif not table and not (tree and self.data.sequences):
+            problem = (
+                "pretrain needs --table, or --sequences with --tree to learn from a reference alone"
+            )
+        if problem:
+            raise InputError(problem)
 
 
 class FinetuneConfig(Options):
@@ -43,6 +64,22 @@ class FinetuneConfig(Options):
     losses: groups.FinetunePenaltyOptions = field(default_factory=groups.FinetunePenaltyOptions)
     optimizer: groups.OptimizerOptions = field(default_factory=groups.OptimizerOptions)
     run: groups.RunOptions
+
+    def check(self) -> None:
+        """Refuse options that mean nothing together."""
+        column, problem = self.target.metadata_column, None
+        if self.metadata.metadata is None:
+            problem = "finetune needs --metadata, which holds the --metadata-column"
+        elif self.freeze_base and not (self.pretrained_encoder or self.run.resume_from):
+            problem = "--freeze-base needs --pretrained-encoder: a fresh encoder must train"
+        elif self.freeze_base and self.losses.nucleotide_penalty:
+            problem = "--freeze-base leaves nothing for --nucleotide-penalty to train"
+        elif not self.losses.target_penalty:
+            problem = "--target-penalty 0: nothing would learn to predict the column"
+        elif column in self.categorical.categorical_columns:
+            problem = f"--categorical-columns: {column!r} is the target itself"
+        if problem:
+            raise InputError(problem)
 
 
 class PredictConfig(groups.NewTableOptions, groups.DeviceOptions):
@@ -135,6 +172,17 @@ class UnifracConfig(groups.NewTableOptions):
     device: groups.Device = "auto"
     """auto, cpu, cuda or cuda:N, with --model."""
 
+    def check(self) -> None:
+        """Refuse options that mean nothing together."""
+        if (self.tree is None) == (self.model is None):
+            raise InputError("give either --tree or --model: what places the table's features")
+        kinds = (".tsv",) if self.metric == "faith-pd" else (".h5", ".tsv")
+        if self.output.suffix.lower() not in kinds:
+            raise InputError(
+                f"{self.output}: unknown extension {self.output.suffix!r} for {self.metric}; "
+                f"write to {' or '.join(kinds)}"
+            )
+
 
 class EmbedConfig(groups.NewTableOptions, groups.DeviceOptions):
     """Options of `aam embed`."""
@@ -154,6 +202,11 @@ class EmbedConfig(groups.NewTableOptions, groups.DeviceOptions):
     """groups.Seed of the rarefaction."""
     overwrite: bool = False
     """Replace an output file that is already there."""
+
+    def check(self) -> None:
+        """Refuse options that mean nothing together."""
+        if self.output.suffix.lower() not in (".tsv", ".npz"):
+            raise InputError(f"{self.output}: write to .tsv or .npz")
 
 
 class DemoConfig(Options):
@@ -188,5 +241,5 @@ def from_options(command: str, **options: Any) -> Any:
         InputError: an option is unknown, missing or wrong, or a path cannot be used.
     """
     config = from_dict(CONFIGS[command], options, f"aam.{command}")
-    check_paths(config)
+    check(config)
     return config

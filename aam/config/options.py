@@ -49,6 +49,9 @@ class Options:
         config = pydantic.ConfigDict(extra="forbid", use_attribute_docstrings=True)
         pydantic.dataclasses.dataclass(cls, kw_only=True, config=config)
 
+    def check(self) -> None:
+        """Refuse options that mean nothing together."""
+
 
 @dataclass(frozen=True)
 class Option:
@@ -209,8 +212,8 @@ def write_toml(config: Any, path: Path) -> None:
     path.write_text(tomli_w.dumps(values), encoding="utf-8")
 
 
-def check_paths(config: Any) -> None:
-    """Refuse, before any work, files that are not there and outputs that cannot be written."""
+def check(config: Any) -> None:
+    """Refuse, before any work, what means nothing, is not there or cannot be written."""
     run = getattr(config, "run", None)
     for option in options_of(type(config)).values():
         path = getattr(getattr(config, option.group, config), option.name)
@@ -223,3 +226,4 @@ def check_paths(config: Any) -> None:
         check_run_output(run.output_dir, run.overwrite, run.resume_from)
     elif getattr(config, "output", None):
         check_file_output(config.output, config.overwrite)
+    config.check()
