@@ -38,11 +38,12 @@ def test_defaults_and_the_command_line():
     )
     options = parse(
         "finetune", "--table", __file__, "--output-dir", "r", "--metadata-column", "age",
-        "--metadata", __file__, "--categorical-columns", "sex", "site", "--no-gradient-checkpointing", "--lr=1e-3",
-        "--max_steps", "7", "--freeze-base", "--epochs", "3", "--epochs", "None",
+        "--metadata", __file__, "--categorical-columns", "sex", "site", "--lr=1e-3",
+        "--no-gradient-checkpointing", "--max_steps", "7", "--class-weights", "--epochs", "3",
+        "--epochs", "None",
     )  # fmt: skip
     assert options.categorical.categorical_columns == ("sex", "site")
-    assert not options.run.gradient_checkpointing and options.freeze_base
+    assert not options.run.gradient_checkpointing and options.target.class_weights
     optimizer = options.optimizer
     assert (optimizer.lr, optimizer.max_steps, optimizer.epochs) == (1e-3, 7, None)
 
