@@ -30,10 +30,10 @@ def leave_out_reports(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("aam.evaluation.baselines.distance_baselines", lambda *_, **__: {})
 
 
-def start_command(argv: list[str], program: tuple[str, ...] = ("-c", MAIN)) -> subprocess.Popen:
+def start_command(argv: list[str]) -> subprocess.Popen:
     """Start a command of `aam` on one thread; what it says comes through a pipe."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *program, *argv]
+    command = [sys.executable, "-c", MAIN, *argv]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )

@@ -31,17 +31,11 @@ _ID_HEADERS_OF_QIIME_1 = ("#sampleid", "#sample id", "#otuid", "#otu id")
 
 @dataclass(frozen=True, eq=False)
 class Metadata:
-    """What is known of each sample.
+    """What is known of each sample."""
 
-    Attributes:
-        frame: one row an id, in the file's order; cells are text, and no text where missing.
-        source: the file, for messages.
-        declared: column name -> ``numeric`` or ``categorical`` where ``#q2:types`` says so.
-    """
-
-    frame: pd.DataFrame
-    source: str
-    declared: dict[str, str]
+    frame: pd.DataFrame  # one row an id, in the file's order; cells are text where not missing
+    source: str  # the file, for messages
+    declared: dict[str, str]  # numeric or categorical, for columns of which #q2:types says so
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -54,25 +48,11 @@ class Metadata:
         return tuple(self.frame.columns)
 
     def select(self, ids: Sequence[str]) -> Metadata:
-        """These rows in this order.
-
-        Raises:
-            InputError: an id is not in the metadata.
-        """
-        unknown = [name for name in ids if name not in self.frame.index]
-        if unknown:
-            raise InputError(
-                f"{self.source}: {len(unknown)} samples have no metadata ({name_some(unknown)}): "
-                "add rows for them or drop them with --allow-missing"
-            )
+        """These rows in this order."""
         return replace(self, frame=self.frame.loc[list(ids)])
 
     def text(self, column: str) -> list[str | None]:
-        """The column's cells as they are written, None where missing.
-
-        Raises:
-            InputError: there is no such column; the message names the nearest ones.
-        """
+        """Cells of a column as they are written, None where missing; InputError names near ones."""
         columns = self.columns
         if column not in columns:
             folded = {one.lower(): one for one in columns}
@@ -86,11 +66,7 @@ class Metadata:
         return [one if isinstance(one, str) else None for one in self.frame[column]]
 
     def numeric(self, column: str) -> NDArray[np.float64]:
-        """The column as numbers, NaN where missing.
-
-        Raises:
-            InputError: there is no such column, or a value is not a finite number.
-        """
+        """Cells of a column as numbers, NaN where missing; InputError where one is not finite."""
         texts = self.text(column)
         wrong = [one for one in texts if one is not None and _number(one) is None]
         if wrong:
@@ -102,10 +78,7 @@ class Metadata:
         return np.array([math.nan if one is None else float(one) for one in texts])
 
     def is_numeric(self, column: str) -> bool:
-        """Whether ``#q2:types`` declares the column numeric or, undeclared, all values are.
-
-        A column without any value is not numeric.
-        """
+        """Whether a column is declared numeric or, undeclared, has values, all of them numbers."""
         present = [one for one in self.text(column) if one is not None]
         if column in self.declared:
             return self.declared[column] == "numeric"
@@ -122,11 +95,7 @@ def _number(text: str) -> float | None:
 
 
 def require_values(metadata: Metadata, column: str, *, numeric: bool) -> None:
-    """Check that a column can be a target: finite numbers, or two classes or more.
-
-    Raises:
-        InputError: all values are missing, some are no numbers, or there is a single class.
-    """
+    """Raise InputError where a column can be no target: finite numbers, or two classes or more."""
     present = [one for one in metadata.text(column) if one is not None]
     if not present:
         raise InputError(

@@ -40,20 +40,22 @@ def split_samples(
     counts groups).
 
     Raises:
-        InputError: no such split exists (a single class, a class with one sample or in one group,
-            a single group, missing values, too few samples).
+        InputError: no such split exists (a class with one sample or in one group, a single group).
     """
-    if len(ids) < 2:
-        raise InputError(f"a split needs at least 2 samples, got {len(ids)}")
     order = np.argsort(np.array(ids, dtype=object))
     classes = np.zeros(len(ids), dtype=np.int64)
     if labels is not None:
-        names, classes = _codes(labels, ids, "class")
-        _check_classes(classes, names)
+        names, classes, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+        lonely = names[sizes < 2].tolist()
+        if lonely:
+            raise InputError(
+                f"{len(lonely)} classes have one sample only ({name_some(lonely)}): merge them "
+                "with another class or leave these samples out"
+            )
     generator = np.random.default_rng(seed)
     in_validation = np.zeros(len(ids), dtype=bool)
     if groups is not None:
-        own = _codes(groups, ids, "group")[1][order]
+        own = np.unique(groups, return_inverse=True)[1][order]
         in_validation[order] = _grouped(own, classes[order], validation_fraction, generator)
     else:
         in_validation[order] = _stratified(classes[order], validation_fraction, generator)
@@ -61,35 +63,6 @@ def split_samples(
         tuple(one for one, held_out in zip(ids, in_validation, strict=True) if not held_out),
         tuple(one for one, held_out in zip(ids, in_validation, strict=True) if held_out),
     )
-
-
-def _codes(
-    values: Sequence[str], ids: Sequence[str], kind: str
-) -> tuple[list[str], NDArray[np.int64]]:
-    """The distinct values in order, and the number of each sample's; InputError where it lacks."""
-    missing = [name for name, value in zip(ids, values, strict=True) if value is None]
-    if missing:
-        raise InputError(
-            f"{len(missing)} samples have no {kind} ({name_some(missing)}): fill the metadata "
-            "column in or leave these samples out"
-        )
-    names, codes = np.unique(np.array(values, dtype=str), return_inverse=True)
-    return names.tolist(), codes
-
-
-def _check_classes(classes: NDArray[np.int64], names: list[str]) -> None:
-    """Raise InputError where a split cannot have every class in both parts."""
-    if len(names) < 2:
-        raise InputError(
-            f"all {len(classes)} samples are of one class ({names[0]!r}): a classification needs "
-            "two or more"
-        )
-    lonely = [names[code] for code in np.flatnonzero(np.bincount(classes) < 2)]
-    if lonely:
-        raise InputError(
-            f"{len(lonely)} classes have one sample only ({name_some(lonely)}): merge them with "
-            "another class or leave these samples out"
-        )
 
 
 def _stratified(
@@ -169,9 +142,6 @@ def leaking_columns(metadata: Metadata, split: Split) -> list[str]:
     subject id where its values repeat and either its name says so (``host_subject_id``,
     ``patient``), or it is text of many values that settle most other columns (all samples of one
     value have the same sex, height, diagnosis, ...).
-
-    Raises:
-        InputError: a sample of the split has no row.
     """
     both = metadata.select(split.train + split.validation)
     number = len(split.train)

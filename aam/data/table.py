@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from aam.data.sequences import resolve_sequences
 from aam.data.table_files import RawTable, as_raw_table, read_raw_table
 from aam.data.texts import Texts
-from aam.errors import InputError, name_some
+from aam.errors import InputError
 
 # numpy's limit for exact draws without replacement.
 _MOST_READS = 1_000_000_000
@@ -24,37 +24,23 @@ _DIGEST_BLOCK = 2**14  # strings or numbers
 
 @dataclass(frozen=True)
 class FeatureTable:
-    """How many reads of each feature (ASV) each sample has.
+    """How many reads of each feature (ASV) each sample has."""
 
-    Attributes:
-        sample_ids: one string a sample, in the file's order.
-        feature_ids: one string a feature; after ``read_table`` its DNA in upper case.
-        counts: ``(samples, features)`` integers, no explicit zeros, indices sorted in each row.
-        source: the file it came from, for messages.
-        position: ``(features,)`` place of each feature in the file, where they stand in the order
-            of their ids; None where they stand in any order, that of the file.
-    """
-
-    sample_ids: tuple[str, ...]
-    feature_ids: Sequence[str]
-    counts: sp.csr_array
-    source: str
+    sample_ids: tuple[str, ...]  # in the file's order
+    feature_ids: Sequence[str]  # after `read_table` DNA in upper case
+    counts: sp.csr_array  # (samples, features) integers, no explicit zeros, rows sorted
+    source: str  # the file it came from, for messages
     position: NDArray[np.int64] | None = None
+    """``(features,)`` place of each in the file, where they stand in the order of their ids."""
+
+    def rows_of(self, sample_ids: Sequence[str]) -> NDArray[np.int64]:
+        """The row of each id."""
+        row_of = {name: row for row, name in enumerate(self.sample_ids)}
+        return np.array([row_of[name] for name in sample_ids], dtype=np.int64)
 
     def select(self, sample_ids: Sequence[str]) -> FeatureTable:
         """These samples in this order, without the features that none of them has."""
         return self.with_samples(tuple(sample_ids), self.counts[self.rows_of(sample_ids)])
-
-    def rows_of(self, sample_ids: Sequence[str]) -> NDArray[np.int64]:
-        """The row of each id; InputError where one is not in the table."""
-        row_of = {name: row for row, name in enumerate(self.sample_ids)}
-        unknown = [name for name in sample_ids if name not in row_of]
-        if unknown:
-            raise InputError(
-                f"{self.source}: {len(unknown)} samples are not in the table "
-                f"({name_some(unknown)}); it has {name_some(self.sample_ids)}"
-            )
-        return np.fromiter((row_of[name] for name in sample_ids), np.int64, len(sample_ids))
 
     def with_samples(self, sample_ids: tuple[str, ...], counts: sp.csr_array) -> FeatureTable:
         """Other samples of the same features, without the features that none of them has."""
@@ -145,14 +131,13 @@ def _whole_counts(raw: RawTable, path: Path) -> sp.csr_array:
 
 
 def rarefy(table: FeatureTable, depth: int, seed: int) -> tuple[FeatureTable, tuple[str, ...]]:
-    """Draw ``depth`` reads of each sample without replacement.
+    """Draw ``depth`` reads of each sample without replacement; features stand by sequence then.
 
     A sample's draw depends on ``seed``, its id and its own reads only: not on the order of rows
     and columns, nor on the other samples.
 
     Returns:
-        The rarefied table (samples in order, features by sequence, without those that lost their
-        last read) and the ids of the samples dropped for having fewer than ``depth`` reads.
+        The table, and the ids of the samples dropped for having fewer than ``depth`` reads.
 
     Raises:
         InputError: every sample has fewer reads, or one has more than can be drawn from.
@@ -180,15 +165,8 @@ def rarefied(
 ) -> tuple[NDArray[np.int64], sp.csr_array]:
     """Rows with ``depth`` reads, and their counts with as many drawn without replacement.
 
-    Args:
-        counts: ``(samples, features)`` int64, features in the order of their sequences.
-        names: id of each sample.
-        depth: at least 1.
-        seed: with the sample's id it decides the draw.
-        source: the table's file, for messages.
-
-    Raises:
-        InputError: a sample has more reads than can be drawn from.
+    ``names`` are the samples' ids; columns stand in the order of their sequences. InputError where
+    a sample has more reads than can be drawn from.
     """
     reads = counts.sum(axis=1)
     most = int(reads.max(initial=0))

@@ -17,12 +17,10 @@ COMPILERS = ("g++", "clang++", "c++")
 
 
 def find_device(name: str) -> torch.device:
-    """The device that ``--device`` names; auto takes a GPU if there is one.
-
-    Raises:
-        InputError: there is no such device.
-    """
+    """The device that ``--device`` names; auto takes a GPU if there is one."""
     kind, _, index = name.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (index and not index.isdigit()):
+        raise InputError(f"device {name}: expected auto, cpu, cuda or cuda:N")
     count = torch.cuda.device_count()
     if kind == "cuda" and int(index or 0) >= count:
         raise InputError(f"--device {name}: torch sees {count} GPUs; use --device cpu")
@@ -32,11 +30,7 @@ def find_device(name: str) -> torch.device:
 
 
 def count_devices(options: RunOptions) -> int:
-    """How many devices of this machine are asked for.
-
-    Raises:
-        InputError: there are fewer, or the options do not go together.
-    """
+    """How many devices of this machine are asked for; refuses what cannot be meant."""
     device, count = find_device(options.device), torch.cuda.device_count()
     if options.strategy == "fsdp" and options.compile_model:
         raise InputError("--compile-model: does not go together with --strategy fsdp; leave it out")
@@ -61,11 +55,7 @@ def count_devices(options: RunOptions) -> int:
 
 
 def check_attention(implementation: str, device: torch.device) -> None:
-    """Refuse an attention implementation that this device does not have.
-
-    Raises:
-        InputError: lists those that it has.
-    """
+    """Refuse an attention implementation that this device does not have."""
     available = set.intersection(*map(set, available_impls(device).values()))
     if implementation not in ("auto", *available):
         raise InputError(
@@ -103,11 +93,7 @@ def pick_device(name: str, attn_implementation: str = "auto") -> torch.device:
 
 
 def compile_stacks(module: nn.Module) -> None:
-    """Compile every transformer stack in place.
-
-    Raises:
-        InputError: there is no C++ compiler, which torch.compile needs.
-    """
+    """Compile every transformer stack in place, for which torch needs a C++ compiler."""
     if not any(shutil.which(os.environ.get("CXX") or name) for name in COMPILERS):
         raise InputError(
             "--compile-model: needs a C++ compiler such as g++; install one or leave it out"

@@ -6,7 +6,7 @@ others' results from here. One process is the special case in which nothing has 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -62,16 +62,6 @@ def broadcast(value: T) -> T:
     return box[0]
 
 
-def barrier() -> None:
-    """Wait until every rank is here."""
-    all_reduce_max(0)
-
-
-def on_rank_zero(work: Callable[[], T]) -> T:
-    """What rank 0 makes of it, on every rank; the others wait as long as it takes."""
-    return broadcast(work() if is_rank_zero() else None)  # type: ignore[arg-type, return-value]
-
-
 def all_reduce_max(number: int) -> int:
     """The largest of all ranks' numbers."""
     if world_size() == 1:
@@ -82,11 +72,7 @@ def all_reduce_max(number: int) -> int:
 
 
 def check_equal(what: str, value: Any) -> None:
-    """Refuse ranks that do not see the same.
-
-    Raises:
-        InputError: names what, and the first rank with another value than rank 0's.
-    """
+    """Refuse ranks that do not see the same as rank 0."""
     if world_size() == 1:
         return
     values: list[Any] = [None] * world_size()
@@ -103,31 +89,19 @@ class RankGroup:
     """The collectives of a step, over the default process group where there is one."""
 
     def __init__(self) -> None:
-        self.distributed = dist.is_available() and dist.is_initialized()
-        self.size = dist.get_world_size() if self.distributed else 1
-        self.rank = dist.get_rank() if self.distributed else 0
+        self.size, self.rank = world_size(), rank()
 
     def share(self, bounds: np.ndarray) -> tuple[int, int]:
-        """This rank's contiguous rows of a ragged tensor, of about equal length together.
-
-        Args:
-            bounds: (rows + 1,) offsets of the rows.
-        """
+        """This rank's part of ragged rows with the offsets (rows + 1,): the first, and the end."""
         cuts = cut(bounds, self.size)
         return int(cuts[self.rank]), int(cuts[self.rank + 1])
 
     def gather(self, own: Tensor, counts: Sequence[int]) -> Tensor:
-        """All ranks' rows one after the other, (sum of counts, ...), without graph.
-
-        Args:
-            own: (counts[rank], ...) this rank's rows.
-            counts: rows of every rank.
-        """
+        """All ranks' rows (sum of counts, ...), without graph; each has (counts[rank], ...)."""
         own = own.detach()
         if self.size == 1:
             return own
-        most = max(counts)
-        padded = own.new_zeros((most, *own.shape[1:]))
+        padded = own.new_zeros((max(counts), *own.shape[1:]))
         padded[: len(own)] = own
         parts = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(parts, padded)
@@ -146,33 +120,25 @@ class RankGroup:
         return bool(self.all_reduce(torch.tensor(int(flag), device=device)))
 
     def all_reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Add up the ranks' gradients, in one message for each dtype.
+        """Add up the ranks' gradients, in one message.
 
         A parameter that no rank has a gradient of keeps None, as in one process. Those of sharded
         weights have been averaged as they arose.
         """
         if self.size == 1:
             return
-        own = []
-        for one in parameters:
-            if not isinstance(one, DTensor):
-                own.append(one)
-            elif one.grad is not None:
+        own = list(parameters)
+        for one in own:
+            if isinstance(one, DTensor) and one.grad is not None:
                 one.grad.mul_(self.size)
-        used = torch.tensor([one.grad is not None for one in own], dtype=torch.float32)
-        device = own[0].device
-        used = self.all_reduce(used.to(device)).cpu() > 0
-        wanted = [one for one, has in zip(own, used.tolist(), strict=True) if has]
-        for dtype in sorted({one.dtype for one in wanted}, key=str):
-            group = [one for one in wanted if one.dtype == dtype]
-            flat = torch.cat(
-                [
-                    torch.zeros_like(one).flatten() if one.grad is None else one.grad.flatten()
-                    for one in group
-                ]
-            )
-            self.all_reduce(flat)
-            for one, part in zip(group, flat.split([p.numel() for p in group]), strict=True):
+        own = [one for one in own if not isinstance(one, DTensor)]
+        used = torch.tensor([one.grad is not None for one in own], device=own[0].device)
+        has_gradient = self.all_reduce(used.float()).tolist()
+        own = [one for one, has in zip(own, has_gradient, strict=True) if has]
+        gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in own]
+        if own:
+            flat = self.all_reduce(torch.cat([one.flatten() for one in gradients]))
+            for one, part in zip(own, flat.split([one.numel() for one in own]), strict=True):
                 one.grad = part.view_as(one)
 
     def broadcast_weights(self, module: nn.Module) -> None:

@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 LAUNCHER = "AAM_LAUNCHER"  # in the environment of a worker: process id of what launched it
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
 GRACE_SECONDS = 1.5  # an error that all ranks meet is said by rank 0 within this time
-BLAME_SECONDS = (
-    5.0  # a collective fails where a rank is gone: its launcher says so within this time
-)
+BLAME_SECONDS = 5.0  # a collective fails where a rank is gone: its launcher says so before
 
 
 @dataclass(frozen=True)
@@ -67,11 +65,7 @@ def begin() -> None:
 
 
 def refuse_several(command: str) -> None:
-    """Refuse to run a command in several processes that would all do the same.
-
-    Raises:
-        InputError: torchrun or SLURM have started several.
-    """
+    """Refuse to run a command in several processes that would all do the same."""
     layout = find_layout()
     if layout.size > 1:
         raise InputError(
@@ -80,14 +74,9 @@ def refuse_several(command: str) -> None:
 
 
 def run(command: Callable[[Any], Any], argv: Sequence[str], options: Any) -> int:
-    """Run a command that trains: here, or in workers that are launched with its argv.
-
-    Returns:
-        The exit code, of workers too.
-    """
+    """Run a command that trains, here or in workers launched with its argv; the exit code."""
     layout = find_layout()
-    several = options.run.devices > 1 or options.run.data_parallel
-    if several and layout.starter == "aam":
+    if layout.starter == "aam" and (options.run.devices > 1 or options.run.data_parallel):
         from aam.learning.device import count_devices
         from aam.learning.workers import launch
 
@@ -101,7 +90,7 @@ def run(command: Callable[[Any], Any], argv: Sequence[str], options: Any) -> int
         if isinstance(error, Stopped) and not layout.rank:
             requeue(error.number)
         if layout.size > 1:
-            _leave(error)
+            _leave_early(error)
         raise
     if layout.size > 1:
         from aam.learning import distributed
@@ -114,20 +103,15 @@ def start(options: RunOptions) -> torch.device:
     """The device of this process, which meets the other ranks of the run if there are any.
 
     Raises:
-        InputError: the devices do not exist, cannot run the attention implementation, or are
-            others than torchrun or SLURM have started.
+        InputError: the devices do not exist, cannot do what is asked for, or are others than
+            torchrun or SLURM have started.
     """
     import torch
 
+    from aam.learning import device as devices
     from aam.learning import distributed
-    from aam.learning.device import (
-        check_attention,
-        check_precision,
-        count_devices,
-        find_device,
-    )
 
-    layout, count = find_layout(), count_devices(options)
+    layout, count = find_layout(), devices.count_devices(options)
     if layout.starter == "aam" and count > 1:
         raise InputError("--devices: only the command line can start several processes")
     if count not in (1, layout.local_size):
@@ -136,7 +120,7 @@ def start(options: RunOptions) -> torch.device:
             f"--devices {count}: {layout.starter} started {layout.local_size} processes here; "
             f"leave the option out or use {option}={count}"
         )
-    device = find_device(options.device)
+    device = devices.find_device(options.device)
     if layout.size > 1 and device.type == "cuda":
         if layout.local_size > torch.cuda.device_count():
             raise InputError(
@@ -145,8 +129,8 @@ def start(options: RunOptions) -> torch.device:
                 "machine (srun: --gpus-per-node, not --gpus-per-task)"
             )
         device = torch.device("cuda", layout.local_rank)
-    check_attention(options.attn_implementation, device)
-    check_precision(options, device)
+    devices.check_attention(options.attn_implementation, device)
+    devices.check_precision(options, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if layout.size > 1:
@@ -179,7 +163,7 @@ def complain(error: BaseException) -> None:
     stream.flush()
 
 
-def _leave(error: BaseException) -> None:
+def _leave_early(error: BaseException) -> None:
     """Prepare the end of one of several ranks.
 
     All stop together at a signal, or a launcher would end rank 0 when the first of them has left.
@@ -188,8 +172,8 @@ def _leave(error: BaseException) -> None:
     if isinstance(error, Stopped):
         from aam.learning import distributed
 
-        distributed.barrier()
-    elif not isinstance(error, (InputError, OSError, KeyboardInterrupt)):
+        distributed.all_reduce_max(0)
+    elif exit_code(error) == 1:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         time.sleep(BLAME_SECONDS)
@@ -202,6 +186,6 @@ def _name_first_host() -> None:
     """Say to torch where the tasks of a SLURM job meet, if nobody has."""
     said = os.environ
     hosts = said.get("SLURM_STEP_NODELIST") or said.get("SLURM_JOB_NODELIST") or "127.0.0.1"
-    name, number = re.match(r"([^,\[]+)(?:\[([^],-]+))?", hosts).groups("")  # type: ignore[union-attr]
-    said.setdefault("MASTER_ADDR", name + number)  # node[07-09,12] begins with node07
+    first = re.match(r"([^,\[]+)(?:\[([^],-]+))?", hosts)  # node[07-09,12] begins with node07
+    said.setdefault("MASTER_ADDR", "".join(first.groups("")) if first else hosts)
     said.setdefault("MASTER_PORT", str(20000 + int(said.get("SLURM_JOB_ID", "0")) % 10000))

@@ -10,13 +10,12 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 from typing import Any
 
 from aam.errors import log
 
-SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
-)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 REQUEUE_SECONDS = 30.0
 
 
@@ -33,15 +32,12 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.number = 0  # 0: none
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
         """Take over the signals, if this is the main thread; else they are the caller's."""
-        self._previous: dict[int, Any] = {}
-        try:
-            for number in SIGNALS:
-                self._previous[number] = signal.signal(number, self._note)
-        except ValueError:
-            self._previous = {}
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {one: signal.signal(one, self._note) for one in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -61,7 +57,7 @@ class StopSignals:
 def requeue(number: int) -> None:
     """Have SLURM queue the job again, if it was SIGUSR1 that ended it."""
     job, tool = os.environ.get("SLURM_JOB_ID"), shutil.which("scontrol")
-    if job is None or number != getattr(signal, "SIGUSR1", None):
+    if job is None or number != signal.SIGUSR1:
         return
     if tool is None:
         log("warning: no scontrol on this machine: the job is not queued again")

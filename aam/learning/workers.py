@@ -26,6 +26,7 @@ from aam.learning.stopping import SIGNALS
 
 PROGRAM = ("-m", "aam.train")
 POLL_SECONDS = 0.1
+KEPT = (signal.SIGHUP, signal.SIGQUIT)  # nohup has them ignored; torch would end at them
 
 
 class Workers(SubprocessContext):
@@ -40,15 +41,7 @@ class Workers(SubprocessContext):
 
 
 def launch(argv: Sequence[str], count: int) -> int:
-    """Run a command in several processes of this machine.
-
-    Args:
-        argv: of the command line.
-        count: of processes.
-
-    Returns:
-        The exit code.
-    """
+    """Run the command of an argv in several processes of this machine; the exit code."""
     logging.disable()  # of torch's launcher: the worker or this function says what it would
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {
@@ -57,6 +50,7 @@ def launch(argv: Sequence[str], count: int) -> int:
         "TORCHELASTIC_USE_AGENT_STORE": True,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or (os.cpu_count() or 1) // count or 1,
     }  # fmt: skip
+    ranks = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(count)]
     received: set[int] = set()
 
     def forward(number: int, _frame: Any) -> None:
@@ -71,22 +65,22 @@ def launch(argv: Sequence[str], count: int) -> int:
             sys.executable,
             args=dict.fromkeys(range(count), (*PROGRAM, *argv)),
             envs={
-                rank: {key: str(value) for key, value in shared.items()}
-                | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                for rank in range(count)
+                rank: {name: str(value) for name, value in own.items()}
+                for rank, own in enumerate(ranks)
             },
             logs_specs=DefaultLogsSpecs(folder),
         )
-        kept = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGQUIT)}
+        handlers: dict[int, Any] = {number: signal.getsignal(number) for number in KEPT}
+        handlers |= dict.fromkeys(SIGNALS, forward)
         try:
-            workers.start()  # takes over these signals, which nohup may have had ignored
-            for number, handler in {**kept, **dict.fromkeys(SIGNALS, forward)}.items():
+            workers.start()
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
             result = workers.wait(period=POLL_SECONDS)
         finally:
             workers.close()
-        assert result is not None
-        return _explain(result.failures, received)
+    assert result is not None
+    return _explain(result.failures, received)
 
 
 def _explain(failures: dict[int, ProcessFailure], received: set[int]) -> int:

@@ -101,17 +101,18 @@ def test_a_command_that_does_not_train_runs_once(said, aam, tmp_path, capsys):
     assert said_to_user == "error: unifrac runs in one process; torchrun started 8 of them\n"
 
 
-# What a worker does in place of training: told by its rank.
+# What a worker does in place of training, once all have begun.
 WORKER = """
 import os, signal, sys, time
 from aam.learning import launch
 from aam.errors import InputError
-launch.GRACE_SECONDS = {grace}
+launch.GRACE_SECONDS = 0.5
 launch.begin()
-rank = launch.find_layout().rank
-open(f"{{sys.argv[1]}}/{{os.getpid()}}", "w")
+rank, size = launch.find_layout().rank, launch.find_layout().size
 try:
-    {body}
+    open(f"{sys.argv[1]}/{os.getpid()}", "w")
+    while len(os.listdir(sys.argv[1])) < size: time.sleep(0.01)
+    BODY
 except (InputError, OSError, KeyboardInterrupt) as error:
     launch.complain(error)
     sys.exit(launch.exit_code(error))
@@ -119,10 +120,9 @@ except (InputError, OSError, KeyboardInterrupt) as error:
 WAIT = "time.sleep(60)"
 
 
-def launched(monkeypatch, folder, body: str, grace: float = 0.5, count: int = 3) -> Fork:
+def launched(monkeypatch, folder, body: str, count: int = 3) -> Fork:
     """A process that has launched workers, all of which have begun."""
-    program = ("-c", WORKER.format(body=body, grace=grace))
-    monkeypatch.setattr(workers, "PROGRAM", program)
+    monkeypatch.setattr(workers, "PROGRAM", ("-c", WORKER.replace("BODY", body)))
     options = SimpleNamespace(run=RunOptions(output_dir=folder, device="cpu", devices=count))
     fork = Fork(lambda: launch.run(print, [str(folder)], options))
     while len(list(folder.iterdir())) < count and fork.process.is_alive():
@@ -150,11 +150,10 @@ def test_what_ends_any_rank_ends_all_with_one_line(monkeypatch, tmp_path, body, 
 
 
 @pytest.mark.parametrize("victim", [0, 2])
-def test_a_killed_rank_ends_all_at_once_though_they_are_deaf_to_signals(
-    monkeypatch, tmp_path, victim
-):
-    ignore = f"signal.signal(signal.SIGTERM, signal.SIG_IGN)\n    if rank == {victim}: "
-    fork = launched(monkeypatch, tmp_path, f"{ignore}os.kill(os.getpid(), 9)\n    {WAIT}")
+def test_a_killed_rank_ends_all_at_once_even_deaf_ones(monkeypatch, tmp_path, victim):
+    body = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n    "
+    body += f"if rank == {victim}: os.kill(os.getpid(), 9)\n    {WAIT}"
+    fork = launched(monkeypatch, tmp_path, body)
     begun = time.monotonic()
     code, text = fork.end()
     assert time.monotonic() - begun < 10
@@ -175,18 +174,18 @@ def test_an_unexpected_error_is_shown_whole_and_named_in_the_last_line(monkeypat
     assert last.startswith("error: rank 1 has ended (ZeroDivisionError: division by zero); cont")
 
 
-SAVE = """signal.signal({number}, lambda number, _: done.append(number))
+SAVE = """signal.signal(NUMBER, lambda number, _: done.append(number))
     done = []
     while not done: time.sleep(0.01)
     time.sleep(1 if rank == 0 else 0.5)
-    os._exit(128 + {number})"""
+    os._exit(128 + NUMBER)"""
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("body", [WAIT, SAVE], ids=["reads", "trains"])
 def test_signals_reach_every_rank_and_say_how_the_run_ends(monkeypatch, tmp_path, number, body):
-    fork = launched(monkeypatch, tmp_path, body.format(number=int(number)))
-    time.sleep(0.2)
+    fork = launched(monkeypatch, tmp_path, body.replace("NUMBER", f"{number:d}"))
+    time.sleep(0.2)  # the handlers stand
     os.kill(fork.process.pid, number)
     assert fork.end() == (128 + number, "")
 

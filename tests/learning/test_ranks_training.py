@@ -6,15 +6,18 @@ import os
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run
 from safetensors.torch import load_file
 
 from aam.cli import main
+from aam.errors import log
 from tests.conftest import TINY, TINY_MODEL
-from tests.processes import MAIN, Fork, fork_ranks, leave_out_reports, start_command
+from tests.processes import MAIN, Fork, fork_ranks, leave_out_reports
 
 STEPS = 5
 COMMANDS = {
@@ -23,7 +26,7 @@ COMMANDS = {
         "pretrain", *TINY_MODEL, "--batch-size", 8, "--epochs", 1, "--best-metric", "loss",
         "--lr", 6e-4,
     ],
-    "pairs": ["pretrain", *TINY, "--distance", "bray-curtis"],
+    "pairs": ["pretrain", *TINY, "--distance", "bray-curtis", "--clip", 0.05],
     "finetune": [
         "finetune", *TINY, "--metadata-column", "age", "--count-penalty", 1,
         "--nucleotide-penalty", 1,
@@ -106,8 +109,8 @@ def test_five_steps_of_several_ranks_equal_those_of_one(words, alone, tmp_path, 
 
 
 def test_sharded_weights_continue_a_run_and_are_continued_by_one_process(words, alone, tmp_path):
-    reference, folder = alone("pretrain"), tmp_path / "run"
-    assert main(words("pretrain", "--max-steps", 2, "--output-dir", folder)) == 0
+    reference, folder = alone("pairs"), tmp_path / "run"
+    assert main(words("pairs", "--max-steps", 2, "--output-dir", folder)) == 0
     resume = ["pretrain", "--resume-from", str(folder)]
     run_ranks(2, [*resume, "--strategy", "fsdp", "--max-steps", "4"])
     assert main([*resume, "--strategy", "ddp", "--max-steps", str(STEPS)]) == 0
@@ -125,11 +128,14 @@ def long_run(words, folder: Path, *more: object) -> list[str]:
     )
 
 
-def test_a_signal_to_one_rank_saves_and_ends_all(words, tmp_path):
+def test_a_signal_to_one_rank_saves_and_ends_all_once_rank_0_is_done(words, tmp_path, monkeypatch):
     argv = long_run(words, tmp_path)
+    monkeypatch.setattr("aam.learning.launch.requeue", lambda _: time.sleep(1) or log("queued"))
     ranks = fork_ranks(2, lambda: main(argv))
     ranks[0].wait_for("step ")
     os.kill(ranks[1].process.pid, signal.SIGTERM)
+    ranks[1].process.join(60)
+    assert "queued" in Path(ranks[0].said.name).read_text()
     (code, said), other = [one.end() for one in ranks]
     assert code == 128 + signal.SIGTERM and other == (code, "")
     assert "\nsaved at step " in said
@@ -156,8 +162,7 @@ def test_a_killed_rank_ends_all_with_one_line(words, tmp_path):
 def test_torchrun_starts_a_run_too(words, alone, tmp_path):
     reference = alone("pretrain")
     argv = words("pretrain", "--max-steps", STEPS, "--output-dir", tmp_path)
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
-    process = start_command(argv, (*torchrun, "--no-python", sys.executable, "-c", MAIN))
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode == 0 and said.count("24 samples used") == 1, said
+    torchrun = ["--nproc-per-node", "2", "--standalone", "--no-python", sys.executable, "-c", MAIN]
+    code, said = Fork(lambda: torch.distributed.run.main([*torchrun, *argv])).end(120)
+    assert code == 0 and said.count("24 samples used") == 1, said
     assert_same_run(tmp_path, reference)

@@ -8,6 +8,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.spatial import procrustes
+from scipy.spatial.distance import squareform
 
 from aam.errors import InputError
 from aam.evaluation.results import NAMES
@@ -92,6 +94,9 @@ def test_pretraining_shows_verdicts_distances_ordination_and_curves(tmp_path, fa
         "resume_from –",
     ):
         assert said in page.words, said
+    pairs = pd.read_csv(tmp_path / "distances.tsv", sep="\t")
+    maps = (principal_coordinates(squareform(pairs[name]))[0] for name in ("true", "predicted"))
+    assert f"Procrustes correlation {np.sqrt(1 - procrustes(*maps)[2]):.3f};" in page.words
     assert "warnings" not in page.ids
     assert page.html.index("below the rarefaction depth") < page.html.index("samples read")
 
