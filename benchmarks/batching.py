@@ -1,4 +1,4 @@
-"""Steps that fill the memory, steps of a fixed number of samples, and steps in pieces.
+"""Steps that fill the memory, steps of a fixed number of samples, and steps in micro-batches.
 
 What is returned prepares itself on its first call (warms up, measures a few steps, searches), and
 trains on from then on, one epoch of some samples a call. Every step's peak is that of the process,
@@ -123,7 +123,7 @@ class Case:
             samples: of an epoch, drawn at random; None: all.
             token_limit: most ASVs of a sample.
             recompute: what `--no-gradient-checkpointing` turns off.
-            effective: samples of a step, in pieces that fit the budget; None: as many as fit whole.
+            effective: samples of a step, in micro-batches that fit the budget; None: as fit whole.
             seed: of weights, samples and order.
         """
         torch.manual_seed(seed)
@@ -141,8 +141,10 @@ class Case:
         return fixed_batches(self.rows, size, self.seed)
 
     def predict(self, model: CostModel, batches: Sequence[np.ndarray]) -> np.ndarray:
-        """Peaks of these steps in one piece, bytes."""
-        return np.array([model.predict(self.trainer.batching.size(rows)) for rows in batches])
+        """Peaks of these steps in one micro-batch, bytes."""
+        return np.array(
+            [model.predict(self.trainer.batching.contents.size(rows)) for rows in batches]
+        )
 
     def train(self, batches: Sequence[np.ndarray]) -> Result:
         """Take these steps; says samples, and peaks in GB."""
@@ -187,10 +189,7 @@ def filling(
         assert batching.costs is not None
         if keep is not None:
             Path(keep).write_text(json.dumps(asdict(batching.costs)))
-        return {
-            "measuring_seconds": time.perf_counter() - started,
-            "measured_steps": batching.costs.steps,
-        }
+        return {"measuring_seconds": time.perf_counter() - started}
 
     return in_turn(calibrate, lambda: case.train(batching.batches(0)[:steps]))
 
@@ -284,7 +283,7 @@ def halving(folder: str, name: str, *, keep: str, **options: Any) -> Epoch:
 
 
 def in_large_steps(folder: str, name: str, *, keep: str, times: float, **options: Any) -> Epoch:
-    """Steps of far more samples than fit, exact, in pieces that do: `--effective-batch-size`.
+    """Steps of far more samples than fit, exact, in micro-batches: `--effective-batch-size`.
 
     Args:
         folder: of the data.
@@ -319,13 +318,13 @@ def model_of(keep: str) -> CostModel:
     return CostModel(**json.loads(Path(keep).read_text()))
 
 
-def in_pieces(folder: str, name: str, *, pieces: int, **options: Any) -> Epoch:
+def in_micro_batches(folder: str, name: str, *, count: int, **options: Any) -> Epoch:
     """One step, up to the gradients of the weights, of all samples of the case.
 
     Args:
         folder: of the data.
         name: see `read`.
-        pieces: of each stage; 0: only the forward pass, without a graph.
+        count: micro-batches of each stage; 0: only the forward pass, without a graph.
         options: of `Case`.
     """
     case = Case(folder, name, **options)
@@ -333,8 +332,8 @@ def in_pieces(folder: str, name: str, *, pieces: int, **options: Any) -> Epoch:
 
     def call(rows: np.ndarray) -> Result:
         meter.reset()
-        if pieces:
-            loss = trainer.compute(rows, pieces)["loss"]
+        if count:
+            loss = trainer.compute(rows, count)["loss"]
         else:
             objective = trainer.objective.train()
             with torch.no_grad():

@@ -61,7 +61,9 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "kernels: attention, pooling and layer, in 2 minutes")
     config.addinivalue_line("markers", "scaling: the layer by threads, tokens and variant")
     config.addinivalue_line("markers", "steps: whole training steps and inference; takes long")
-    config.addinivalue_line("markers", "batching: steps that fill memory, in pieces, over ranks")
+    config.addinivalue_line(
+        "markers", "batching: steps that fill memory, in micro-batches, over ranks"
+    )
     if config.getoption("benchmark") and config.getoption("numprocesses", None):
         raise pytest.UsageError("--benchmark times one case at a time: leave out -n")
 

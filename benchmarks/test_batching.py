@@ -1,9 +1,10 @@
-"""Memory that is predicted and filled, steps in pieces, steps over ranks: measured."""
+"""Memory that is predicted and filled, steps in micro-batches, over ranks: measured."""
 
 import statistics
 
 import numpy as np
 import pytest
+import torch
 
 from aam.data.table import read_table
 from aam.learning.meter import Meter
@@ -13,7 +14,7 @@ from benchmarks.steps import TABLES
 
 pytestmark = [pytest.mark.real, pytest.mark.batching]
 FILLED, FIXED, HALVED = "filled", "largest fixed size", "halving from 1,024"
-LARGE = "4 times the fixed size, in pieces"
+LARGE = "4 times the fixed size, in micro-batches"
 # Budget in GB, samples of an epoch (three to five filled steps), and how the model is trained:
 # without recomputation a sample takes many times the memory.
 KEPT = {"recompute": False}
@@ -72,7 +73,7 @@ def options(small, timing, real_data):
         found = {"folder": str(real_data), **more}
         if small:
             samples, found["token_limit"] = 24, 8
-            budget = budget and (0.8 if timing else Meter.for_device("cpu").now() / GB + 1)
+            budget = budget and (0.8 if timing else Meter(torch.device("cpu")).now() / GB + 1)
         return found | {"samples": samples} | ({"budget_gb": budget} if budget else {})
 
     return make
@@ -109,7 +110,7 @@ def test_budgets(compare, own_process, options, timing, small, full, tmp_path, n
         pytest.skip("small steps are the same at every budget")
     budget, samples, way = BUDGETS[name]
     arguments = options(budget, samples, name="mixed", **way)
-    arguments["keep"] = str(tmp_path / "calibration.json")
+    arguments["keep"] = str(tmp_path / "costs.json")
     budget = arguments["budget_gb"]
     started = {
         FILLED: ("filling", {}),
@@ -154,14 +155,14 @@ def test_budgets(compare, own_process, options, timing, small, full, tmp_path, n
     assert all(max(results[one]["peaks"]) < 1.2 * budget for one in (FILLED, LARGE))
 
 
-def test_pieces(compare, own_process, options, timing, full):
-    """What exact steps in pieces cost over one piece, in forward passes, and what they save."""
+def test_micro_batches(compare, own_process, options, timing, full):
+    """What exact steps in micro-batches cost over one, in forward passes, and what they save."""
     arguments = options(samples=32, name="mixed")
     contestants = {
-        f"{count} piece{'s' * (count > 1)}" if count else FORWARD: own_process(
-            "benchmarks.batching:in_pieces",
+        f"{count} micro-batch{'es' * (count > 1)}" if count else FORWARD: own_process(
+            "benchmarks.batching:in_micro_batches",
             environment={"OMP_NUM_THREADS": "1"},
-            pieces=count,
+            count=count,
             **arguments,
         )
         for count in (*PIECES, 0)
@@ -171,7 +172,7 @@ def test_pieces(compare, own_process, options, timing, full):
         clocks = {one: timing.processor for one, timing in comparison.timings.items()}
         found = []
         for name in [*contestants][1:-1]:
-            rounds = zip(clocks[name], clocks["1 piece"], clocks[FORWARD], strict=True)
+            rounds = zip(clocks[name], clocks["1 micro-batch"], clocks[FORWARD], strict=True)
             extra = statistics.median((cut - whole) / once for cut, whole, once in rounds)
             found.append(
                 Figure(f"{name}: CPU time over that of one, in forward passes", extra, at_most=1.5)
@@ -181,9 +182,9 @@ def test_pieces(compare, own_process, options, timing, full):
         ]
 
     results, _ = compare(
-        f"a step of {arguments['samples']} samples in pieces, ibd and oral mixed, one thread",
+        f"a step of {arguments['samples']} samples in micro-batches, ibd and oral mixed, 1 thread",
         contestants,
-        reference="1 piece", rounds=5 if full else 3, figures=figures,
+        reference="1 micro-batch", rounds=5 if full else 3, figures=figures,
     )  # fmt: skip
     results = second(results, contestants, timing)
     losses = [result["loss"] for name, result in results.items() if name != FORWARD]
