@@ -1,6 +1,7 @@
 """Attention All Microbes: train transformers on microbiome feature tables.
 
-`load`, `pretrain` and `finetune` are the Python interface, described in ``docs/guide/python.md``.
+`pretrain`, `finetune` and `load` are the Python interface, described in ``docs/guide/python.md``.
+What they need is imported when they are called.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 from typing import Any
+
+from aam.errors import InputError
 
 __version__ = "0.1.0"
 __all__ = ["InputError", "finetune", "load", "pretrain"]
@@ -28,9 +31,6 @@ def _run(command: str, options: dict[str, Any]) -> Path:
     return getattr(importlib.import_module(f"aam.commands.{command}"), command)(config)
 
 
-def __getattr__(name: str) -> Any:
-    """Import what is used, when it is used."""
-    places = {"load": "aam.evaluation.loaded", "InputError": "aam.errors"}
-    if name not in places:
-        raise AttributeError(f"module 'aam' has no attribute {name!r}")
-    return getattr(importlib.import_module(places[name]), name)
+def load(run: str | Path, **where: Any) -> Any:
+    """The trained `aam.evaluation.loaded.Model` of a run's folder, for example on device="cuda"."""
+    return importlib.import_module("aam.evaluation.loaded").load(run, **where)
