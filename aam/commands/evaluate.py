@@ -11,10 +11,10 @@ from aam.data.samples import Samples
 from aam.data.texts import Texts, match_names
 from aam.data.tree import read_tree
 from aam.errors import InputError, log, log_facts, name_some
+from aam.evaluation.baselines import EvaluationSubset
 from aam.evaluation.loaded import Model, load
 from aam.evaluation.outputs import in_units, predict_outputs, predicted_distances
 from aam.evaluation.results import (
-    EvaluationSubset,
     Results,
     distance_results,
     nucleotide_results,

@@ -14,6 +14,7 @@ from aam.config import InspectConfig, OptimizerOptions, PenaltyOptions
 from aam.data.dataset import SampleDataset
 from aam.data.metadata import require_values
 from aam.data.samples import Samples, make_dataset, read_samples
+from aam.data.table_distances import TableDistances
 from aam.errors import InputError, log, log_facts
 from aam.evaluation.applicability import add_applicability
 from aam.evaluation.metrics import condensed
@@ -40,7 +41,8 @@ def inspect(config: InspectConfig) -> None:
 
     samples = read_samples(config.data, config.seed, metadata=config.metadata.metadata)
     found: Rows = {}
-    labels = distances = None
+    labels = None
+    distances: DistanceSource
     if config.metadata_column is not None:
         labels = _describe_target(found, samples, config.metadata_column)
     given = config.distances
@@ -49,6 +51,8 @@ def inspect(config: InspectConfig) -> None:
         rows = np.random.default_rng(0).permutation(len(samples.ids))[:LOOKED_AT]
         values = condensed(distances.pairwise(np.sort(rows)))
         found["true distances"] = f"mean {values.mean():.3f}, sd {values.std():.3f}"
+    else:  # a step takes as much whatever they are
+        distances = TableDistances(samples.table, "jaccard")
     dataset = make_dataset(samples, config.data)
     if config.model is not None:
         add_applicability(samples, read_model(config.model))
@@ -88,7 +92,7 @@ def _plan(
     found: Rows,
     dataset: SampleDataset,
     rows: np.ndarray,
-    distances: DistanceSource | None,
+    distances: DistanceSource,
     config: InspectConfig,
 ) -> Sequence[np.ndarray]:
     """The rows of each step of the first epoch; says what they take where a memory is given."""
@@ -104,8 +108,7 @@ def _plan(
     encoder = AsvEncoder(EncoderShape(max_bp=config.data.max_bp))
     model = PretrainedModel(encoder, free_clades=FREE_CLADES, abundance=True)
     assert model.pairs is not None
-    loss = DistanceLoss(distances or _NoDistances())
-    objective = PairObjective(encoder, model.pairs, PenaltyOptions(), loss)
+    objective = PairObjective(encoder, model.pairs, PenaltyOptions(), DistanceLoss(distances))
     objective.to(device).train()
     batching = Batching(rows, dataset, objective, options, device, config.seed)
     optimizer = make_optimizer(objective, lr=0.0, weight_decay=0.0)
@@ -121,16 +124,6 @@ def _plan(
     plan = batching.batches(0)
     _describe_memory(found, batching, plan)
     return plan
-
-
-class _NoDistances:
-    """Stands for true distances where none are given: a step takes what it takes with them."""
-
-    def pairwise(self, rows: np.ndarray) -> np.ndarray:
-        return self.cross(rows, rows)
-
-    def cross(self, rows_a: np.ndarray, rows_b: np.ndarray) -> np.ndarray:
-        return np.zeros((len(rows_a), len(rows_b)))
 
 
 def _describe_memory(found: Rows, batching: Batching, plan: Sequence[np.ndarray]) -> None:

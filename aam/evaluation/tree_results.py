@@ -13,6 +13,8 @@ from aam.data.samples import Samples
 from aam.data.table import FeatureTable
 from aam.data.texts import Texts
 from aam.data.unifrac import UniFrac
+from aam.evaluation import baselines
+from aam.evaluation.baselines import EvaluationSubset
 from aam.evaluation.metrics import (
     Measured,
     condensed,
@@ -21,7 +23,7 @@ from aam.evaluation.metrics import (
     r2,
 )
 from aam.evaluation.placer import Placed, Placer, sample_vectors, unifrac_by_model
-from aam.evaluation.results import EvaluationSubset, Results, compare, write_pairs
+from aam.evaluation.results import Results, compare, write_pairs
 from aam.learning.run import Run
 
 FAR = 6  # edits from any known ASV
@@ -66,7 +68,7 @@ def sample_results(
                 for name, _, *vector in frame.itertuples(name=None)
             )
             run.write_table("embeddings.tsv", ["sample-id", "part", *frame.columns[1:]], rows)
-    simple = {"placement": measure(nearest)[1], **subset.baselines(true[0])}
+    simple = {"placement": measure(nearest)[1], **baselines.distance_baselines(subset, true[0])}
     return compare(measured, simple)
 
 
