@@ -231,8 +231,8 @@ def best_path(
     """The path from the root with the largest sum of logits (asvs, clades).
 
     Returns its last clade (asvs,), -1 where the root alone is best, and the mean probability along
-    it (asvs,). `parent` (clades,) is the clade that holds each, -1: none; `levels` are those that as
-    many hold.
+    it (asvs,). `parent` (clades,) is the clade that holds each, -1: none; `levels` are the clades
+    by how many hold them.
     """
     if not logits.size:
         return np.full(len(logits), -1), np.ones(len(logits))
