@@ -126,19 +126,16 @@ class SampleDataset(_Tokenized):
         targets: NDArray[Any] | Tensor | Sequence[float] | None = None,
         categories: NDArray[Any] | Tensor | None = None,
     ) -> None:
-        """Order the table's sequences and choose each sample's ASVs.
+        """Order the table's sequences and choose each sample's ASVs; InputError where it has none.
 
         Args:
-            table: samples and counts; every sample needs a read.
+            table: samples and counts.
             max_bp: bases kept of a sequence.
             token_limit: ASVs kept of a sample.
             asv_sampling: which ones: the most abundant (ties by sequence), the first of the
                 table, or a new random choice in every batch.
             targets: ``(samples,)`` numbers (float32 in a batch) or integer classes (int64).
             categories: ``(samples, columns)`` integers.
-
-        Raises:
-            InputError: a sample has no reads.
         """
         table = table.ordered()
         super().__init__(table.feature_ids, max_bp)
