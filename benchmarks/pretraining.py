@@ -99,7 +99,7 @@ class Held:
             "r between": metrics.mantel_r(predicted, true, groups=self.groups),
             "MAE": error(predicted, true),
             "weighted MAE": error(
-                found.by(weighted).pairwise(own), self.truth.by(weighted).pairwise(self.rows)
+                found.pairwise(own, weighted), self.truth.pairwise(self.rows, weighted)
             ),
             "Faith R2": metrics.r2(found.faith_pd(own), self.truth.faith_pd(self.rows)),
         }

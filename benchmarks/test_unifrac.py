@@ -39,7 +39,7 @@ def test_unifrac_from_files(compare, timing, real_data, require_tool, tmp_path, 
     sample_ids = read_table(table).sample_ids
 
     def ours():
-        return UniFrac(read_table(table), read_tree(tree), metric).pairwise()
+        return UniFrac(read_table(table), read_tree(tree)).pairwise(metric=metric)
 
     def unifrac_tools():
         command = [ssu, "-i", table, "-t", tree, "-o", output, "-m", SSU[metric]]
@@ -65,7 +65,7 @@ def test_unifrac_in_memory(compare, full, real_data, data, metric):
     results, _ = compare(
         f"UniFrac {metric}, {data}, {len(table.sample_ids)} samples, in memory",
         {
-            "aam": lambda: UniFrac(table, tree, metric).pairwise(),
+            "aam": lambda: UniFrac(table, tree).pairwise(metric=metric),
             "scikit-bio": scikit_bio(tree_path, table, metric),
         },
         reference="scikit-bio",

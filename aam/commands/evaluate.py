@@ -10,11 +10,12 @@ from aam.data.clades import places_by_tree
 from aam.data.samples import Samples
 from aam.data.texts import Texts, match_names
 from aam.data.tree import read_tree
+from aam.data.unifrac import Distances
 from aam.errors import InputError, log, log_facts, name_some
-from aam.evaluation.baselines import EvaluationSubset
 from aam.evaluation.loaded import Model, load
 from aam.evaluation.outputs import in_units, predict_outputs, predicted_distances
 from aam.evaluation.results import (
+    EvaluationSubset,
     Results,
     distance_results,
     nucleotide_results,
@@ -23,10 +24,7 @@ from aam.evaluation.results import (
 )
 from aam.evaluation.tree_results import membership_results, sample_results
 from aam.files import json_text, write_text
-from aam.learning.losses import DistanceSource
 from aam.model import Predictor, PretrainedModel
-
-TRUTH = ("tree", "unifrac_matrix", "unifrac_matrix_ids", "drop_missing_tips")
 
 
 def evaluate(config: EvaluateConfig) -> Results:
@@ -49,31 +47,32 @@ def evaluate(config: EvaluateConfig) -> Results:
     return results
 
 
-def _chosen_rows(samples: Samples, config: EvaluateConfig) -> np.ndarray:
+def _chosen_ids(samples: Samples, config: EvaluateConfig) -> tuple[str, ...]:
     """The samples to evaluate: those of a file, all, or the run's validation samples."""
-    known, path = set(samples.ids), config.ids
-    if config.all_samples and path is None:
-        return np.arange(len(samples.ids))
-    if path is None:
-        path = config.model / "validation_ids.txt"
-        if not path.is_file():
-            raise InputError(f"{path}: no such file; choose samples with --ids or --all-samples")
-        if known.isdisjoint(path.read_text(encoding="utf-8").split("\n")):
-            raise InputError(
-                f"{config.table}: has none of the run's validation samples; choose samples with "
-                "--ids or --all-samples"
-            )
-    return samples.rows(read_ids(path, known))
+    known = set(samples.ids)
+    if config.ids is not None:
+        return read_ids(config.ids, known)
+    if config.all_samples:
+        return samples.ids
+    path = config.model / "validation_ids.txt"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; choose samples with --ids or --all-samples")
+    if known.isdisjoint(path.read_text(encoding="utf-8").split("\n")):
+        raise InputError(
+            f"{config.table}: has none of the run's validation samples; choose samples with --ids "
+            "or --all-samples"
+        )
+    return read_ids(path, known)
 
 
-def _training_rows(samples: Samples, config: EvaluateConfig, rows: np.ndarray) -> np.ndarray:
+def _training_rows(samples: Samples, config: EvaluateConfig, ids: tuple[str, ...]) -> np.ndarray:
     """Rows that the baselines may learn from: the run's training samples in this table."""
     path = config.model / "train_ids.txt"
     train = set(path.read_text(encoding="utf-8").split("\n")) if path.is_file() else set()
-    both = sorted(train.intersection(samples.ids[row] for row in rows))
+    both = sorted(train & set(ids))
     if both:
         log(
-            f"warning: {len(both)} of {len(rows)} samples ({name_some(both)}) were trained on: "
+            f"warning: {len(both)} of {len(ids)} samples ({name_some(both)}) were trained on: "
             "their numbers are too good"
         )
     return samples.rows([name for name in samples.ids if name in train and name not in both])
@@ -110,8 +109,11 @@ def _evaluate_pairs(model: Model, samples: Samples, config: EvaluateConfig) -> R
             table=config.table, sequences=config.sequences, allow_missing=config.allow_missing
         ),
         DistanceOptions(
+            tree=config.tree,
+            unifrac_matrix=config.unifrac_matrix,
+            unifrac_matrix_ids=config.unifrac_matrix_ids,
             distance=None if config.tree or config.unifrac_matrix or own == "matrix" else own,
-            **{name: getattr(config, name) for name in TRUTH},
+            drop_missing_tips=config.drop_missing_tips,
         ),
     )
     subset = _subset(samples, truth, config)
@@ -119,12 +121,12 @@ def _evaluate_pairs(model: Model, samples: Samples, config: EvaluateConfig) -> R
     return distance_results(subset, predicted) + _nucleotides(model, subset)
 
 
-def _subset(samples: Samples, truth: DistanceSource, config: EvaluateConfig) -> EvaluationSubset:
+def _subset(samples: Samples, truth: Distances, config: EvaluateConfig) -> EvaluationSubset:
     """The samples to evaluate, and those that baselines may learn from."""
-    rows = _chosen_rows(samples, config)
-    train = _training_rows(samples, config, rows)
+    ids = _chosen_ids(samples, config)
+    train = _training_rows(samples, config, ids)
     log_facts(samples.facts, samples.warnings)
-    return EvaluationSubset(samples, truth, rows, train, config.group_column)
+    return EvaluationSubset(samples, truth, samples.rows(ids), train, config.group_column)
 
 
 def _nucleotides(model: Model, subset: EvaluationSubset) -> Results:
@@ -143,24 +145,27 @@ def _evaluate_predictor(model: Model, samples: Samples, config: EvaluateConfig) 
     if samples.metadata is None:
         raise InputError("evaluate needs --metadata for a fine-tuned model")
     assert isinstance(model.network, Predictor)
-    target, source, rows = model.target, samples.metadata.source, _chosen_rows(samples, config)
-    truth, values = target.truth(samples.metadata), samples.metadata.text(target.column)
-    lost = rows[np.isnan(truth[rows])]
-    lacking = [samples.ids[row] for row in lost if values[row] is None]
-    unknown = [samples.ids[row] for row in lost if values[row] is not None]
-    if unknown:
+    target, source, wanted = model.target, samples.metadata.source, _chosen_ids(samples, config)
+    value = dict(zip(samples.ids, samples.metadata.text(target.column), strict=True))
+    lacking = [name for name in wanted if value[name] is None]
+    unknown = [name for name in wanted if target.classes and value[name] not in target.classes]
+    if unknown := [name for name in unknown if value[name] is not None]:
         raise InputError(
             f"{source}: {len(unknown)} samples ({name_some(unknown)}) have a {target.column!r} "
             "that the model does not know; choose samples with --ids"
         )
     if lacking:
         log(f"dropped: {len(lacking)} samples without {target.column!r} ({name_some(lacking)})")
-    rows = rows[np.isfinite(truth[rows])]
-    if not len(rows):
+    chosen = set(wanted) - set(lacking)
+    ids = tuple(name for name in samples.ids if name in chosen)
+    if not ids:
         raise InputError(f"{source}: no sample has a value of {target.column!r}")
-    train = _training_rows(samples, config, rows)
+    train = _training_rows(samples, config, ids)
     dataset, keys = model.dataset(samples)
     log_facts(samples.facts, samples.warnings)
+    rows, truth = samples.rows(ids), target.truth(samples.metadata)
     outputs = predict_outputs(model.network, dataset, rows)
-    predicted = in_units(outputs, target, None if keys is None else [keys[row] for row in rows])
-    return target_results(target, predicted, truth, samples, train[np.isfinite(truth[train])], rows)
+    own = None if keys is None else [keys[row] for row in rows]
+    predicted = in_units(outputs, target, own)
+    train = train[np.isfinite(truth[train])]
+    return target_results(target, predicted, truth, samples, train, rows)

@@ -11,9 +11,9 @@ from aam.config import DistanceOptions, MetadataOptions, TableOptions
 from aam.data.distances import read_distances
 from aam.data.samples import Samples
 from aam.data.splits import Split, leaking_columns, split_samples
-from aam.data.table_distances import PrecomputedDistances, TableDistances
+from aam.data.table_distances import TableDistances
 from aam.data.tree import Phylogeny, read_tree
-from aam.data.unifrac import UniFrac
+from aam.data.unifrac import Distances, UniFrac
 from aam.errors import DataFact, InputError, name_some
 
 MOST_COMPARED = 2000  # validation samples of which all pairs are compared
@@ -28,7 +28,7 @@ def attach_tree(samples: Samples, tree: Phylogeny, drop_missing: bool) -> UniFra
 
 def attach_distances(
     samples: Samples, table_options: TableOptions, options: DistanceOptions
-) -> UniFrac | PrecomputedDistances | TableDistances:
+) -> Distances:
     """True distances between the samples: by a tree, from a matrix, or of the table itself.
 
     Samples without distances are dropped from `samples` where that is allowed.

@@ -14,14 +14,14 @@ from aam.config import InspectConfig, OptimizerOptions, PenaltyOptions
 from aam.data.dataset import SampleDataset
 from aam.data.metadata import require_values
 from aam.data.samples import Samples, make_dataset, read_samples
-from aam.data.table_distances import TableDistances
+from aam.data.table_distances import PrecomputedDistances
 from aam.errors import InputError, log, log_facts
 from aam.evaluation.applicability import add_applicability
 from aam.evaluation.metrics import condensed
 from aam.learning.batches import Batching, fixed_batches
 from aam.learning.device import pick_device
 from aam.learning.distributed import RankGroup
-from aam.learning.losses import DistanceLoss, DistanceSource
+from aam.learning.losses import DistanceLoss
 from aam.learning.meter import GB
 from aam.learning.model_file import read_model
 from aam.learning.objective import PairObjective
@@ -42,7 +42,6 @@ def inspect(config: InspectConfig) -> None:
     samples = read_samples(config.data, config.seed, metadata=config.metadata.metadata)
     found: Rows = {}
     labels = None
-    distances: DistanceSource
     if config.metadata_column is not None:
         labels = _describe_target(found, samples, config.metadata_column)
     given = config.distances
@@ -51,15 +50,13 @@ def inspect(config: InspectConfig) -> None:
         rows = np.random.default_rng(0).permutation(len(samples.ids))[:LOOKED_AT]
         values = condensed(distances.pairwise(np.sort(rows)))
         found["true distances"] = f"mean {values.mean():.3f}, sd {values.std():.3f}"
-    else:  # a step takes as much whatever they are
-        distances = TableDistances(samples.table, "jaccard")
     dataset = make_dataset(samples, config.data)
     if config.model is not None:
         add_applicability(samples, read_model(config.model))
     parts = split(samples, config.metadata, config.seed, labels=labels)
     found["training / validation samples"] = f"{len(parts.train)} / {len(parts.validation)}"
     log_facts(samples.facts, samples.warnings)
-    plan = _plan(found, dataset, samples.rows(parts.train), distances, config)
+    plan = _plan(found, dataset, samples.rows(parts.train), config)
     _describe_cost(found, dataset, plan, config.data.token_limit)
     table = Table("what", "value")
     for row in found.items():
@@ -89,11 +86,7 @@ def _describe_target(found: Rows, samples: Samples, column: str) -> list[str] | 
 
 
 def _plan(
-    found: Rows,
-    dataset: SampleDataset,
-    rows: np.ndarray,
-    distances: DistanceSource,
-    config: InspectConfig,
+    found: Rows, dataset: SampleDataset, rows: np.ndarray, config: InspectConfig
 ) -> Sequence[np.ndarray]:
     """The rows of each step of the first epoch; says what they take where a memory is given."""
     if config.max_memory_gb is None and config.max_memory_fraction is None:
@@ -108,7 +101,11 @@ def _plan(
     encoder = AsvEncoder(EncoderShape(max_bp=config.data.max_bp))
     model = PretrainedModel(encoder, free_clades=FREE_CLADES, abundance=True)
     assert model.pairs is not None
-    objective = PairObjective(encoder, model.pairs, PenaltyOptions(), DistanceLoss(distances))
+    count = len(dataset)
+    # Whatever the distances are, they take next to nothing.
+    none = PrecomputedDistances((), np.broadcast_to(np.float32(0), (count, count)), [])
+    loss = DistanceLoss(none)
+    objective = PairObjective(encoder, model.pairs, PenaltyOptions(), loss)
     objective.to(device).train()
     batching = Batching(rows, dataset, objective, options, device, config.seed)
     optimizer = make_optimizer(objective, lr=0.0, weight_decay=0.0)

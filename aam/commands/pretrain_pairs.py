@@ -18,6 +18,7 @@ from aam.config import PretrainConfig
 from aam.data.clades import known_arrays
 from aam.data.dataset import SampleDataset
 from aam.data.samples import make_dataset, read_samples
+from aam.data.unifrac import UniFrac
 from aam.evaluation import metrics
 from aam.evaluation.metrics import Measured, distance_metrics
 from aam.evaluation.outputs import predicted_distances
@@ -53,7 +54,9 @@ class PairPretraining(Task):
         """Read the table and its distances."""
         self.config, self.device, seed = config, device, config.run.seed
         samples = read_samples(config.data, seed, metadata=config.metadata.metadata)
-        self.distances = attach_distances(samples, config.data, config.distances)
+        distances = attach_distances(samples, config.data, config.distances)
+        assert not isinstance(distances, UniFrac)  # with a tree its clades are learned
+        self.distances = distances
         self.parts = split(samples, config.metadata, seed)
         self.dataset = make_dataset(samples, config.data)
         self.rows = samples.rows(self.parts.train)

@@ -191,7 +191,7 @@ class TreePretraining(Task):
         return {
             **self.clades.to_arrays(),
             **self.placer.placement.law.to_arrays(),
-            **self.embedding.to_arrays(),
+            "embedding.directions": self.embedding.directions,
             WEIGHT: np.array(self.placer.network_weight),
         }
 

@@ -14,10 +14,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from aam.data.texts import Texts, match_names
 from aam.data.tree import Phylogeny
@@ -32,124 +31,79 @@ within small ones the nearest known ASV says as much."""
 LONGEST_WEIGHT = 5.0  # most that one clade counts in the loss, in mean lengths
 
 
-@dataclass(frozen=True)
-class Grafts:
-    """Where new ASVs join the tree.
+class Grafts(NamedTuple):
+    """Where n new ASVs join the tree."""
 
-    Attributes:
-        node: ``(n,)`` int64, whose branch each joins.
-        shared: ``(n,)`` float64, how much of that branch it shares, from the top.
-        own: ``(n,)`` float64, the length that is its own.
-    """
+    node: np.ndarray  # (n,) int64, whose branch each joins
+    shared: np.ndarray  # (n,) float64, how much of that branch it shares, from the top
+    own: np.ndarray  # (n,) float64, the length that is its own
 
-    node: NDArray[np.int64]
-    shared: NDArray[np.float64]
-    own: NDArray[np.float64]
-
-    def __len__(self) -> int:
-        """Number of new ASVs."""
-        return len(self.node)
-
-    def take(self, index: NDArray[Any]) -> Grafts:
+    def take(self, index: np.ndarray) -> Grafts:
         """Some of them, by numbers or a mask."""
-        return Grafts(self.node[index], self.shared[index], self.own[index])
+        return Grafts(*(values[index] for values in self))
 
 
-@dataclass(frozen=True, eq=False)
 class Clades:
     """A tree sheared to the known ASVs, and its clades.
 
     Attributes:
-        tree: the sheared phylogeny; its tips are the known ASVs, in post-order, named by their
-            sequences.
+        tree: its tips are the known ASVs, in post-order, named by their sequences.
+        sequences: the known ASVs.
+        nodes: ``(clades,)`` node of each clade, ascending: members before their holders.
+        start: ``(clades,)`` first tip below each clade.
+        stop: ``(clades,)`` the tip after the last below each clade.
+        length: ``(clades,)`` length of each clade's branch, in the tree's units.
+        weight: ``(clades,)`` weight of each clade in the loss: its length over the mean, at most 5.
+        clade_of_node: ``(nodes,)`` the clade that each node is, or lies in; -1: none.
+        parent: ``(clades,)`` the smallest clade that holds each one; -1: none.
+        lowest: ``(known ASVs,)`` the smallest clade of each; -1: none.
+        pendant: ``(known ASVs,)`` length above each that it shares with no other.
     """
 
-    tree: Phylogeny
-
-    def __len__(self) -> int:
-        """Number of clades."""
-        return len(self.nodes)
-
-    @property
-    def sequences(self) -> Texts:
-        """The known ASVs; their order is that of the tips."""
-        return Texts.of(self.tree.tip_names)
-
-    @cached_property
-    def nodes(self) -> NDArray[np.int64]:
-        """``(clades,)`` node of each clade in the tree, ascending: members before their holders."""
-        size = self.tree.tip_stop - self.tree.tip_start
-        is_clade = (size > 1) & (size < len(self.tree.tip_names))
-        found = np.flatnonzero(is_clade & (self.tree.length > LEAST_LENGTH))
-        if len(found) > MOST_CLADES:
-            found = np.sort(found[np.argsort(-size[found], kind="stable")[:MOST_CLADES]])
-        return found
-
-    @cached_property
-    def start(self) -> NDArray[np.int64]:
-        """``(clades,)`` first tip below each clade."""
-        return self.tree.tip_start[self.nodes]
-
-    @cached_property
-    def stop(self) -> NDArray[np.int64]:
-        """``(clades,)`` the tip after the last below each clade."""
-        return self.tree.tip_stop[self.nodes]
-
-    @cached_property
-    def length(self) -> NDArray[np.float64]:
-        """``(clades,)`` length of each clade's branch, in the tree's units."""
-        return self.tree.length[self.nodes]
-
-    @cached_property
-    def weight(self) -> NDArray[np.float64]:
-        """``(clades,)`` weight of each clade in the loss: its length over the mean, at most 5."""
-        mean = self.length.sum() / max(len(self), 1)
-        return np.minimum(self.length / max(mean, LEAST_LENGTH), LONGEST_WEIGHT)
-
-    @cached_property
-    def clade_of_node(self) -> NDArray[np.int64]:
-        """``(nodes,)`` the clade that each node is, or lies in; -1: none."""
-        clade = np.full(len(self.tree), -1, dtype=np.int64)
-        clade[self.nodes] = np.arange(len(self.nodes))
-        at, parent = np.arange(len(self.tree)), self.tree.parent
-        up = np.where((clade >= 0) | (parent < 0), at, parent)  # these lead to themselves
+    def __init__(self, tree: Phylogeny) -> None:
+        """Find the clades of a sheared tree."""
+        self.tree, self.sequences = tree, Texts.of(tree.tip_names)
+        size = tree.tip_stop - tree.tip_start
+        is_clade = (size > 1) & (size < len(tree.tip_names)) & (tree.length > LEAST_LENGTH)
+        nodes = np.flatnonzero(is_clade)
+        if len(nodes) > MOST_CLADES:
+            nodes = np.sort(nodes[np.argsort(-size[nodes], kind="stable")[:MOST_CLADES]])
+        self.nodes, self.length = nodes, tree.length[nodes]
+        self.start, self.stop = tree.tip_start[nodes], tree.tip_stop[nodes]
+        mean = self.length.sum() / max(len(nodes), 1)
+        self.weight = np.minimum(self.length / max(mean, LEAST_LENGTH), LONGEST_WEIGHT)
+        clade = np.full(len(tree), -1)
+        clade[nodes] = np.arange(len(nodes))
+        at = np.arange(len(tree))
+        up = np.where((clade >= 0) | (tree.parent < 0), at, tree.parent)  # these lead to themselves
         while not np.array_equal(further := up[up], up):  # twice as far each time
             up = further
-        return clade[up]
+        self.clade_of_node = clade[up]
+        self.parent = self.clade_of_node[tree.parent[nodes]]
+        self.lowest = self.clade_of_node[tree.parent[tree.tip_nodes]]
+        self.pendant = tree.length[tree.tip_nodes]
+
+    def __len__(self) -> int:
+        return len(self.nodes)
 
     @cached_property
-    def parent(self) -> NDArray[np.int64]:
-        """``(clades,)`` the smallest clade that holds each one; -1: none."""
-        return self.clade_of_node[self.tree.parent[self.nodes]]
-
-    @cached_property
-    def lowest(self) -> NDArray[np.int64]:
-        """``(known ASVs,)`` the smallest clade of each; -1: none."""
-        return self.clade_of_node[self.tree.parent[self.tree.tip_nodes]]
-
-    @cached_property
-    def pendant(self) -> NDArray[np.float64]:
-        """``(known ASVs,)`` length above each that it shares with no other."""
-        return self.tree.length[self.tree.tip_nodes]
-
-    @cached_property
-    def levels(self) -> list[NDArray[np.int64]]:
+    def levels(self) -> list[np.ndarray]:
         """The clades by how many hold them, outermost first; a clade's parent is a level before."""
         return levels_of(self.parent)
 
     @cached_property
-    def root_distance(self) -> NDArray[np.float64]:
+    def root_distance(self) -> np.ndarray:
         """``(nodes,)`` distance of each node to the root."""
         return sums_to_root(self.tree.parent, self.tree.length)
 
     @cached_property
-    def depth(self) -> NDArray[np.float64]:
+    def depth(self) -> np.ndarray:
         """``(nodes,)`` length of clades from the root to each node, the node's own included."""
         clade = np.zeros(len(self.tree))
         clade[self.nodes] = self.length
         return sums_to_root(self.tree.parent, clade)
 
-    def on_paths(self, tips: NDArray[np.int64]) -> NDArray[np.int64]:
+    def on_paths(self, tips: np.ndarray) -> np.ndarray:
         """The clades of any of some known ASVs ``(n,)``, ascending."""
         on_path = np.zeros(len(self), dtype=bool)
         at = np.unique(self.lowest[tips])
@@ -159,139 +113,114 @@ class Clades:
             at = np.unique(self.parent[at])
         return np.flatnonzero(on_path)
 
-    def near(self, tips: NDArray[np.int64]) -> NDArray[np.int64]:
+    def near(self, tips: np.ndarray) -> np.ndarray:
         """The clades of some known ASVs ``(n,)`` and the sisters of these clades, ascending."""
-        on_path = np.zeros(len(self) + 1, dtype=bool)
-        on_path[self.on_paths(tips)] = True
-        on_path[-1] = True  # holds the outermost ones
-        return np.flatnonzero(on_path[self.parent])
+        holders = np.append(self.on_paths(tips), -1)  # -1 holds the outermost ones
+        return np.flatnonzero(np.isin(self.parent, holders))
 
-    def members(self, lowest: NDArray[np.int64]) -> NDArray[np.bool_]:
+    def members(self, lowest: np.ndarray) -> np.ndarray:
         """``(n, clades)`` whether ASVs of these smallest clades ``(n,)`` (-1: none) are in each."""
-        start, stop = self.tree.tip_start, self.tree.tip_stop
         node = self.node_of(lowest)[:, None]
-        return (self.start <= start[node]) & (self.stop >= stop[node])
+        return (self.start <= self.tree.tip_start[node]) & (self.stop >= self.tree.tip_stop[node])
 
-    def node_of(self, clade: NDArray[np.int64]) -> NDArray[np.int64]:
+    def node_of(self, clade: np.ndarray) -> np.ndarray:
         """``(n,)`` node of each clade ``(n,)``; the root for -1."""
         return np.append(self.nodes, len(self.tree) - 1)[clade]
 
-    def ends(self, clade: NDArray[np.int64]) -> Grafts:
+    def ends(self, clade: np.ndarray) -> Grafts:
         """Places at the lower ends of clades ``(n,)``; the root for -1."""
         node = self.node_of(clade)
         return Grafts(node, self.tree.length[node], np.zeros(len(node)))
 
-    def jaccard(self, one: Grafts, other: Grafts) -> NDArray[np.float64]:
-        """Similarity of the clades that the same n ASVs are members of by two opinions.
+    def jaccard(self, one: Grafts, other: Grafts) -> np.ndarray:
+        """``(n,)`` similarity of the clades that the same n ASVs are members of by two opinions.
 
-        Returns:
-            ``(n,)`` length of the clades that both places hold, of what either holds, parts of a
-            branch included; 1 where neither holds any.
+        Length of the clades that both places hold, of what either holds, parts of a branch
+        included; 1 where neither holds any.
         """
-        held, theirs = self._held(one), self._held(other)
-        # Above the branch where the ways meet all is shared; on it the shorter part.
-        meeting = self._meeting(one.node, other.node)
-        shared = np.minimum(np.minimum(held, theirs), self.depth[meeting])
-        whole = held + theirs - shared
+        tree = self.tree
+
+        def held(grafts: Grafts) -> np.ndarray:
+            missing = np.maximum(tree.length[grafts.node] - grafts.shared, 0.0)
+            return self.depth[grafts.node] - np.isin(grafts.node, self.nodes) * missing
+
+        # Where the ways meet: the later node, or the lowest above it that holds the earlier one.
+        low, meeting = np.minimum(one.node, other.node), np.maximum(one.node, other.node)
+        while (outside := tree.tip_start[meeting] > tree.tip_start[low]).any():
+            meeting = np.where(outside, tree.parent[meeting], meeting)
+        ours, theirs = held(one), held(other)
+        # Above that branch all is shared; on it the shorter part.
+        shared = np.minimum(np.minimum(ours, theirs), self.depth[meeting])
+        whole = ours + theirs - shared
         return np.divide(shared, whole, out=np.ones_like(whole), where=whole > 0)
 
-    def _held(self, grafts: Grafts) -> NDArray[np.float64]:
-        """``(n,)`` length of the clades that each new ASV is a member of."""
-        is_clade = np.isin(grafts.node, self.nodes)
-        missing = np.maximum(self.tree.length[grafts.node] - grafts.shared, 0.0)
-        return self.depth[grafts.node] - np.where(is_clade, missing, 0.0)
+    def graft(self, grafts: Grafts, names: Sequence[str]) -> tuple[Phylogeny, np.ndarray]:
+        """The tree with new ASVs of some names on it, and where its branches come from.
 
-    def _meeting(self, one: NDArray[np.int64], other: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The lowest node that holds both nodes of each pair."""
-        low, high = np.minimum(one, other), np.maximum(one, other)
-        first, last = self.tree.tip_start[low], self.tree.tip_stop[low]
-        while True:  # the later node, up to where it holds the earlier one
-            start, stop = self.tree.tip_start[high], self.tree.tip_stop[high]
-            outside = (first < start) | (last > stop)
-            if not outside.any():
-                return high
-            high = np.where(outside, self.tree.parent[high], high)
-
-    def graft(self, grafts: Grafts, names: Sequence[str]) -> tuple[Phylogeny, NDArray[np.int64]]:
-        """The tree with new ASVs of some names on it.
-
-        Each joins a branch at some height, through a node of its own; lower ones first.
-
-        Returns:
-            The tree, and for each of its nodes the node of the known tree whose branch its
-            branch is a part of; -1: the own branch of a new ASV.
+        Each joins a branch at some height, through a node of its own, which cuts the branch. Of
+        each node of the new tree, the node of the known one whose branch its own is a part of is
+        told; -1: the pendant of a new ASV.
         """
-        tree, count = self.tree, len(grafts)
+        tree, count = self.tree, len(names)
         shared = np.clip(grafts.shared, 0.0, tree.length[grafts.node])
-        order = np.lexsort((-shared, grafts.node))
-        node, shared = grafts.node[order], shared[order]
-        on_branch = np.bincount(node, minlength=len(tree))
-        before = np.cumsum(on_branch) - on_branch  # grafts on the branches of earlier nodes
-        place = np.arange(len(tree)) + 2 * before  # of the old nodes
-        tip = 2 * np.arange(count) + node + 1  # of the new ones, after the node whose branch it is
-        joint = tip + 1
-        is_top = np.append(node[1:] != node[:-1], True)[:count]
-        is_lowest = np.roll(is_top, 1)
+        order = np.lexsort((-shared, grafts.node))  # on each branch the lowest joins first
+        node = grafts.node[order]
+        pieces = 1 + np.bincount(node, minlength=len(tree))  # of each old branch
+        tip = 2 * np.arange(count) + node + 1  # after the old nodes and joints before it
         total = len(tree) + 2 * count
-        parent, length = np.full(total, -1, dtype=np.int64), np.zeros(total)
-        above = np.where(tree.parent >= 0, place[tree.parent], -1)
-        parent[place], length[place] = above, tree.length
-        parent[tip], length[tip] = joint, grafts.own[order]
-        higher = np.flatnonzero(~is_top) + 1  # the next one on the same branch
-        parent[joint[~is_top]], parent[joint[is_top]] = joint[higher], above[node[is_top]]
-        grafted = place[node[is_lowest]]
-        parent[grafted] = joint[is_lowest]
-        length[grafted] -= shared[is_lowest]
-        length[joint] = shared
-        length[joint[~is_top]] -= shared[higher]
-        origin, number = np.full((2, total), -1, dtype=np.int64)
-        origin[place], origin[joint] = np.arange(len(tree)), node
-        known, new = self.sequences, Texts.of(list(names))
-        number[place[tree.tip_nodes]] = np.arange(len(known))
-        number[tip] = len(known) + order
-        grown = known.joined(new).take(number[number >= 0])
+        is_piece = np.ones(total, dtype=bool)
+        is_piece[tip] = False
+        piece, branch = np.flatnonzero(is_piece), np.repeat(np.arange(len(tree)), pieces)
+        is_old = np.diff(branch, prepend=-1) != 0  # the lowest piece of each branch
+        end = np.empty(len(piece))  # how far from the branch's top each piece reaches down
+        end[is_old], end[~is_old] = tree.length, shared[order]
+        is_top = np.diff(branch, append=len(tree)) != 0
+        above = np.where(tree.parent >= 0, piece[is_old][tree.parent], -1)
+        parent, length = np.empty(total, dtype=np.int64), np.empty(total)
+        parent[piece] = np.where(is_top, above[branch], np.roll(piece, -1))
+        length[piece] = end - np.where(is_top, 0.0, np.roll(end, -1))
+        parent[tip], length[tip] = tip + 1, grafts.own[order]
+        origin, number = np.full((2, total), -1)
+        origin[piece] = branch
+        number[piece[is_old][tree.tip_nodes]] = np.arange(len(self.sequences))
+        number[tip] = len(self.sequences) + order
+        grown = self.sequences.joined(Texts.of(list(names))).take(number[number >= 0])
         return Phylogeny(grown, parent, length, tree.source), origin
 
-    def to_arrays(self) -> dict[str, NDArray[Any]]:
+    def to_arrays(self) -> dict[str, np.ndarray]:
         """The tree as arrays that a file can hold; `from_arrays` reads them."""
         tree = {"tree.parent": self.tree.parent, "tree.length": self.tree.length}
         return known_arrays(self.sequences) | tree
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], source: str) -> Clades:
+    def from_arrays(cls, arrays: Mapping[str, Any], source: str) -> Clades:
         """Read what `to_arrays` gave."""
         parent, length = arrays["tree.parent"], arrays["tree.length"]
         return cls(Phylogeny(known_sequences(arrays), parent, length, source))
 
 
-def known_arrays(sequences: Sequence[str]) -> dict[str, NDArray[Any]]:
+def known_arrays(sequences: Sequence[str]) -> dict[str, np.ndarray]:
     """Sequences as arrays that a file can hold; `known_sequences` reads them."""
     packed = Texts.of(sequences).packed()
     return {"known.bases": packed.buffer, "known.stops": packed.stops}
 
 
-def known_sequences(arrays: Mapping[str, NDArray[Any]]) -> Texts:
+def known_sequences(arrays: Mapping[str, Any]) -> Texts:
     """The sequences that a model's file holds."""
     stops = arrays["known.stops"]
-    return Texts(arrays["known.bases"], np.concatenate(([0], stops[:-1])).astype(np.int64), stops)
+    return Texts(arrays["known.bases"], np.append(0, stops[:-1]).astype(np.int64), stops)
 
 
 @dataclass(frozen=True, eq=False)
 class TreeSplit:
-    """A tree's ASVs: those that are known, and those that are left out to be placed.
+    """A tree's ASVs: those that are known, and those that are left out to be placed."""
 
-    Attributes:
-        clades: of the known ones.
-        unseen: sequences of the others.
-        truth: where the others join.
-    """
-
-    clades: Clades
-    unseen: Texts
-    truth: Grafts
+    clades: Clades  # of the known ones
+    unseen: Texts  # sequences of the others
+    truth: Grafts  # where the others join
 
 
-def split_tree(tree: Phylogeny, known: NDArray[np.bool_]) -> TreeSplit:
+def split_tree(tree: Phylogeny, known: np.ndarray) -> TreeSplit:
     """The clades of a tree's known tips ``(tips,)``, and where its other tips join.
 
     Tips are named by their sequences.
@@ -301,30 +230,25 @@ def split_tree(tree: Phylogeny, known: NDArray[np.bool_]) -> TreeSplit:
     return TreeSplit(Clades(tree.shear(known)), Texts.of(tree.tip_names).take(unseen), truth)
 
 
-def true_grafts(tree: Phylogeny, kept: NDArray[np.bool_], tips: NDArray[np.int64]) -> Grafts:
+def true_grafts(tree: Phylogeny, kept: np.ndarray, tips: np.ndarray) -> Grafts:
     """Where tips ``(n,)`` of a tree join what is left of it when only ``kept`` ``(tips,)`` are."""
-    runs = tree.runs(kept)
+    branch = tree.merged(kept)
     # The lowest node above each tip that has kept tips below.
     at, own = tree.tip_nodes[tips], np.zeros(len(tips))
-    while (lost := runs.of_node[at] < 0).any():
+    while (lost := branch[at] < 0).any():
         own += np.where(lost, tree.length[at], 0.0)
         at = np.where(lost, tree.parent[at], at)
-    node = runs.of_node[at]
-    before = np.concatenate(([0.0], np.cumsum(tree.length[runs.nodes])))
-    stop = np.append(runs.start[1:], len(runs.nodes))[node]
-    return Grafts(node, before[stop] - before[np.searchsorted(runs.nodes, at)], own)
+    alive = np.flatnonzero(branch >= 0)
+    before = np.append(0.0, np.cumsum(tree.length[alive]))
+    stop = np.searchsorted(branch[alive], branch[at], side="right")
+    return Grafts(branch[at], before[stop] - before[np.searchsorted(alive, at)], own)
 
 
 def places_by_tree(tree: Phylogeny, clades: Clades, sequences: Texts) -> Grafts | None:
-    """Where a whole tree says that sequences join the tree of some clades.
+    """Where a whole tree says that sequences ``(n,)`` join the tree of some clades.
 
-    Args:
-        tree: tips are named by sequences, in upper or lower case.
-        clades: of some of its tips.
-        sequences: n other tips.
-
-    Returns:
-        None where the clades are not those of this tree, or a sequence is not in it.
+    Its tips are named by sequences, in upper or lower case. None: the clades are not those of this
+    tree, or a sequence is not in it.
     """
     names = Texts.of(tree.tip_names).upper()
     known, tips = match_names(clades.sequences, names), match_names(sequences, names)
@@ -338,18 +262,17 @@ def places_by_tree(tree: Phylogeny, clades: Clades, sequences: Texts) -> Grafts 
     return true_grafts(tree, kept, tips) if np.allclose(sheared.length, own.length) else None
 
 
-def levels_of(parent: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """Numbers 0, 1, ... by how many are above each one, fewest first.
+def levels_of(parent: np.ndarray) -> list[np.ndarray]:
+    """Numbers 0, 1, ... by how many are above each, fewest first; ``parent`` is directly above.
 
-    Args:
-        parent: ``(n,)`` what is directly above, a greater number; -1: nothing.
+    ``(n,)``, a greater number each; -1: nothing is above.
     """
     depth = sums_to_root(parent, np.ones(len(parent))).astype(np.int64) - 1
     order = np.argsort(depth, kind="stable")
     return np.split(order, np.cumsum(np.bincount(depth))[:-1]) if len(parent) else []
 
 
-def sums_to_root(parent: NDArray[np.int64], values: NDArray[np.float64]) -> NDArray[np.float64]:
+def sums_to_root(parent: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Sum of the values of each node and all above it."""
     sums, up = values.copy(), parent.copy()
     while (going := up >= 0).any():  # twice as far each time

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from aam.data.metadata import match_ids
 from aam.data.sequences import read_qza_member
@@ -38,8 +37,7 @@ def read_distances(
         path: the file.
         sample_ids: the samples wanted, in this order; None: all of the file, in its order.
         ids_file: one sample id a line in the order of the rows, for ``.npy`` alone.
-        allow_missing: leave out samples that are not in the file (counted in ``facts``) instead
-            of raising.
+        allow_missing: leave out samples that are not in the file, as a counted fact.
         table_source: the table's file, for messages.
 
     Raises:
@@ -47,12 +45,28 @@ def read_distances(
             values, asymmetry, a diagonal that is not zero, samples missing.
     """
     path = Path(path)
-    ids, matrix = _read(path, None if ids_file is None else Path(ids_file))
+    kind = path.suffix.lower()
+    if kind not in (".h5", ".hdf5", ".tsv", ".txt", ".qza", ".npy"):
+        raise InputError(
+            f"{path}: unknown extension {kind!r}; expected a distance matrix as .h5, .tsv, .qza "
+            "or .npy with a file of ids"
+        )
+    check_input(path, "a distance matrix")
+    if kind != ".npy" and ids_file is not None:
+        raise InputError(
+            f"{ids_file}: ids are given apart only for .npy; {path} holds its own: leave "
+            "--unifrac-matrix-ids out"
+        )
+    if kind == ".npy":
+        ids, matrix = _read_npy(path, ids_file)
+    else:
+        ids, matrix = _read_hdf5(path) if kind in (".h5", ".hdf5") else _read_tsv(path)
     if matrix.dtype not in (np.float32, np.float64):
         matrix = matrix.astype(np.float64)
     _check_shape(path, ids, matrix)
     facts: list[DataFact] = []
     if sample_ids is not None:
+        row_of = {name: row for row, name in enumerate(ids)}
         wanted, facts = match_ids(
             sample_ids,
             ids,
@@ -61,40 +75,20 @@ def read_distances(
             metadata_source=str(path),
         )
         if list(wanted) != ids:
-            row_of = {name: row for row, name in enumerate(ids)}
             rows = [row_of[name] for name in wanted]
             ids, matrix = list(wanted), matrix[np.ix_(rows, rows)]
     _check_values(path, ids, matrix)
     return PrecomputedDistances(tuple(ids), matrix, facts)
 
 
-def _read(path: Path, ids_file: Path | None) -> tuple[list[str], NDArray]:
-    """Sample ids and the matrix as they stand in the file."""
-    kind = path.suffix.lower()
-    if kind not in (".h5", ".hdf5", ".tsv", ".txt", ".qza", ".npy"):
-        raise InputError(
-            f"{path}: unknown extension {kind!r}; expected a distance matrix as .h5, .tsv, .qza "
-            "or .npy with a file of ids"
-        )
-    check_input(path, "a distance matrix")
-    if kind == ".npy":
-        return _read_npy(path, ids_file)
-    if ids_file is not None:
-        raise InputError(
-            f"{ids_file}: ids are given apart only for .npy; {path} holds its own: leave "
-            "--unifrac-matrix-ids out"
-        )
-    return _read_hdf5(path) if kind in (".h5", ".hdf5") else _read_tsv(path)
-
-
-def _read_npy(path: Path, ids_file: Path | None) -> tuple[list[str], NDArray]:
+def _read_npy(path: Path, ids_file: str | Path | None) -> tuple[list[str], np.ndarray]:
     if ids_file is None:
         raise InputError(
             f"{path}: a .npy matrix holds no sample ids, and rows are never matched by position; "
             "give the ids, one a line in the order of the rows, with --unifrac-matrix-ids FILE"
         )
     try:
-        ids = [line.strip() for line in ids_file.read_text(encoding="utf-8").splitlines()]
+        ids = [line.strip() for line in Path(ids_file).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{ids_file}: cannot read the sample ids ({error})") from error
     try:
@@ -106,7 +100,7 @@ def _read_npy(path: Path, ids_file: Path | None) -> tuple[list[str], NDArray]:
     return [one for one in ids if one], matrix
 
 
-def _read_hdf5(path: Path) -> tuple[list[str], NDArray]:
+def _read_hdf5(path: Path) -> tuple[list[str], np.ndarray]:
     import h5py
 
     try:
@@ -125,7 +119,7 @@ def _read_hdf5(path: Path) -> tuple[list[str], NDArray]:
         ) from error
 
 
-def _read_tsv(path: Path) -> tuple[list[str], NDArray]:
+def _read_tsv(path: Path) -> tuple[list[str], np.ndarray]:
     """Rows may stand in another order than the columns."""
     try:
         if path.suffix.lower() == ".qza":
@@ -134,12 +128,12 @@ def _read_tsv(path: Path) -> tuple[list[str], NDArray]:
             text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a readable text file ({error})") from error
-    lines = [line for line in text.splitlines() if line.strip()]
-    if not lines:
+    first, *lines = [line for line in text.splitlines() if line.strip()] or [""]
+    if not first:
         raise InputError(f"{path}: the file is empty; expected a distance matrix")
-    columns = [name.strip() for name in lines[0].split("\t")[1:]]
-    row_of, values = {}, np.empty((len(lines) - 1, len(columns)))
-    for row, line in enumerate(lines[1:]):
+    columns = [name.strip() for name in first.split("\t")[1:]]
+    row_of, values = {}, np.empty((len(lines), len(columns)))
+    for row, line in enumerate(lines):
         name, *cells = line.split("\t")
         if len(cells) != len(columns):
             raise InputError(
@@ -165,22 +159,21 @@ def _read_tsv(path: Path) -> tuple[list[str], NDArray]:
     return columns, values[[row_of[name] for name in columns]]
 
 
-def _check_shape(path: Path, ids: list[str], matrix: NDArray) -> None:
+def _check_shape(path: Path, ids: list[str], matrix: np.ndarray) -> None:
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise InputError(f"{path}: the matrix has the shape {matrix.shape}; expected a square one")
     if len(ids) != len(matrix):
         raise InputError(
             f"{path}: {len(ids)} sample ids for a matrix of {len(matrix)} rows; expected as many"
         )
-    repeated = [name for name, times in Counter(ids).items() if times > 1]
-    if repeated:
+    if repeated := [name for name, times in Counter(ids).items() if times > 1]:
         raise InputError(
             f"{path}: {len(repeated)} sample ids stand more than once ({name_some(repeated)}); "
             "every sample needs its own id"
         )
 
 
-def _check_values(path: Path, ids: list[str], matrix: NDArray) -> None:
+def _check_values(path: Path, ids: list[str], matrix: np.ndarray) -> None:
     counts: Counter[str] = Counter()
     first: dict[str, tuple[int, int]] = {}
     for low in range(0, len(matrix), _CHECKED_ROWS):
@@ -199,8 +192,7 @@ def _check_values(path: Path, ids: list[str], matrix: NDArray) -> None:
                 counts[problem] += int(np.count_nonzero(bad))
                 row, column = np.argwhere(bad)[0].tolist()
                 first.setdefault(problem, (low + row, column))
-    if first:
-        problem, (row, column) = next(iter(first.items()))
+    for problem, (row, column) in first.items():
         raise InputError(
             f"{path}: {counts[problem]} distances are {problem}: {ids[row]!r} to {ids[column]!r} "
             f"is {matrix[row, column]:.6g} (back: {matrix[column, row]:.6g}); expected a symmetric "
@@ -208,7 +200,7 @@ def _check_values(path: Path, ids: list[str], matrix: NDArray) -> None:
         )
 
 
-def write_distances(path: Path, sample_ids: Sequence[str], matrix: NDArray) -> None:
+def write_distances(path: Path, sample_ids: Sequence[str], matrix: np.ndarray) -> None:
     """Write a square matrix of distances, whole or not at all.
 
     ``.h5``: the datasets ``order``, ``matrix`` (float32), ``format`` and ``version``, as ``ssu``

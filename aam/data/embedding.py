@@ -10,12 +10,9 @@ al. 2002). Faith PD stands beside them as a number of its own, which no projecti
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.sparse import csr_array, diags_array, vstack
 
 from aam.data.clades import Clades
@@ -34,13 +31,9 @@ _ROWS = 512  # samples whose vectors are made together
 
 @dataclass(frozen=True, eq=False)
 class Embedding:
-    """Directions that inner branches are projected onto.
+    """Directions that inner branches are projected onto."""
 
-    Attributes:
-        directions: ``(directions, inner branches)`` float32, orthonormal.
-    """
-
-    directions: NDArray[np.float32]
+    directions: np.ndarray  # (directions, inner branches) float32, orthonormal
 
     @property
     def most(self) -> int:
@@ -49,13 +42,7 @@ class Embedding:
 
     @classmethod
     def fit(cls, clades: Clades, communities: csr_array, seed: int) -> Embedding:
-        """Find the leading directions of communities.
-
-        Args:
-            clades: of the known ASVs.
-            communities: ``(n, known ASVs)`` reads; n may be 0.
-            seed: of what is drawn.
-        """
+        """Leading directions of communities ``(n, known ASVs)`` of reads; n may be 0."""
         from sklearn.utils.extmath import randomized_svd
 
         generator = np.random.default_rng(seed)
@@ -64,9 +51,8 @@ class Embedding:
         sets, size = max(0, LEAST_COMMUNITIES - count), min(RANDOM_ASVS, tips)
         drawn = [np.sort(generator.choice(tips, size, replace=False)) for _ in range(sets)]
         indices = np.array(drawn, dtype=np.int64).ravel()
-        random = csr_array(
-            (np.ones(len(indices)), indices, np.arange(sets + 1) * size), (sets, tips)
-        )
+        starts = np.arange(sets + 1) * size
+        random = csr_array((np.ones(len(indices)), indices, starts), (sets, tips))
         rows = vstack([chosen, random], format="csr")
         inner, scale = _inner(clades)
         reached = TreeWalk(clades.tree).branches(rows, np.arange(tips))
@@ -79,63 +65,47 @@ class Embedding:
             directions[:, used] = randomized_svd(held[:, used], number, random_state=seed)[2]
         return cls(directions)
 
-    def rows(
+    def vectors(
         self,
         table: FeatureTable,
         clades: Clades,
-        grafted: tuple[Phylogeny, NDArray[np.int64]],
+        grafted: tuple[Phylogeny, np.ndarray],
         dimensions: int,
-    ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float64]]]:
-        """Vectors and Faith PD of a table's samples, some samples at a time.
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Vectors ``(samples, dimensions)`` float32 of a table, and Faith PD ``(samples,)``.
 
         Args:
             table: the samples.
             clades: of the known ASVs.
             grafted: their tree with the table's new ASVs, and where its branches come from.
-            dimensions: numbers of a vector, at most ``most``.
+            dimensions: 1 to ``most``.
         """
         tree, origin = grafted
         tip_of_column = match_names(table.feature_ids, tree.tip_names)
         walk, directions = TreeWalk(tree), self.directions[: dimensions // 2]
-        project = _projection(clades, origin, directions)
+        inner, scale = _inner(clades)
+        column = np.full(len(clades.tree) + 1, len(inner))  # a last one of zeros: no inner branch
+        column[inner] = np.arange(len(inner))
+        by_column = np.pad(directions.T * scale[:, None], ((0, 1), (0, 0)))
+        project = by_column[column[origin]]
         sketch = _sketch(tree, clades, origin, dimensions - len(directions))
-        for low in range(0, len(table.sample_ids), _ROWS):
+        vectors, faith = np.empty((len(table.sample_ids), dimensions), dtype=np.float32), []
+        for low in range(0, len(vectors), _ROWS):
             reached = walk.branches(table.counts[low : low + _ROWS], tip_of_column)
-            vectors = np.concatenate([reached @ project, (reached @ sketch).toarray()], axis=1)
-            yield vectors.astype(np.float32), reached.sum(axis=1)
-
-    def to_arrays(self) -> dict[str, NDArray[Any]]:
-        """As a file can hold it; `from_arrays` reads it."""
-        return {"embedding.directions": self.directions}
-
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Embedding:
-        """Read what `to_arrays` gave."""
-        return cls(arrays["embedding.directions"])
+            vectors[low : low + _ROWS, : len(directions)] = reached @ project
+            vectors[low : low + _ROWS, len(directions) :] = (reached @ sketch).toarray()
+            faith.append(reached.sum(axis=1))
+        return vectors, np.concatenate(faith)
 
 
-def _inner(clades: Clades) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def _inner(clades: Clades) -> tuple[np.ndarray, np.ndarray]:
     """The known tree's inner branches, and what makes a length held of each a coordinate."""
     tree = clades.tree
     inner = np.flatnonzero((tree.tip_stop - tree.tip_start > 1) & (tree.length > 0))
     return inner, (1 / np.sqrt(tree.length[inner])).astype(np.float32)
 
 
-def _projection(
-    clades: Clades, origin: NDArray[np.int64], directions: NDArray[np.float32]
-) -> NDArray[np.float32]:
-    """``(branches, directions)``: a length held of each branch as numbers of the vector."""
-    inner, scale = _inner(clades)
-    place = np.full(len(clades.tree) + 1, -1)
-    place[inner] = np.arange(len(inner))
-    column = place[origin]
-    found = np.zeros((len(origin), len(directions)), dtype=np.float32)
-    own = column >= 0
-    found[own] = directions.T[column[own]] * scale[column[own], None]
-    return found
-
-
-def _sketch(tree: Phylogeny, clades: Clades, origin: NDArray[np.int64], width: int) -> csr_array:
+def _sketch(tree: Phylogeny, clades: Clades, origin: np.ndarray, width: int) -> csr_array:
     """``(branches, width)``: a length held of each pendant branch as numbers of the vector."""
     name, whole = np.zeros(len(origin), dtype=np.uint64), np.zeros(len(origin))
     tips = tree.tip_nodes
@@ -147,8 +117,6 @@ def _sketch(tree: Phylogeny, clades: Clades, origin: NDArray[np.int64], width: i
     name[pendant] = clades.sequences.hashes()[tip[pendant]]
     whole[pendant] = clades.pendant[tip[pendant]]
     held = np.flatnonzero(((origin < 0) | pendant) & (whole > 0))
-    if not width:
-        return csr_array((len(origin), 0))
     place = ((name[held] >> np.uint64(1)) % np.uint64(width)).astype(np.int64)
     sign = np.where(name[held] & np.uint64(1), 1.0, -1.0)
     return csr_array((sign / np.sqrt(whole[held]), (held, place)), shape=(len(origin), width))

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
 from aam.data.texts import Texts
@@ -45,29 +44,22 @@ for _base, _letters in enumerate((b"Aa", b"Cc", b"Gg", b"TtUu"), start=1):
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """The nearest known sequences of some queries.
+    """The nearest known sequences of n queries."""
 
-    Attributes:
-        index: ``(n, candidates)`` int64, known sequences, nearest first; -1: no more were found.
-        distance: ``(n, candidates)`` float64, edits; infinite where ``index`` is -1.
-        aligned: ``(n, longest known)`` uint8, the query's base (A1 C2 G3 T4) at each position of
-            the nearest known sequence; 0 where it has none. Insertions are left out.
-        reverse: ``(n,)`` bool, the query's reverse complement is far nearer than the query.
-        foreign: ``(n,)`` bool, nothing known is near enough to be of the same region.
-    """
-
-    index: NDArray[np.int64]
-    distance: NDArray[np.float64]
-    aligned: NDArray[np.uint8]
-    reverse: NDArray[np.bool_]
-    foreign: NDArray[np.bool_]
+    index: np.ndarray  # (n, candidates) int64, nearest first; -1: no more were found
+    distance: np.ndarray  # (n, candidates) float64, edits; infinite where index is -1
+    aligned: np.ndarray
+    """``(n, longest known)`` uint8, the query's base (A1 C2 G3 T4) at each position of the nearest
+    known sequence; 0 where it has none. Insertions are left out."""
+    reverse: np.ndarray  # (n,) bool, the query's reverse complement is far nearer
+    foreign: np.ndarray  # (n,) bool, nothing known is near enough to be of the same region
 
     def take(self, rows: Any) -> Found:
         """Some of the queries, by numbers, a mask or a slice."""
         return Found(**{name: values[rows] for name, values in vars(self).items()})
 
     @property
-    def weights(self) -> NDArray[np.float64]:
+    def weights(self) -> np.ndarray:
         """``(n, NEAREST)`` votes of the nearest, exp(least - distance), of sum 1 or 0."""
         distance = self.distance[:, :NEAREST]
         least = np.where(np.isfinite(distance[:, :1]), distance[:, :1], 0.0)
@@ -89,10 +81,11 @@ class Neighbours:
         # Of very many sequences a quarter of the words, drawn by a hash, finds candidates too.
         code = np.arange(_CODES + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         self._indexed = (code >> np.uint64(62) == 0) | (len(self.bases) <= MOST_INDEXED_WHOLE)
+        self._indexed[_CODES] = False
         blocks, counts = [], []
         for low in range(0, len(self.bases), _BLOCK_SEQUENCES):
             block = np.sort(_words(self.bases[low : low + _BLOCK_SEQUENCES]), axis=1)
-            is_first = (block < _CODES) & self._indexed[block]
+            is_first = self._indexed[block]
             is_first[:, 1:] &= block[:, 1:] != block[:, :-1]
             blocks.append(block[is_first])
             counts.append(is_first.sum(axis=1))
@@ -103,16 +96,10 @@ class Neighbours:
         self._holders, self._starts = by_word.indices, by_word.indptr
         self._words = np.maximum(held, 1).astype(np.float32)
 
-    def __len__(self) -> int:
-        """Number of known sequences."""
-        return len(self.bases)
+    def find(self, queries: Sequence[str], *, leave_out: np.ndarray | None = None) -> Found:
+        """The nearest known sequences of n queries, DNA.
 
-    def find(self, queries: Sequence[str], *, leave_out: NDArray[np.int64] | None = None) -> Found:
-        """The nearest known sequences of each query.
-
-        Args:
-            queries: DNA sequences, n of them.
-            leave_out: ``(n,)`` a known sequence that each query may not find (itself); -1: none.
+        `leave_out` ``(n,)`` is a known sequence that each may not find (itself); -1: none.
         """
         bases = bases_of(queries)
         leave_out = np.full(len(bases), -1) if leave_out is None else leave_out
@@ -129,12 +116,11 @@ class Neighbours:
         return Found(index, distance, aligned, reverse, foreign)
 
     def _nearest(
-        self, bases: NDArray[np.uint8], leave_out: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
+        self, bases: np.ndarray, leave_out: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Index, distance and diagonal of the candidates, each ``(n, candidates)``."""
-        shape = (len(bases), min(CANDIDATES, len(self)))
-        index, diagonal = np.full(shape, -1), np.zeros(shape, dtype=np.int64)
-        distance = np.full(shape, np.inf)
+        index = np.full((len(bases), min(CANDIDATES, len(self.bases))), -1)
+        distance, diagonal = np.full(index.shape, np.inf), np.zeros_like(index)
         block = max(_BLOCK_PAIRS // CANDIDATES, 1)
         for low in range(0, len(bases), block):
             part = slice(low, low + block)
@@ -145,48 +131,45 @@ class Neighbours:
             for row in _edits(query.T, self._windows(held, on, bases.shape[1])):
                 last = row
             edits = last.min(axis=0) * (query > 0).sum(axis=1) / overlap
-            apart, shifts = np.full(found.shape, np.inf), np.zeros(found.shape, dtype=np.int64)
-            apart[rows, columns] = edits + missing[rows, columns] / 2
-            shifts[rows, columns] = on
-            best = np.argsort(apart, axis=1, kind="stable")
-            for whole, own in ((index, found), (distance, apart), (diagonal, shifts)):
-                whole[part] = np.take_along_axis(own, best, axis=1)
-        return index, distance, diagonal
+            index[part] = found
+            distance[part][rows, columns] = edits + missing[rows, columns] / 2
+            diagonal[part][rows, columns] = on
+        best = np.argsort(distance, axis=1, kind="stable")
+        index, distance = (np.take_along_axis(one, best, axis=1) for one in (index, distance))
+        return index, distance, np.take_along_axis(diagonal, best, axis=1)
 
     def _candidates(
-        self, bases: NDArray[np.uint8], leave_out: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        self, bases: np.ndarray, leave_out: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The known sequences that hold most words of each query, and the share they miss.
 
-        Returns:
-            ``(n, candidates)`` known sequences, -1 where there are no more, and
-            ``(n, candidates)`` share of the words of the shorter of the two that are not shared.
+        ``(n, candidates)`` known sequences, -1 where there are no more, and ``(n, candidates)``
+        share of the words of the shorter of the two that are not shared.
         """
-        wanted = min(CANDIDATES, len(self))
+        wanted = min(CANDIDATES, len(self.bases))
         found = np.full((len(bases), wanted), -1)
         missing = np.zeros(found.shape, dtype=np.float32)
         for row, words in enumerate(_words(bases)):
-            words = np.unique(words[(words < _CODES) & self._indexed[words]])
+            words = np.unique(words[self._indexed[words]])
             lists = [self._holders[self._starts[word] : self._starts[word + 1]] for word in words]
             if not lists:
                 continue
-            shared = np.bincount(np.concatenate(lists), minlength=len(self)).astype(np.float32)
-            shared /= np.minimum(self._words, len(words))
+            shared = np.bincount(np.concatenate(lists), minlength=len(self.bases))
+            share = shared.astype(np.float32) / np.minimum(self._words, len(words))
             if leave_out[row] >= 0:
-                shared[leave_out[row]] = 0
-            best = np.argpartition(-shared, wanted - 1)[:wanted]
-            found[row] = np.where(shared[best] > 0, best, -1)
-            missing[row] = 1 - np.minimum(shared[best], 1)
+                share[leave_out[row]] = 0
+            best = np.argpartition(-share, wanted - 1)[:wanted]
+            found[row] = np.where(share[best] > 0, best, -1)
+            missing[row] = 1 - np.minimum(share[best], 1)
         return found, missing
 
     def _diagonals(
-        self, bases: NDArray[np.uint8], rows: NDArray[np.int64], held: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        self, bases: np.ndarray, rows: np.ndarray, held: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Where each known sequence ``held[p]`` lies along the query ``bases[rows[p]]``.
 
-        Returns:
-            ``(pairs,)`` place in the known sequence less place in the query, by the vote of their
-            shared words, and ``(pairs,)`` bases in the overlap: at least half the shorter one.
+        ``(pairs,)`` place in the known sequence less place in the query, by the vote of their
+        shared words, and ``(pairs,)`` bases in the overlap: at least half the shorter one.
         """
         width, known_width = bases.shape[1], self.bases.shape[1]
         words = _words(bases)
@@ -207,22 +190,18 @@ class Neighbours:
         best = votes.argmax(axis=1)
         return shifts[best], overlap[np.arange(len(rows)), best]
 
-    def _windows(
-        self, held: NDArray[np.int64], diagonal: NDArray[np.int64], width: int
-    ) -> NDArray[np.uint8]:
+    def _windows(self, held: np.ndarray, diagonal: np.ndarray, width: int) -> np.ndarray:
         """``(width + 2 BAND, pairs)`` known bases along the band, 0 outside the sequence."""
         at = np.arange(-BAND, width + BAND)[:, None] + diagonal
         inside = (at >= 0) & (at < self.bases.shape[1])
         return np.where(inside, self.bases[held, np.where(inside, at, 0)], 0)
 
-    def _align(
-        self, bases: NDArray[np.uint8], held: NDArray[np.int64], diagonal: NDArray[np.int64]
-    ) -> NDArray[np.uint8]:
+    def _align(self, bases: np.ndarray, held: np.ndarray, diagonal: np.ndarray) -> np.ndarray:
         """``(n, longest known)`` the queries' bases at the places of known sequences ``held``."""
         aligned = np.zeros((len(bases), self.bases.shape[1]), dtype=np.uint8)
-        for low in range(0, len(bases), _BLOCK_ALIGNED):
-            rows = np.arange(low, min(low + _BLOCK_ALIGNED, len(bases)))
-            rows = rows[held[rows] >= 0]
+        present = np.flatnonzero(held >= 0)
+        for low in range(0, len(present), _BLOCK_ALIGNED):
+            rows = present[low : low + _BLOCK_ALIGNED]
             query = bases[rows].T
             matched = _matched(query, self._windows(held[rows], diagonal[rows], len(query)))
             place = matched + diagonal[rows] - BAND
@@ -232,14 +211,11 @@ class Neighbours:
         return aligned
 
 
-def _edits(query: NDArray[np.uint8], window: NDArray[np.uint8]) -> Iterator[NDArray[np.int16]]:
+def _edits(query: np.ndarray, window: np.ndarray) -> Iterator[np.ndarray]:
     """Rows ``(2 BAND + 1, pairs)`` of edit distances in the band: before each base, and at the end.
 
-    Where either has no base (0) they match for nothing, so overhanging ends are free.
-
-    Args:
-        query: ``(length, pairs)`` bases.
-        window: ``(length + 2 BAND, pairs)`` bases of the other sequence along the band.
+    Of bases ``(length, pairs)`` and those of the other sequences ``(length + 2 BAND, pairs)`` along
+    the band. Where either has no base (0) they match for nothing, so overhanging ends are free.
     """
     row = np.zeros((2 * BAND + 1, query.shape[1]), dtype=np.int16)
     yield row
@@ -253,7 +229,7 @@ def _edits(query: NDArray[np.uint8], window: NDArray[np.uint8]) -> Iterator[NDAr
         yield row
 
 
-def _matched(query: NDArray[np.uint8], window: NDArray[np.uint8]) -> NDArray[np.int64]:
+def _matched(query: np.ndarray, window: np.ndarray) -> np.ndarray:
     """``(length, pairs)`` row of ``window`` that each base is matched with; -1: an insertion.
 
     The arguments are those of `_edits`.
@@ -264,10 +240,9 @@ def _matched(query: NDArray[np.uint8], window: NDArray[np.uint8]) -> NDArray[np.
     ends = rows[-1] * width + np.abs(np.arange(width) - BAND)[:, None]
     diagonal = ends.argmin(axis=0)
     matched = np.full(query.shape, -1)
-    pairs = np.arange(query.shape[1])
     for at in range(len(query) - 1, -1, -1):
         before, after = rows[at], rows[at + 1]
-        left = pairs
+        left = np.arange(query.shape[1])
         while len(left):
             on, base = diagonal[left], query[at, left]
             known, now = window[at + on, left], after[on, left]
@@ -282,13 +257,12 @@ def _matched(query: NDArray[np.uint8], window: NDArray[np.uint8]) -> NDArray[np.
     return matched
 
 
-def bases_of(sequences: Sequence[str]) -> NDArray[np.uint8]:
+def bases_of(sequences: Sequence[str]) -> np.ndarray:
     """``(n, longest)`` bases of sequences as numbers, 0 past the end and for other letters."""
-    texts = Texts.of(sequences)
-    return _BASE_OF_BYTE[texts.padded()]
+    return _BASE_OF_BYTE[Texts.of(sequences).padded()]
 
 
-def _words(bases: NDArray[np.uint8]) -> NDArray[np.int32]:
+def _words(bases: np.ndarray) -> np.ndarray:
     """``(n, length - 7)`` codes of the 8-mers at each position; ``_CODES`` where one has a gap."""
     places = max(bases.shape[1] - WORD + 1, 0)
     code = np.zeros((len(bases), places), dtype=np.int32)

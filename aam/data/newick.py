@@ -6,10 +6,9 @@ where these characters stand and how deep: whole arrays are looked at, node by n
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from aam.data.texts import Texts
 
@@ -22,19 +21,13 @@ _KIND[list(b"(),:;'")] = _MARK
 _KIND[[*range(33), *b"[]", *range(127, 256)]] = _ODD
 
 
-def parse_newick(
-    text: NDArray[np.uint8],
-) -> tuple[Texts, NDArray[np.int64], NDArray[np.float64]] | None:
+def parse_newick(text: np.ndarray) -> tuple[Texts, np.ndarray, np.ndarray] | None:
     """Names of tips, parents and lengths of a plain tree, as `Phylogeny` has them.
 
-    Plain is one whole tree with every tip named and every branch with a finite length >= 0.
-
-    Args:
-        text: ``(bytes,)`` the file; it may be memory-mapped, and tip names stay in it.
-
-    Returns:
-        None where the text is not so plain (comments, white space, quoted tips, other than ASCII,
-        any mistake): a general parser must look at it.
+    Read from the bytes ``(bytes,)`` uint8 of a file, in which the names stay; it may be mapped.
+    Plain is one whole tree with every tip named and every branch with a finite length >= 0. None:
+    it is not so plain (comments, white space, quoted tips, other than ASCII, any mistake), and a
+    general parser must look at it.
     """
     marks = _marks(text)
     if marks is None:
@@ -66,7 +59,7 @@ def parse_newick(
     return names, _parents(depth[node]), np.append(length, 0.0)
 
 
-def _marks(text: NDArray[np.uint8]) -> NDArray[np.int64] | None:
+def _marks(text: np.ndarray) -> np.ndarray | None:
     """Where ``( ) , : ;`` stand outside quotes; None where the text is not plain, or not whole."""
     stop = len(text)
     while stop and text[stop - 1] in b" \t\r\n":
@@ -90,13 +83,11 @@ def _usable(names: Texts) -> bool:
     """Whether names are there, not quoted, and all different."""
     if (names.lengths == 0).any():
         return False
-    ends = np.concatenate((names.starts, names.stops - 1))
-    return bool((names.buffer[ends] != _QUOTE).all()) and len(np.unique(names.hashes())) == len(
-        names
-    )
+    ends = names.buffer[np.concatenate((names.starts, names.stops - 1))]
+    return bool((ends != _QUOTE).all()) and len(np.unique(names.hashes())) == len(names)
 
 
-def _lengths(numbers: Texts) -> NDArray[np.float64] | None:
+def _lengths(numbers: Texts) -> np.ndarray | None:
     """The numbers of a text; None where one is missing or no length."""
     if (numbers.lengths < 1).any() or (numbers.lengths > _LONGEST_NUMBER).any():
         return None
@@ -110,7 +101,7 @@ def _lengths(numbers: Texts) -> NDArray[np.float64] | None:
     return length if np.isfinite(length).all() and (length >= 0).all() else None
 
 
-def _parents(depth: NDArray[Any]) -> NDArray[np.int64]:
+def _parents(depth: np.ndarray) -> np.ndarray:
     """The parent of a node of depth d is the next node of depth d - 1."""
     count = len(depth)
     by_depth = np.argsort(depth, kind="stable")
@@ -119,3 +110,18 @@ def _parents(depth: NDArray[Any]) -> NDArray[np.int64]:
     parent = by_depth[np.minimum(above, count - 1)]
     parent[-1] = -1
     return parent
+
+
+def newick(parent: np.ndarray, length: np.ndarray, names: Sequence[str], digits: str = "") -> str:
+    """A tree ``(nodes,)`` as text, children before parents; tips are named in their order.
+
+    ``digits`` is the format of lengths; as they are without.
+    """
+    below: list[list[str]] = [[] for _ in parent]
+    tips = iter(names)
+    for node, above in enumerate(parent.tolist()):
+        text = f"({','.join(below[node])})" if below[node] else next(tips)
+        below[node].clear()
+        if above >= 0:
+            below[above].append(f"{text}:{length[node]:{digits}}")
+    return f"{text};\n"

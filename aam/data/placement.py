@@ -19,15 +19,13 @@ Jaccard of memberships by -.001 to +.007, and the lengths it gave improved no di
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from aam.data.clades import LEAST_LENGTH, Clades, Grafts
 from aam.data.neighbours import NEAREST, Found, Neighbours
-from aam.data.tree import Phylogeny
 
 CALIBRATED = 3000  # known sequences that are taken out and placed again, at most
 FARTHEST = 0.97  # quantile of distances to the nearest; longer ones count as that one
@@ -38,36 +36,26 @@ STEPS = (0.0, 1.75, 2.75, 3.75, 4.75, 6.75, 8.75, 12.75)
 """Distances from which on G(h) has another value: 1, 2, 3, 4, 5-6, 7-8, 9-12 edits, more."""
 
 
-@dataclass(frozen=True, eq=False)
-class Law:
+class Law(NamedTuple):
     """How distances become lengths in one tree: two ridge regressions on the same terms.
 
-    Attributes:
-        centre: ``(5,)`` means of the terms.
-        slopes: ``(2, 5)`` slopes of the own length, and of the height at which a sequence leaves
-            the tree above the mean depth of its neighbours.
-        levels: ``(2,)`` means of the two.
-        longest: longest own length that is predicted.
-        farthest: distance beyond which the own length grows no more.
-        added: ``(steps,)`` G(h), the mean length that an ASV adds to the tree where it gets the
-            clades of its nearest one, by the distance h between them: the baseline's law.
+    They give the own length, and the height at which a sequence leaves the tree above the mean
+    depth of its neighbours. G(h) is the baseline's law: the mean length that an ASV adds to the
+    tree where it gets the clades of its nearest one, by the distance h between them.
     """
 
-    centre: NDArray[np.float64]
-    slopes: NDArray[np.float64]
-    levels: NDArray[np.float64]
-    longest: float
-    farthest: float
-    added: NDArray[np.float64]
+    centre: np.ndarray  # (5,) means of the terms
+    slopes: np.ndarray  # (2, 5) of the own length and of the height
+    levels: np.ndarray  # (2,) means of the two
+    longest: float  # own length that is predicted
+    farthest: float  # distance beyond which the own length grows no more
+    added: np.ndarray  # (steps,) G(h)
 
     @classmethod
     def fit(cls, clades: Clades, neighbours: Neighbours, *, seed: int = 0) -> Law:
         """Take known sequences out of the tree, one by one, and find them by their neighbours.
 
-        Args:
-            clades: the tree.
-            neighbours: index of its tips, in their order.
-            seed: of the choice of ``CALIBRATED`` tips, where there are more.
+        `neighbours` indexes the tree's tips, in their order; `seed` draws ``CALIBRATED`` of more.
         """
         tree, tip_nodes = clades.tree, clades.tree.tip_nodes
         tips = np.arange(len(tip_nodes))
@@ -100,9 +88,7 @@ class Law:
         means = sums / (np.bincount(step, minlength=len(STEPS)) + 1)
         return cls(centre, slopes, levels, float(clades.pendant.max()), farthest, means)
 
-    def predict(
-        self, found: Found, pendant: NDArray[np.float64]
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def predict(self, found: Found, pendant: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """``(n,)`` own lengths and ``(n,)`` heights above the neighbours' mean depth.
 
         Of n sequences whose neighbours have lengths ``(n, NEAREST)`` for themselves.
@@ -112,19 +98,18 @@ class Law:
         longest = max(self.longest, LEAST_LENGTH)
         return np.clip(own, LEAST_LENGTH, longest), np.maximum(rise, 0.0)
 
-    def added_at(self, distance: NDArray[np.float64]) -> NDArray[np.float64]:
+    def added_at(self, distance: np.ndarray) -> np.ndarray:
         """``(n,)`` G(h) at distances ``(n,)`` to the nearest known sequence."""
         return self.added[_step_of(distance)]
 
-    def to_arrays(self) -> dict[str, NDArray[np.float64]]:
+    def to_arrays(self) -> dict[str, np.ndarray]:
         """As a file can hold it; `from_arrays` reads it."""
-        return {f"law.{name}": np.asarray(value) for name, value in vars(self).items()}
+        return {f"law.{name}": np.asarray(value) for name, value in self._asdict().items()}
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Law:
+    def from_arrays(cls, arrays: Mapping[str, Any]) -> Law:
         """Read what `to_arrays` gave."""
-        values: dict[str, Any] = {one.name: arrays[f"law.{one.name}"][()] for one in fields(cls)}
-        return cls(**values)
+        return cls(*(arrays[f"law.{name}"][()] for name in cls._fields))
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,11 +119,9 @@ class Placement:
     clades: Clades
     law: Law
 
-    def vote(self, near: Found, clades: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
-        """``(n, clades)`` share of the neighbours' votes for all clades, or for some ``(m,)``."""
-        start, stop = self.clades.start, self.clades.stop
-        if clades is not None:
-            start, stop = start[clades], stop[clades]
+    def vote(self, near: Found, clades: np.ndarray) -> np.ndarray:
+        """``(n, m)`` float32 share of the neighbours' votes for clades ``(m,)``."""
+        start, stop = self.clades.start[clades], self.clades.stop[clades]
         weights = near.weights.astype(np.float32)
         votes = np.zeros((len(weights), len(start)), dtype=np.float32)
         for place in range(weights.shape[1]):
@@ -150,14 +133,10 @@ class Placement:
         """Nearest-neighbour placement, the baseline: clades of the nearest one, and G(h)."""
         nearest = near.index[:, 0]
         ends = self.clades.ends(np.where(nearest >= 0, self.clades.lowest[nearest], -1))
-        return replace(ends, own=self.law.added_at(near.distance[:, 0]))
+        return ends._replace(own=self.law.added_at(near.distance[:, 0]))
 
     def grafts(
-        self,
-        near: Found,
-        lowest: NDArray[np.int64],
-        sure: NDArray[np.float32],
-        column: NDArray[np.int64] | None = None,
+        self, near: Found, lowest: np.ndarray, sure: np.ndarray, column: np.ndarray
     ) -> Grafts:
         """Where sequences join.
 
@@ -165,20 +144,22 @@ class Placement:
             near: neighbours of n sequences.
             lowest: ``(n,)`` the smallest clade that was decoded for each; -1: none.
             sure: ``(n, columns)`` probability of each clade.
-            column: ``(clades,)`` where in `sure` a clade stands, -1: it has no chance; None: all
-                clades stand there in order.
+            column: ``(clades,)`` where in `sure` a clade stands; -1: it has no chance.
         """
         clades, tree, distance = self.clades, self.clades.tree, self.clades.root_distance
-        index = near.index[:, :NEAREST]
+        index, root = near.index[:, :NEAREST], len(tree) - 1
         own, rise = self.law.predict(near, clades.pendant[index])
         mean = (near.weights * distance[tree.tip_nodes[index]]).sum(axis=1)
         tip, deepest = self._way(index, lowest)
         depth = np.minimum(np.maximum(mean - rise, 0.0), deepest)
+        ways = [tree.tip_nodes[tip]]  # the nodes up to the root, and then the root
+        while (ways[-1] != root).any():
+            ways.append(np.where(ways[-1] == root, root, tree.parent[ways[-1]]))
+        node = np.stack(ways, axis=1)
         # The way is as long as its branches down to that depth, each counted by its probability.
-        node, root = _upwards(tree, tip), len(tree) - 1
         top = distance[np.where(node == root, root, tree.parent[node])]
         clade = clades.clade_of_node[node]
-        place = clade if column is None else np.where(clade >= 0, column[clade], -1)
+        place = np.append(column, -1)[clade]
         chance = np.where(clade >= 0, 0.0, 1.0)
         chance[place >= 0] = sure[np.nonzero(place >= 0)[0], place[place >= 0]]
         length = np.clip(depth[:, None] - top, 0.0, tree.length[node])
@@ -187,9 +168,7 @@ class Placement:
         shared = np.clip(expected - top[branch], 0.0, tree.length[node[branch]])
         return Grafts(node[branch], shared, own + (1 - KEPT) * (depth - expected))
 
-    def _way(
-        self, index: NDArray[np.int64], lowest: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    def _way(self, index: np.ndarray, lowest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The known sequence whose way each follows, ``(n,)``, and how deep at most, ``(n,)``.
 
         That of its nearest neighbour in its clade; where none is in it, to the clade's own end.
@@ -206,19 +185,11 @@ class Placement:
         return tip, np.where(found & (index[:, 0] >= 0), np.inf, end)
 
 
-def _upwards(tree: Phylogeny, tip: NDArray[np.int64]) -> NDArray[np.int64]:
-    """``(n, longest way)`` the nodes from each tip up to the root, and then the root."""
-    root, ways = len(tree) - 1, [tree.tip_nodes[tip]]
-    while (ways[-1] != root).any():
-        ways.append(np.where(ways[-1] == root, root, tree.parent[ways[-1]]))
-    return np.stack(ways, axis=1)
-
-
-def _step_of(distance: NDArray[np.float64]) -> NDArray[np.int64]:
+def _step_of(distance: np.ndarray) -> np.ndarray:
     return np.searchsorted(STEPS, distance, side="right") - 1
 
 
-def _terms(found: Found, pendant: NDArray[np.float64], farthest: float) -> NDArray[np.float64]:
+def _terms(found: Found, pendant: np.ndarray, farthest: float) -> np.ndarray:
     """``(n, 5)`` what own lengths and heights are regressed on; the arguments are `predict`'s."""
     present = found.index[:, :NEAREST] >= 0
     count = np.maximum(present.sum(axis=1), 1)

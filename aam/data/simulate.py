@@ -22,8 +22,8 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse
-from numpy.typing import NDArray
 
+from aam.data.newick import newick
 from aam.errors import InputError
 from aam.files import write_table
 
@@ -49,23 +49,20 @@ class DemoFiles(NamedTuple):
 class _Tree(NamedTuple):
     """A binary tree; nodes 0 to tips - 1 are the tips, the last node is the root."""
 
-    parent: NDArray[np.int64]
-    length: NDArray[np.float64]
-
-    @property
-    def tips(self) -> int:
-        return (len(self.parent) + 1) // 2
+    parent: np.ndarray
+    length: np.ndarray
+    tips: int
 
 
 class _Samples(NamedTuple):
     """What is true of each sample ``(n,)`` before its community is drawn."""
 
-    subject: NDArray[np.int64]
-    visit: NDArray[np.int64]
-    site: NDArray[np.int64]
-    diagnosis: NDArray[np.int64]
-    gradient: NDArray[np.float64]
-    age: NDArray[np.float64]
+    subject: np.ndarray
+    visit: np.ndarray
+    site: np.ndarray
+    diagnosis: np.ndarray
+    gradient: np.ndarray
+    age: np.ndarray
 
 
 def simulate_community(
@@ -84,16 +81,13 @@ def simulate_community(
     ``site``, ``diagnosis`` and ``age`` (years).
 
     Args:
-        folder: where to write; made if it is not there.
+        folder: made if it is not there.
         samples: at least 2.
         asvs: tips of the tree; the table has those that were seen in a sample.
         asvs_per_sample: mean number of ASVs a sample that are there, before rare ones are missed.
         sequence_length: nucleotides an ASV.
         visits: samples a subject.
         seed: of every random draw.
-
-    Raises:
-        InputError: sizes that make no study, or the folder cannot be written.
     """
     if samples < 2 or visits < 1 or sequence_length < 20 or not 2 <= 2 * asvs_per_sample <= asvs:
         raise InputError(
@@ -112,11 +106,10 @@ def simulate_community(
     ]
     kinds = ["#q2:types", "categorical", "categorical", "categorical", "numeric"]
     header = ["sample-id", "subject", "site", "diagnosis", "age"]
-    folder = Path(folder)
-    files = DemoFiles(folder / "table.biom", folder / "tree.nwk", folder / "metadata.tsv")
+    files = DemoFiles(*(Path(folder) / name for name in ("table.biom", "tree.nwk", "metadata.tsv")))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        files.tree.write_text(_newick(tree, sequences), encoding="utf-8")
+        files.tree.parent.mkdir(parents=True, exist_ok=True)
+        files.tree.write_text(newick(tree.parent, tree.length, sequences, ".6g"), encoding="utf-8")
         write_table(files.metadata, header, [kinds, *rows])
         _write_biom(files.table, [row[0] for row in rows], sequences, counts)
     except OSError as error:
@@ -124,7 +117,6 @@ def simulate_community(
     return files
 
 
-# ----------------------------------------------------------------------- phylogeny and sequences
 def _grow_tree(tips: int, generator: np.random.Generator) -> _Tree:
     """A coalescent backwards in time whose lineages meet more evenly than in Kingman's.
 
@@ -147,7 +139,7 @@ def _grow_tree(tips: int, generator: np.random.Generator) -> _Tree:
         lineages.pop()
     length = np.zeros(nodes)
     length[:-1] = (height[parent[:-1]] - height[:-1]) * generator.gamma(4.0, 0.25, nodes - 1)
-    return _Tree(parent, length * (0.8 / height[-1]))
+    return _Tree(parent, length * (0.8 / height[-1]), tips)
 
 
 def _evolve_sequences(tree: _Tree, length: int, generator: np.random.Generator) -> list[str]:
@@ -174,9 +166,7 @@ def _evolve_sequences(tree: _Tree, length: int, generator: np.random.Generator) 
     return [_BASES[row].tobytes().decode() for row in bases[: tree.tips]]
 
 
-def _evolve_trait(
-    tree: _Tree, generator: np.random.Generator, heritability: float
-) -> NDArray[np.float64]:
+def _evolve_trait(tree: _Tree, generator: np.random.Generator, heritability: float) -> np.ndarray:
     """A trait (tips,) of mean 0 and variance 1 by Brownian motion, plus what is not inherited."""
     trait = np.zeros(len(tree.parent))
     steps = generator.standard_normal(len(tree.parent)) * np.sqrt(tree.length)
@@ -188,7 +178,6 @@ def _evolve_trait(
     return np.sqrt(heritability) * inherited + np.sqrt(1.0 - heritability) * own
 
 
-# -------------------------------------------------------------------------- samples and counts
 def _draw_samples(samples: int, visits: int, generator: np.random.Generator) -> _Samples:
     """Subjects with a site, a diagnosis and a place on the gradient; visits differ a little."""
     subjects = -(-samples // visits)
@@ -232,17 +221,6 @@ def _draw_counts(
         weight = np.where(above >= 0, np.exp(0.9 * above + generator.standard_normal(tips)), 0.0)
         rows.append(generator.multinomial(depth[row], weight / weight.sum()))
     return scipy.sparse.csr_array(np.stack(rows).astype(np.int64))
-
-
-# ------------------------------------------------------------------------------------- the files
-def _newick(tree: _Tree, sequences: list[str]) -> str:
-    """The tree as text; built from the tips up, so its depth does not matter."""
-    text = [*sequences, *[""] * (tree.tips - 1)]
-    for node, parent in enumerate(tree.parent[:-1]):
-        own = f"({text[node]})" if node >= tree.tips else text[node]
-        text[parent] += f"{',' if text[parent] else ''}{own}:{tree.length[node]:.6g}"
-        text[node] = ""
-    return f"({text[-1]});\n"
 
 
 def _write_biom(

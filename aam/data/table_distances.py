@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy.sparse import csr_array
 
 from aam.data.table import FeatureTable
@@ -20,16 +20,16 @@ from aam.errors import DataFact
 _BLOCK_SAMPLES = 128  # of ``other`` whose shares are held dense at once
 
 
-def jaccard(counts: csr_array, other: csr_array | None = None) -> NDArray[np.float64]:
+def jaccard(counts: csr_array, other: csr_array | None = None) -> np.ndarray:
     """Share of the features of two samples that they do not share."""
-    one = _presence(counts)
-    two = one if other is None else _presence(other)
+    one = (counts != 0).astype(np.float32)
+    two = one if other is None else (other != 0).astype(np.float32)
     shared = (one @ two.T).toarray().astype(np.float64)
     either = np.diff(one.indptr)[:, None] + np.diff(two.indptr) - shared
     return 1.0 - np.divide(shared, either, out=np.ones_like(shared), where=either > 0)
 
 
-def bray_curtis(counts: csr_array, other: csr_array | None = None) -> NDArray[np.float64]:
+def bray_curtis(counts: csr_array, other: csr_array | None = None) -> np.ndarray:
     """1 - sum of the smaller shares of reads; whole depths do not count."""
     one = _shares(counts)
     two = one if other is None else _shares(other)
@@ -40,7 +40,7 @@ def bray_curtis(counts: csr_array, other: csr_array | None = None) -> NDArray[np
     return np.maximum(1.0 - shared, 0.0)
 
 
-def aitchison(counts: csr_array, other: csr_array | None = None) -> NDArray[np.float64]:
+def aitchison(counts: csr_array, other: csr_array | None = None) -> np.ndarray:
     """Euclidean distance of centred log-ratios of (reads + 1) over all features."""
     one = counts.astype(np.float64).log1p()
     two = one if other is None else other.astype(np.float64).log1p()
@@ -51,22 +51,14 @@ def aitchison(counts: csr_array, other: csr_array | None = None) -> NDArray[np.f
     return np.sqrt(np.maximum(found, 0.0))
 
 
-def _presence(counts: csr_array) -> csr_array:
-    counts = csr_array(counts, dtype=np.float32, copy=True)
-    counts.eliminate_zeros()
-    counts.data[:] = 1.0
-    return counts
-
-
 def _shares(counts: csr_array) -> csr_array:
-    counts = csr_array(counts, dtype=np.float64, copy=True)
+    counts = counts.astype(np.float64)
     counts.eliminate_zeros()
-    depth = counts.sum(axis=1)
-    counts.data /= np.repeat(depth, np.diff(counts.indptr))
+    counts.data /= np.repeat(counts.sum(axis=1), np.diff(counts.indptr))
     return counts
 
 
-def overlap(a: csr_array, b: csr_array, *, unweighted: bool = False) -> NDArray[np.float64]:
+def overlap(a: csr_array, b: csr_array, *, unweighted: bool = False) -> np.ndarray:
     """``(n, m)`` sums over the columns of the smaller of the values of two rows.
 
     Args:
@@ -82,7 +74,7 @@ def overlap(a: csr_array, b: csr_array, *, unweighted: bool = False) -> NDArray[
     rows_of_b = np.repeat(np.arange(b.shape[0]), np.diff(b.indptr))
     dense[slot[b.indices], rows_of_b] = 1.0 if unweighted else b.data
     kept = used[a.indices]
-    starts = np.concatenate(([0], np.cumsum(kept)))[a.indptr]
+    starts = np.append(0, np.cumsum(kept))[a.indptr]
     columns, values = slot[a.indices[kept]], a.data[kept]
     if unweighted:  # min(l, l) = l where both are present: a product
         return csr_array((values, columns, starts), (a.shape[0], len(dense))) @ dense
@@ -97,26 +89,24 @@ def overlap(a: csr_array, b: csr_array, *, unweighted: bool = False) -> NDArray[
     return found
 
 
-_METRICS: dict[str, Callable[..., NDArray[np.float64]]] = {
+_METRICS: dict[str, Callable[..., np.ndarray]] = {
     "jaccard": jaccard,
     "bray-curtis": bray_curtis,
     "aitchison": aitchison,
 }
 
 
-@dataclass(frozen=True, eq=False)
-class TableDistances:
+class TableDistances(NamedTuple):
     """Distances between the samples of a table, computed for the rows that are asked for."""
 
     table: FeatureTable
-    metric: str
-    """``jaccard``, ``bray-curtis`` or ``aitchison``."""
+    metric: str  # one of _METRICS
 
-    def pairwise(self, rows: ArrayLike) -> NDArray[np.float64]:
+    def pairwise(self, rows: ArrayLike) -> np.ndarray:
         """``(n, n)`` distances between the samples ``rows`` ``(n,)``, 0 on the diagonal."""
         return self.cross(rows, rows)
 
-    def cross(self, rows_a: ArrayLike, rows_b: ArrayLike) -> NDArray[np.float64]:
+    def cross(self, rows_a: ArrayLike, rows_b: ArrayLike) -> np.ndarray:
         """``(n, m)`` distances from the samples ``rows_a`` ``(n,)`` to ``rows_b`` ``(m,)``."""
         a, b = np.asarray(rows_a, dtype=np.int64), np.asarray(rows_b, dtype=np.int64)
         found = _METRICS[self.metric](self.table.counts[a], self.table.counts[b])
@@ -124,25 +114,18 @@ class TableDistances:
         return found
 
 
-@dataclass(frozen=True, eq=False)
-class PrecomputedDistances:
-    """Distances between samples as a file gives them.
+class PrecomputedDistances(NamedTuple):
+    """Distances between samples as a file gives them."""
 
-    Attributes:
-        sample_ids: the samples that the rows number.
-        matrix: ``(samples, samples)`` float32 or float64.
-        facts: what was left out, as counted facts.
-    """
+    sample_ids: Sequence[str]  # whose rows these are
+    matrix: np.ndarray  # (samples, samples) float32 or float64
+    facts: list[DataFact]  # what was left out, as counted facts
 
-    sample_ids: Sequence[str]
-    matrix: NDArray[np.floating]
-    facts: list[DataFact]
-
-    def pairwise(self, rows: ArrayLike) -> NDArray[np.float64]:
+    def pairwise(self, rows: ArrayLike) -> np.ndarray:
         """``(n, n)`` distances between the samples ``rows`` ``(n,)``."""
         return self.cross(rows, rows)
 
-    def cross(self, rows_a: ArrayLike, rows_b: ArrayLike) -> NDArray[np.float64]:
+    def cross(self, rows_a: ArrayLike, rows_b: ArrayLike) -> np.ndarray:
         """``(n, m)`` distances from the samples ``rows_a`` ``(n,)`` to ``rows_b`` ``(m,)``."""
         a, b = np.asarray(rows_a, dtype=np.int64), np.asarray(rows_b, dtype=np.int64)
         return self.matrix[np.ix_(a, b)].astype(np.float64)

@@ -16,23 +16,28 @@ import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 
+from aam.data.newick import newick
 from aam.data.table import FeatureTable
-from aam.data.tree import Phylogeny
 from aam.data.unifrac import METRICS, UniFrac
 from aam.errors import InputError
 
-FUNCTIONS = {  # what the package calls the metrics
+FUNCTIONS = {
     "unweighted": "unweighted",
     "weighted": "weighted_unnormalized",
     "weighted-normalized": "weighted_normalized",
     "faith-pd": "faith_pd",
 }
+"""What the package calls the metrics."""
 
 
 def unifrac_frame(table: FeatureTable, source: UniFrac, metric: str, engine: str) -> Any:
-    """Distances of all samples of a table, a square frame, or a frame of their ``faith_pd``.
+    """Distances of all samples, a square frame, or a frame of their ``faith_pd``.
 
-    `source` is UniFrac of the table, unweighted; `engine` is builtin, or unifrac: the package.
+    Args:
+        table: the samples.
+        source: of the table, unweighted.
+        metric: one of `FUNCTIONS`.
+        engine: builtin, or unifrac: the package.
     """
     import pandas as pd
 
@@ -43,13 +48,17 @@ def unifrac_frame(table: FeatureTable, source: UniFrac, metric: str, engine: str
     elif metric == "faith-pd":
         values = source.faith_pd()
     else:
-        values = source.by(metric).pairwise()
+        values = source.pairwise(metric=metric)
     index = pd.Index(source.sample_ids, name="sample-id")
     return pd.DataFrame(values, index, ["faith_pd"] if values.ndim == 1 else index.rename(None))
 
 
 def _by_package(table: FeatureTable, source: UniFrac, metric: str) -> np.ndarray:
-    """What the package computes: (n, n) distances or (n,) Faith PD."""
+    """What the package computes: (n, n) distances or (n,) Faith PD.
+
+    Raises:
+        InputError: it is not installed.
+    """
     import biom
     import h5py
 
@@ -69,20 +78,9 @@ def _by_package(table: FeatureTable, source: UniFrac, metric: str) -> np.ndarray
         paths = [str(Path(folder) / name) for name in ("table.biom", "tree.nwk")]
         with h5py.File(paths[0], "w") as file:
             counts.to_hdf5(file, "aam")
-        Path(paths[1]).write_text(newick(source.tree, names), encoding="utf-8")
+        text = newick(source.tree.parent, source.tree.length, names)
+        Path(paths[1]).write_text(text, encoding="utf-8")
         if metric == "faith-pd":
             return compute(*paths)[list(table.sample_ids)].to_numpy(dtype=np.float64)
         found = compute(*paths, threads=torch.get_num_threads())
     return found.filter(table.sample_ids).data.astype(np.float64)
-
-
-def newick(tree: Phylogeny, names: list[str]) -> str:
-    """A tree as Newick text, its tips named anew."""
-    below: list[list[str]] = [[] for _ in range(len(tree))]
-    tips = iter(names)
-    for node, parent in enumerate(tree.parent.tolist()):
-        text = f"({','.join(below[node])})" if below[node] else next(tips)
-        below[node] = []
-        if parent >= 0:
-            below[parent].append(f"{text}:{float(tree.length[node])!r}")
-    return f"{text};\n"

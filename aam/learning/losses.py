@@ -9,7 +9,6 @@ themselves and with all later ones. The loss of clades is a plain sum over ASVs.
 from __future__ import annotations
 
 import math
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from aam.config import TargetOptions
 from aam.data.clades import Clades
+from aam.data.table_distances import PrecomputedDistances, TableDistances
 from aam.model import CladeHead, FreeClades
 from aam_kernels import Ragged
 
@@ -25,24 +25,12 @@ Terms = dict[str, Tensor]
 BLOCK_NUMBERS = 1 << 23  # differences of embeddings held at once: bounds memory, not the result
 
 
-class DistanceSource(Protocol):
-    """True distances between rows of the dataset."""
-
-    def pairwise(self, rows: np.ndarray) -> np.ndarray:
-        """(n, n) distances of these rows."""
-        ...
-
-    def cross(self, rows_a: np.ndarray, rows_b: np.ndarray) -> np.ndarray:
-        """(n, m) distances from some rows to others."""
-        ...
-
-
 class DistanceLoss:
     """Mean over all pairs i < j of (predicted - true distance)^2, in units of the distances."""
 
     WEIGHT = 10.0  # of squared errors of about 0.1, beside losses of about 1
 
-    def __init__(self, source: DistanceSource) -> None:
+    def __init__(self, source: TableDistances | PrecomputedDistances) -> None:
         self.source = source
 
     def share(

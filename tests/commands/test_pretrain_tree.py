@@ -92,7 +92,7 @@ def test_communities_are_the_training_samples_by_known_asv(task):
         assert reads(table.counts, sample, table.feature_ids) == reads(found, row, known)
     new = set(task.left_out)
     assert new == set(table.feature_ids) - set(known) and new
-    assert len(task.truth) == len(task.unseen) == len(new)
+    assert len(task.truth.node) == len(task.unseen) == len(new)
 
 
 def reads(counts, row, names):

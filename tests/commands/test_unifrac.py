@@ -7,6 +7,7 @@ import pytest
 
 from aam.data.distances import read_distances
 from aam.data.table import read_table
+from aam.data.tree import read_tree
 from aam.data.unifrac import UniFrac
 
 
@@ -41,7 +42,7 @@ def test_faith_pd_is_one_value_a_sample(unifrac, community, tmp_path, capsys):
     output = tmp_path / "folder" / "pd.tsv"  # the folder is made
     assert unifrac(output, "--metric", "faith-pd") == 0
     table = read_table(community.table)
-    expected = UniFrac(table, community.tree).faith_pd()
+    expected = UniFrac(table, read_tree(community.tree)).faith_pd()
     header, *lines = (line.split("\t") for line in output.read_text().splitlines())
     assert header == ["sample-id", "faith_pd"]
     assert [name for name, _ in lines] == list(table.sample_ids)

@@ -1,6 +1,6 @@
 """Placement of new sequences on a tree whose sequences evolved along it."""
 
-from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,35 +14,25 @@ from tests.data.trees import parse
 
 
 @pytest.fixture(scope="module")
-def split(tmp_path_factory):
+def study(tmp_path_factory):
+    """A tree of 300 ASVs of which a fifth is placed: neighbours, law, and where they join."""
     files = simulate_community(
         tmp_path_factory.mktemp("study"), samples=4, asvs=300, asvs_per_sample=20, seed=3
     )
-    tree = read_tree(files.tree)
-    return split_tree(tree, np.random.default_rng(0).random(300) < 0.8)
-
-
-@pytest.fixture(scope="module")
-def neighbours(split):
-    return Neighbours(split.clades.sequences)
-
-
-@pytest.fixture(scope="module")
-def placement(split, neighbours):
-    return Placement(split.clades, Law.fit(split.clades, neighbours))
-
-
-@pytest.fixture(scope="module")
-def near(split, neighbours):
-    return neighbours.find(split.unseen)
+    split = split_tree(read_tree(files.tree), np.random.default_rng(0).random(300) < 0.8)
+    clades, neighbours = split.clades, Neighbours(split.clades.sequences)
+    law = Law.fit(clades, neighbours)
+    return SimpleNamespace(
+        clades=clades, truth=split.truth, neighbours=neighbours, law=law,
+        near=neighbours.find(split.unseen), placement=Placement(clades, law),
+        everything=np.arange(len(clades)),
+    )  # fmt: skip
 
 
 def found_at(index, distance):
     """Neighbours as if they had been found."""
-    index = np.array(index)
-    distance = np.array(distance, dtype=float)
-    none = np.zeros(len(index), dtype=bool)
-    return Found(index, distance, np.zeros((len(index), 1)), none, none)
+    index, none = np.array(index), np.zeros(len(index), dtype=bool)
+    return Found(index, np.array(distance, dtype=float), np.zeros((len(index), 1)), none, none)
 
 
 def ancestors(tree, node):
@@ -59,47 +49,40 @@ def depth_of(clades, grafts):
 
 
 # ------------------------------------------------------------------------------------------- law
-def test_the_law_is_the_same_each_time_and_comes_back_from_a_file(
-    placement, split, neighbours, tmp_path, monkeypatch
-):
-    law = placement.law
-    np.savez(tmp_path / "law.npz", **law.to_arrays())
+def test_the_law_is_the_same_each_time_and_comes_back_from_a_file(study, tmp_path, monkeypatch):
+    np.savez(tmp_path / "law.npz", **study.law.to_arrays())
     with np.load(tmp_path / "law.npz") as arrays:
         read = Law.from_arrays(arrays)
-    for other in (Law.fit(split.clades, neighbours), read):
-        for name, value in law.to_arrays().items():
-            assert np.array_equal(other.to_arrays()[name], value), name
+    for other in (Law.fit(study.clades, study.neighbours), read):
+        assert all(map(np.array_equal, study.law, other))
     # At most some thousand tips are taken out, drawn by the seed.
     monkeypatch.setattr("aam.data.placement.CALIBRATED", 50)
-    one, same, other = (Law.fit(split.clades, neighbours, seed=seed) for seed in (1, 1, 2))
+    one, same, other = (Law.fit(study.clades, study.neighbours, seed=seed) for seed in (1, 1, 2))
     assert np.array_equal(one.slopes, same.slopes) and not np.allclose(one.slopes, other.slopes)
 
 
-def test_what_is_added_grows_with_the_distance_in_the_steps_that_the_table_says(placement):
-    added = placement.law.added
+def test_what_is_added_grows_with_the_distance_in_the_steps_that_the_table_says(study):
+    added = study.law.added
     assert added.shape == (len(STEPS),) and (added > 0).all()
     assert added[-1] > 2 * added[0] and np.corrcoef(np.arange(len(added)), added)[0, 1] > 0.8
-    law = replace(placement.law, added=np.arange(len(STEPS), dtype=float))
+    law = study.law._replace(added=np.arange(len(STEPS), dtype=float))
     edits = np.array([0, 1, 1.5, 1.75, 2.3, 3, 4.5, 5, 6.5, 7.2, 8.75, 12.5, 13, 40, np.inf])
     assert law.added_at(edits).tolist() == [0, 0, 0, 1, 1, 2, 3, 4, 4, 5, 6, 6, 7, 7, 7]
 
 
-def test_own_lengths_are_positive_and_bounded_and_known_better_than_by_their_mean(
-    placement, split, near
-):
-    clades, law = split.clades, placement.law
-    own, rise = law.predict(near, clades.pendant[near.index[:, :NEAREST]])
-    assert (own >= LEAST_LENGTH).all() and (own <= clades.pendant.max()).all() and (rise >= 0).all()
-    truth = split.truth.own
+def test_own_lengths_are_positive_and_bounded_and_known_better_than_by_their_mean(study):
+    pendant, truth = study.clades.pendant, study.truth.own
+    own, rise = study.law.predict(study.near, pendant[study.near.index[:, :NEAREST]])
+    assert (own >= LEAST_LENGTH).all() and (own <= pendant.max()).all() and (rise >= 0).all()
     assert ((own - truth) ** 2).mean() < 0.7 * truth.var()
     far = found_at(np.full((1, NEAREST), -1), np.full((1, NEAREST), np.inf))
-    lost, _ = law.predict(far, np.zeros((1, NEAREST)))
-    assert np.isfinite(lost).all() and lost[0] <= law.longest == clades.pendant.max()
+    lost, _ = study.law.predict(far, np.zeros((1, NEAREST)))
+    assert np.isfinite(lost).all() and lost[0] <= study.law.longest == pendant.max()
 
 
-def test_what_the_law_is_fitted_to_is_the_tree_without_each_tip(placement, split, neighbours):
-    clades, everyone = split.clades, np.arange(len(split.clades.sequences))
-    found = neighbours.find(clades.sequences, leave_out=everyone)
+def test_what_the_law_is_fitted_to_is_the_tree_without_each_tip(study):
+    clades, everyone = study.clades, np.arange(len(study.clades.sequences))
+    found = study.neighbours.find(clades.sequences, leave_out=everyone)
     local, rise = [], []
     for tip in everyone:
         rest = everyone != tip
@@ -110,8 +93,8 @@ def test_what_the_law_is_fitted_to_is_the_tree_without_each_tip(placement, split
         local.append(less.pendant[at].mean())
         depth = found.weights[tip] @ less.root_distance[less.tree.tip_nodes[at]]
         rise.append(depth - depth_of(less, place)[0])
-    assert placement.law.centre[3] == pytest.approx(np.mean(local))
-    assert placement.law.levels == pytest.approx([clades.pendant.mean(), np.mean(rise)])
+    assert study.law.centre[3] == pytest.approx(np.mean(local))
+    assert study.law.levels == pytest.approx([clades.pendant.mean(), np.mean(rise)])
 
 
 def test_sequences_that_resemble_no_other_teach_a_law_of_nothing():
@@ -121,52 +104,50 @@ def test_sequences_that_resemble_no_other_teach_a_law_of_nothing():
     placement = Placement(clades, Law.fit(clades, neighbours))
     near = neighbours.find(["ACGTACGTACGTACGA", "CATCATCATCATCATC"])
     for sure in (np.ones((2, 1), np.float32), np.zeros((2, 1), np.float32)):
-        grafts = placement.grafts(near, np.array([0, -1]), sure)
+        grafts = placement.grafts(near, np.array([0, -1]), sure, np.arange(1))
         assert np.isfinite(grafts.own).all() and (grafts.own >= LEAST_LENGTH).all()
 
 
 # ---------------------------------------------------------------------------------------- places
 @pytest.mark.parametrize("chance", [0.0, 0.6, 1.0])
-def test_places_lie_on_branches_of_the_way_through_the_decoded_clade(
-    placement, split, near, chance
-):
-    clades = split.clades
-    lowest = clades.lowest[near.index[:, 2]]  # not always the nearest one's
+def test_places_lie_on_branches_of_the_way_through_the_decoded_clade(study, chance):
+    clades, tree = study.clades, study.clades.tree
+    lowest = clades.lowest[study.near.index[:, 2]]  # not always the nearest one's
     sure = np.full((len(lowest), len(clades)), chance, dtype=np.float32)
-    grafts = placement.grafts(near, lowest, sure)
+    grafts = study.placement.grafts(study.near, lowest, sure, study.everything)
     assert (grafts.shared >= 0).all() and (grafts.own > 0).all()
-    assert (grafts.shared <= clades.tree.length[grafts.node]).all()
-    for row, (node, end) in enumerate(zip(grafts.node, clades.node_of(lowest), strict=True)):
-        assert end in ancestors(clades.tree, node) or node in ancestors(clades.tree, end), row
+    assert (grafts.shared <= tree.length[grafts.node]).all()
+    for node, end in zip(grafts.node, clades.node_of(lowest), strict=True):
+        assert end in ancestors(tree, node) or node in ancestors(tree, end)
     # Columns in another order, and clades without one: they have no chance.
     column = np.full(len(clades), -1)
     column[1::2] = np.arange(len(column[1::2]))[::-1]
     sure[:, ::2] = 0.0
-    expected = placement.grafts(near, lowest, sure)
-    found = placement.grafts(near, lowest, sure[:, 1::2], column)
+    expected = study.placement.grafts(study.near, lowest, sure, study.everything)
+    found = study.placement.grafts(study.near, lowest, sure[:, 1::2], column)
     assert np.array_equal(found.node, expected.node)
     np.testing.assert_allclose(found.shared, expected.shared)
 
 
-def test_sure_clades_keep_the_depth_and_impossible_ones_lead_to_the_root(placement, split, near):
-    clades = split.clades
+def test_sure_clades_keep_the_depth_and_impossible_ones_lead_to_the_root(study):
+    clades, near = study.clades, study.near
     index = near.index[:, :NEAREST]
     lowest = clades.lowest[index[:, 0]]
     sure = np.ones((len(lowest), len(clades)), dtype=np.float32)
-    grafts = placement.grafts(near, lowest, sure)
-    own, rise = placement.law.predict(near, clades.pendant[index])
+    grafts, half, none = (
+        study.placement.grafts(near, lowest, chance * sure, study.everything)
+        for chance in (1.0, 0.5, 0.0)
+    )
+    own, rise = study.law.predict(near, clades.pendant[index])
     tip_depth = clades.root_distance[clades.tree.tip_nodes[index]]
-    mean = (near.weights * tip_depth).sum(axis=1)
-    expected = np.minimum(np.maximum(mean - rise, 0), tip_depth[:, 0])
+    wanted = np.maximum((near.weights * tip_depth).sum(axis=1) - rise, 0)
+    expected = np.minimum(wanted, tip_depth[:, 0])
     np.testing.assert_allclose(depth_of(clades, grafts), expected, atol=1e-9)
     # What is not passed on of the way is shared between the two: KEPT is no length of its own.
-    passed = 0.3 * np.maximum(mean - rise - expected, 0)
-    np.testing.assert_allclose(grafts.own, own + passed, atol=1e-6)
+    np.testing.assert_allclose(grafts.own, own + 0.3 * (wanted - expected), atol=1e-6)
     inner = lowest >= 0
-    none = placement.grafts(near.take(inner), lowest[inner], 0 * sure[inner])
-    np.testing.assert_allclose(depth_of(clades, none), 0.0, atol=1e-12)
-    np.testing.assert_allclose(none.own - grafts.own[inner], 0.3 * expected[inner], atol=1e-6)
-    half = placement.grafts(near, lowest, 0.5 * sure)
+    np.testing.assert_allclose(depth_of(clades, none)[inner], 0.0, atol=1e-12)
+    np.testing.assert_allclose((none.own - grafts.own)[inner], 0.3 * expected[inner], atol=1e-6)
     top = depth_of(clades, half) / np.maximum(depth_of(clades, grafts), 1e-9)
     np.testing.assert_allclose(top[inner], 0.5, atol=1e-6)
 
@@ -175,10 +156,11 @@ def test_without_a_neighbour_in_the_clade_the_way_ends_at_the_clade():
     clades = Clades(parse("(((a:1,b:1):2,c:3):1,(d:1,e:1):5);"))
     zero = Law(np.zeros(5), np.zeros((2, 5)), np.array([0.5, 0.0]), 1.0, 10.0, np.zeros(len(STEPS)))
     placement, ab = Placement(clades, zero), clades.lowest[0]
-    sure = np.ones((1, len(clades)), dtype=np.float32)
+    sure, column = np.ones((1, len(clades)), dtype=np.float32), np.arange(len(clades))
 
-    def place(near, lowest):
-        return placement.grafts(found_at([near], [[1.0] * len(near)]), np.array([lowest]), sure)
+    def place(tips, lowest, distance=1.0):
+        near = found_at([tips], [[distance] * len(tips)])
+        return placement.grafts(near, np.array([lowest]), sure, column)
 
     grafts = place([3], ab)  # d, at depth 6
     assert depth_of(clades, grafts).tolist() == [3]
@@ -188,32 +170,29 @@ def test_without_a_neighbour_in_the_clade_the_way_ends_at_the_clade():
     for tip in (0, 3):  # no clade decoded: the nearest one's way
         root = place([tip], -1)
         assert root.node.tolist() == [clades.tree.tip_nodes[tip]] and root.shared.tolist() == [1]
-    lost = placement.grafts(found_at([[-1]], [[np.inf]]), np.array([-1]), sure)
-    assert depth_of(clades, lost).tolist() == [0]
+    assert depth_of(clades, place([-1], -1, np.inf)).tolist() == [0]
 
 
-def test_copied_places_are_the_ends_of_the_nearest_ones_clades(placement, split, near):
-    clades = split.clades
-    copied = placement.copied(near)
+def test_copied_places_are_the_ends_of_the_nearest_ones_clades(study):
+    clades, near = study.clades, study.near
+    copied = study.placement.copied(near)
     expected = clades.node_of(clades.lowest[near.index[:, 0]])
     assert np.array_equal(copied.node, expected)
     assert np.array_equal(copied.shared, clades.tree.length[expected])
-    assert np.array_equal(copied.own, placement.law.added_at(near.distance[:, 0]))
-    lost = placement.copied(found_at([[-1]], [[np.inf]]))
+    assert np.array_equal(copied.own, study.law.added_at(near.distance[:, 0]))
+    lost = study.placement.copied(found_at([[-1]], [[np.inf]]))
     assert lost.node.tolist() == [len(clades.tree) - 1] and np.isfinite(lost.own).all()
 
 
-def test_votes_are_the_weights_of_the_neighbours_below_and_decode_nearly_the_trees_clades(
-    placement, split, near
-):
-    clades = split.clades
-    vote = placement.vote(near)
+def test_votes_are_the_weights_of_the_neighbours_below_and_decode_nearly_the_trees_clades(study):
+    clades, near, placement = study.clades, study.near, study.placement
     below = clades.members(clades.lowest)[near.index[:, :NEAREST]]  # (n, NEAREST, clades)
     expected = (below * near.weights[:, :, None]).sum(axis=1)
+    vote = placement.vote(near, study.everything)
     np.testing.assert_allclose(vote, expected, atol=1e-5)
     some = np.array([3, 0])
     np.testing.assert_allclose(placement.vote(near, some), expected[:, some], atol=1e-5)
-    assert (placement.vote(found_at([[-1] * 3], [[np.inf] * 3])) == 0).all()
-    grafts = placement.grafts(near, clades.lowest[near.index[:, 0]], vote)
-    found, copied = (clades.jaccard(one, split.truth) for one in (grafts, placement.copied(near)))
+    assert (placement.vote(found_at([[-1] * 3], [[np.inf] * 3]), some) == 0).all()
+    grafts = placement.grafts(near, clades.lowest[near.index[:, 0]], vote, study.everything)
+    found, copied = (clades.jaccard(one, study.truth) for one in (grafts, placement.copied(near)))
     assert found.mean() > 0.6 and found.mean() > copied.mean() - 0.02

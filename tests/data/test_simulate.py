@@ -9,6 +9,7 @@ from scipy.spatial.distance import pdist, squareform
 from aam.data.metadata import read_metadata
 from aam.data.simulate import DIAGNOSES, SITES, simulate_community
 from aam.data.table import read_table
+from aam.data.tree import read_tree
 from aam.data.unifrac import UniFrac
 from aam.errors import InputError
 
@@ -25,7 +26,7 @@ class Study:
         self.table = read_table(files.table)
         self.metadata = read_metadata(files.metadata).select(self.table.sample_ids)
         self.present = self.table.counts.toarray() > 0
-        self.unifrac = UniFrac(self.table, files.tree)
+        self.unifrac = UniFrac(self.table, read_tree(files.tree))
         self.pairs = np.triu_indices(240, 1)
         self.distances = self.unifrac.pairwise()[self.pairs]
         self.age = self.metadata.numeric("age")
@@ -48,7 +49,7 @@ def test_a_seed_gives_the_same_tiny_study_with_every_class_and_another_one_anoth
         assert set(metadata.text("diagnosis")) == set(DIAGNOSES)
         assert set(metadata.text("site")) == set(SITES)
         assert len(set(metadata.text("subject"))) == 12
-        assert UniFrac(table, files.tree).facts == []
+        assert UniFrac(table, read_tree(files.tree)).facts == []
         text = files.tree.read_text(), files.metadata.read_text()
         studies.append((table.feature_ids, table.counts.toarray().tolist(), *text))
     first, same, other = studies

@@ -35,7 +35,7 @@ def equal_trees(one, other):
 
 def general(path):
     """The tree by the reader that reads everything."""
-    return tree_module._read_any(path, np.fromfile(path, dtype=np.uint8))
+    return tree_module._read_any(path, path.read_bytes())
 
 
 @settings(max_examples=60, deadline=None)

@@ -53,25 +53,24 @@ def test_unifrac_and_faith_pd_equal_brute_force(seed, tips):
     unifrac = UniFrac(make_table(counts, features), tree)
     for metric in METRICS:
         expected = brute_force(tree, counts, features, metric)
-        found = unifrac.by(metric)
-        np.testing.assert_allclose(found.pairwise(), expected, atol=1e-12)
-        part = expected[[2, 0]][:, [1, 3]]
-        np.testing.assert_allclose(found.cross([2, 0], [1, 3]), part, atol=1e-12)
+        np.testing.assert_allclose(unifrac.pairwise(metric=metric), expected, atol=1e-12)
+        some = unifrac.pairwise([2, 0], metric)
+        np.testing.assert_allclose(some, expected[[2, 0]][:, [2, 0]], atol=1e-12)
     pd = (reads_below(tree, counts, features) > 0) @ tree.length[:-1]
-    np.testing.assert_allclose(found.faith_pd(), pd, atol=1e-12)
-    np.testing.assert_allclose(found.faith_pd([2, 2, 0]), pd[[2, 2, 0]], atol=1e-12)
+    np.testing.assert_allclose(unifrac.faith_pd(), pd, atol=1e-12)
+    np.testing.assert_allclose(unifrac.faith_pd([2, 2, 0]), pd[[2, 2, 0]], atol=1e-12)
+    assert unifrac.pairwise([]).shape == (0, 0) and unifrac.faith_pd([]).shape == (0,)
 
 
 def test_a_stem_above_the_samples_counts_and_the_length_of_the_root_does_not():
     """Numbers of ssu 1.2 for this tree; c is not in the table."""
-    table = make_table([[1, 0], [1, 3]], ["a", "b"])
-    unifrac = UniFrac(table, parse("((a:1,b:2):5,c:1):3;"))
+    unifrac = UniFrac(make_table([[1, 0], [1, 3]], "ab"), parse("((a:1,b:2):5,c:1):3;"))
     for metric, expected in zip(METRICS, (2 / 8, 2.25, 2.25 / 12.75), strict=True):
-        assert unifrac.by(metric).pairwise()[0, 1] == pytest.approx(expected, 1e-14)
+        assert unifrac.pairwise(metric=metric)[0, 1] == pytest.approx(expected, 1e-14)
     assert unifrac.faith_pd().tolist() == [6.0, 8.0]
 
 
-def test_a_caterpillar_of_50000_tips():
+def test_a_caterpillar_of_50000_tips_and_a_tree_of_one():
     tips = 50_000
     tree = parse(caterpillar(tips).replace(":2", ":1"))
     assert len(tree) == 2 * tips - 1
@@ -79,9 +78,6 @@ def test_a_caterpillar_of_50000_tips():
     unifrac = UniFrac(make_table(np.eye(3), ["t0", "t1", f"t{tips - 1}"]), tree)
     assert unifrac.faith_pd().tolist() == [tips - 1, tips - 1, 1]
     np.testing.assert_allclose(unifrac.pairwise()[0], [0, 2 / tips, 1], atol=1e-15)
-
-
-def test_a_tree_of_one_tip_has_no_distance():
     unifrac = UniFrac(make_table([[3], [5]], ["a"]), parse("a:7;"))
     assert unifrac.pairwise().tolist() == [[0, 0], [0, 0]]
     assert unifrac.faith_pd().tolist() == [0, 0]
@@ -99,83 +95,72 @@ def test_features_missing_in_the_tree_are_an_error_or_a_counted_fact():
     (fact,) = unifrac.facts
     assert (fact.count, fact.kind) == (4, "dropped")
     assert "of 7, 38.10% of the reads" in fact.detail  # 8 of 21
-    without = UniFrac(make_table(counts[:, [0, 2, 4]], ["a", "b", "c"]), tree)
+    without = UniFrac(make_table(counts[:, [0, 2, 4]], "abc"), tree)
     assert without.facts == []
     np.testing.assert_array_equal(unifrac.pairwise(), without.pairwise())
-    other = make_table([[1, 1]], ["ACGT", "TTTT"])
     with pytest.raises(InputError, match=r"none of the 2 features.*'ACGT'.*'a'"):
-        UniFrac(other, tree, drop_missing=True)
+        UniFrac(make_table([[1, 1]], ["ACGT", "TTTT"]), tree, drop_missing=True)
+
+
+def test_samples_without_reads():
+    table = make_table([[1, 1, 0], [0, 0, 7]], "abx", ["one", "two"])
+    with pytest.raises(InputError, match=r"1 of 2 samples have no reads on tips .*\('two'\)"):
+        UniFrac(table, parse("(a:1,b:2);"), drop_missing=True)
+    table = make_table([[1, 1], [0, 0], [0, 0]], "ab", ["one", "two", "three"])
+    with pytest.raises(InputError, match=r"2 of 3 samples have no reads \('two', 'three'\)"):
+        UniFrac(table, parse("(a:1,b:2);"))
 
 
 def test_tips_in_lower_case_and_hashed_tips_find_their_sequences(tmp_path):
     table = make_table([[1, 1, 0], [0, 1, 1]], ["ACGT", "TTTT", "GGGG"])
     expected = UniFrac(table, parse("((ACGT:1,TTTT:2):1,GGGG:4);")).pairwise()
-    lower = UniFrac(table, parse("((acgt:1,tttt:2):1,GGGG:4);"))
-    np.testing.assert_array_equal(lower.pairwise(), expected)
     (tmp_path / "rep.fasta").write_text(">h1\nacgt\n>h2\nTTTT\n>h3\nGGGG\n")
     (tmp_path / "tree.nwk").write_text("((h1:1,h2:2):1,h3:4);")
     hashed = read_tree(tmp_path / "tree.nwk", sequences=tmp_path / "rep.fasta")
-    np.testing.assert_array_equal(UniFrac(table, hashed).pairwise(), expected)
-
-
-def test_samples_without_reads_unknown_metrics_and_rows():
-    tree = parse("(a:1,b:2);")
-    table = make_table([[1, 1], [0, 0], [0, 0]], ["a", "b"], ["one", "two", "three"])
-    with pytest.raises(InputError, match=r"2 of 3 samples have no reads \('two', 'three'\)"):
-        UniFrac(table, tree)
-    table = make_table([[1, 1, 0], [0, 0, 7]], ["a", "b", "x"], ["one", "two"])
-    with pytest.raises(InputError, match=r"no reads on tips of the tree \('two'\)"):
-        UniFrac(table, tree, drop_missing=True)
-    table = make_table([[1, 1], [0, 2]], ["a", "b"])
-    with pytest.raises(InputError, match="unknown UniFrac metric 'bray'; choose unweighted"):
-        UniFrac(table, tree, "bray")
-    unifrac = UniFrac(table, tree)
-    for rows in ([0, 2], [-1]):
-        with pytest.raises(IndexError, match=r"0\.\.1"):
-            unifrac.pairwise(rows)
-    assert unifrac.pairwise([]).shape == (0, 0) and unifrac.faith_pd([]).shape == (0,)
+    for tree in (parse("((acgt:1,tttt:2):1,GGGG:4);"), hashed):
+        np.testing.assert_array_equal(UniFrac(table, tree).pairwise(), expected)
 
 
 # -------------------------------------------------------------------------- real data, oracles
-SSU = ("unweighted_fp64", "weighted_unnormalized_fp64", "weighted_normalized_fp64")
-
-
 @pytest.fixture(scope="module")
 def small(real_data):
     folder = real_data / "phylogeny-small"
-    return read_table(folder / "table.biom"), folder / "tree.nwk"
+    return read_table(folder / "table.biom"), read_tree(folder / "tree.nwk"), folder
 
 
 def test_equal_to_scikit_bio(small):
     from skbio import TreeNode
     from skbio.diversity import alpha_diversity, beta_diversity
 
-    table, path = small
-    tree = TreeNode.read(io.StringIO(path.read_text()), format="newick")
+    table, own, folder = small
+    tree = TreeNode.read(io.StringIO((folder / "tree.nwk").read_text()), format="newick")
     options = {"counts": table.counts.toarray(), "tree": tree, "taxa": list(table.feature_ids)}
-    unifrac = UniFrac(table, path)
+    unifrac = UniFrac(table, own)
     for metric, name, normalized in (
         ("unweighted", "unweighted_unifrac", {}),
         ("weighted", "weighted_unifrac", {}),
         ("weighted-normalized", "weighted_unifrac", {"normalized": True}),
     ):
         expected = beta_diversity(name, **options, **normalized).data
-        np.testing.assert_allclose(unifrac.by(metric).pairwise(), expected, atol=1e-10)
+        np.testing.assert_allclose(unifrac.pairwise(metric=metric), expected, atol=1e-10)
     pd = alpha_diversity("faith_pd", **options)
     np.testing.assert_allclose(unifrac.faith_pd(), pd, rtol=1e-10)
 
 
-@pytest.mark.parametrize(("metric", "name"), [*zip(METRICS, SSU, strict=True)])
-def test_equal_to_ssu(small, require_tool, real_data, tmp_path, metric, name):
-    table, path = small
-    biom, output = real_data / "phylogeny-small" / "table.biom", tmp_path / "ssu.h5"
-    words = ["-i", biom, "-t", path, "-o", output, "-m", name, "--format", "hdf5_fp64"]
-    subprocess.run([require_tool("ssu"), *words, "--pcoa", "0"], check=True, capture_output=True)
+@pytest.mark.parametrize(
+    ("metric", "name"),
+    [*zip(METRICS, ("unweighted", "weighted_unnormalized", "weighted_normalized"), strict=True)],
+)
+def test_equal_to_ssu(small, require_tool, tmp_path, metric, name):
+    (table, tree, folder), output = small, tmp_path / "ssu.h5"
+    files = ["-i", folder / "table.biom", "-t", folder / "tree.nwk", "-o", output, "--pcoa", "0"]
+    words = [require_tool("ssu"), *files, "-m", f"{name}_fp64", "--format", "hdf5_fp64"]
+    subprocess.run(words, check=True, capture_output=True)
     with h5py.File(output) as file:
         order = [one.decode() for one in file["order"]]
         expected = file["matrix"][()]
     rows = [order.index(name) for name in table.sample_ids]
-    ours = UniFrac(table, path, metric).pairwise()
+    ours = UniFrac(table, tree).pairwise(metric=metric)
     np.testing.assert_allclose(ours, expected[np.ix_(rows, rows)], atol=1e-10)
 
 
@@ -184,34 +169,36 @@ def test_equal_to_ssu(small, require_tool, real_data, tmp_path, metric, name):
 def test_blocks_batches_and_all_pairs_agree_on_ibd(real_data, metric, monkeypatch):
     table = read_table(real_data / "ibd" / "table-rarefied-5000.biom")
     start = time.process_time()
-    unifrac = UniFrac(table, read_tree(real_data / "ibd" / "tree.nwk"), metric)
-    whole, faith = unifrac.pairwise(), unifrac.faith_pd()
+    unifrac = UniFrac(table, read_tree(real_data / "ibd" / "tree.nwk"))
+    whole, faith = unifrac.pairwise(metric=metric), unifrac.faith_pd()
     assert time.process_time() - start < 1.5  # measured 0.1 to 0.3 s
     np.testing.assert_array_equal(whole, whole.T)
     assert not np.diag(whole).any()
     rows = np.random.default_rng(0).choice(len(table.sample_ids), 32, replace=False)
     columns = np.random.default_rng(1).permutation(len(table.feature_ids))
-    shuffled = FeatureTable(
-        table.sample_ids,
-        tuple(table.feature_ids[column] for column in columns),
-        scipy.sparse.csr_array(table.counts[:, columns] * 7),  # the depth does not matter
-        table.source,
-    )
+    names = tuple(table.feature_ids[column] for column in columns)
+    counts = scipy.sparse.csr_array(table.counts[:, columns] * 7)  # the depth does not matter
+    shuffled = UniFrac(FeatureTable(table.sample_ids, names, counts, table.source), unifrac.tree)
     monkeypatch.setattr(unifrac_module, "_FAITH_ROWS", 3)
     for width in (128, 7):
         monkeypatch.setattr(unifrac_module, "_BLOCK_SAMPLES", width)
-        for found in (unifrac, UniFrac(shuffled, unifrac.tree, metric)):
-            np.testing.assert_allclose(found.pairwise(rows), whole[np.ix_(rows, rows)], atol=1e-13)
-            np.testing.assert_allclose(
-                found.cross(rows, [5, 3]), whole[rows][:, [5, 3]], atol=1e-13
-            )
+        for found in (unifrac, shuffled):
+            some = found.pairwise(rows, metric)
+            np.testing.assert_allclose(some, whole[np.ix_(rows, rows)], atol=1e-13)
             np.testing.assert_allclose(found.faith_pd(rows), faith[rows], rtol=1e-13)
+
+
+def peak_of(compute):
+    tracemalloc.start()
+    compute()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
 
 
 def test_a_few_samples_cost_what_they_hold_and_not_the_tree():
     """Of 200,000 tips 40 are reached: any array over all branches would be 1.6 MB or more."""
-    generator = np.random.default_rng(0)
-    tips = 200_000
+    generator, tips = np.random.default_rng(0), 200_000
     blocks = [",".join(f"t{n}:1" for n in range(low, low + 100)) for low in range(0, tips, 100)]
     tree = parse("(" + ",".join(f"({block}):1" for block in blocks) + ");")
     few = [np.sort(generator.choice(tips, 20, False)) for _ in range(2)]
@@ -219,24 +206,15 @@ def test_a_few_samples_cost_what_they_hold_and_not_the_tree():
     counts = scipy.sparse.csr_array((reads, reached, [0, 20, 40, tips + 40]), (3, tips))
     names = ("one", "two", "rest"), tuple(f"t{tip}" for tip in range(tips))
     unifrac = UniFrac(FeatureTable(*names, counts, "t"), tree)
-    unifrac.by("weighted").pairwise([0, 1])
-    tracemalloc.start()
-    unifrac.pairwise([0, 1])
-    unifrac.by("weighted").pairwise([0, 1])
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 0.3e6
+    unifrac.pairwise([0, 1], "weighted")
+    for metric in METRICS:
+        assert peak_of(lambda one=metric: unifrac.pairwise([0, 1], one)) < 0.3e6
 
 
 def test_memory_follows_the_block_and_not_samples_times_branches():
-    """2,000 samples x 4,000 branches would be 64 MB of float64; 20 ASVs a sample are 4 MB."""
+    """1,200 samples x 4,000 branches would be 38 MB of float64; 20 ASVs a sample are 3 MB."""
     generator = np.random.default_rng(0)
     tree = parse(random_newick(generator, 3000))
-    table = random_table(generator, 2000, [f"t{tip}" for tip in range(3000)], share=20 / 3000)
-    for metric in METRICS:
-        tracemalloc.start()
-        unifrac = UniFrac(table, tree, metric)
-        unifrac.cross(np.arange(100), np.arange(2000))
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert len(unifrac.tree) > 4000 and peak < 25e6
+    table = random_table(generator, 1200, [f"t{tip}" for tip in range(3000)], share=20 / 3000)
+    for metric in METRICS:  # the distances are 12 MB
+        assert peak_of(lambda one=metric: UniFrac(table, tree).pairwise(metric=one)) < 28e6

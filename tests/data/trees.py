@@ -6,7 +6,7 @@ import scipy.sparse
 from aam.data.distances import write_distances
 from aam.data.newick import parse_newick
 from aam.data.table import FeatureTable, read_table
-from aam.data.tree import Phylogeny
+from aam.data.tree import Phylogeny, read_tree
 from aam.data.unifrac import UniFrac
 
 
@@ -14,9 +14,9 @@ def parse(text, source="tree.nwk"):
     return Phylogeny(*parse_newick(np.frombuffer(text.encode(), dtype=np.uint8)), source)
 
 
-def write_unifrac(table, tree, path, metric="unweighted"):
+def write_unifrac(table, tree, path):
     """The distances of a table's samples in a file."""
-    unifrac = UniFrac(read_table(table), tree, metric)
+    unifrac = UniFrac(read_table(table), read_tree(tree))
     write_distances(path, unifrac.sample_ids, unifrac.pairwise())
 
 

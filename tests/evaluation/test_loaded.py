@@ -13,6 +13,7 @@ from skbio.diversity import alpha_diversity, beta_diversity
 
 from aam.data.distances import read_distances
 from aam.data.table import read_table
+from aam.data.tree import read_tree
 from aam.data.unifrac import UniFrac
 from aam.errors import InputError
 from aam.evaluation.loaded import load
@@ -135,7 +136,7 @@ def test_the_engine_must_be_installed_and_features_left_out_are_not_handed_over(
     package = SimpleNamespace(unweighted=scikit_bio("unweighted"))
     monkeypatch.setitem(sys.modules, "unifrac", package)
     assert aam(*words, "--output", tmp_path / "out.tsv") == 0
-    expected = UniFrac(table, fewer, drop_missing=True).pairwise()
+    expected = UniFrac(table, read_tree(fewer), drop_missing=True).pairwise()
     np.testing.assert_allclose(read_distances(tmp_path / "out.tsv").matrix, expected, atol=1e-6)
 
 

@@ -34,7 +34,7 @@ def new(study, placer):
 
 
 def test_the_saved_tree_is_that_of_the_training_asvs(study, placer):
-    expected = Clades(UniFrac(study.known, study.files.tree).tree)
+    expected = Clades(UniFrac(study.known, read_tree(study.files.tree)).tree)
     for name in ("parent", "length", "tip_start", "tip_stop"):
         values = (getattr(one.tree, name) for one in (placer.clades, expected))
         np.testing.assert_allclose(*values, atol=1e-12)
@@ -53,25 +53,25 @@ def test_known_asvs_stand_at_their_own_tips(placer):
     grown, _ = grafted_tree(placer.clades, placed, sequences)
     assert np.array_equal(grown.length, placer.clades.tree.length)
     none = placer.place([])
-    assert len(none.grafts) == len(none.clade) == len(none.usable) == 0
+    assert len(none.grafts.node) == len(none.clade) == len(none.usable) == 0
 
 
 def test_training_samples_are_as_far_apart_as_on_the_tree(study, placer):
     found = unifrac_by_model(study.known, placer.clades, placer.place(study.known.feature_ids))
-    truth = UniFrac(study.known, study.files.tree)
+    truth = UniFrac(study.known, read_tree(study.files.tree))
     for metric in METRICS:
-        own, exact = (one.by(metric).pairwise() for one in (found, truth))
+        own, exact = (one.pairwise(metric=metric) for one in (found, truth))
         np.testing.assert_allclose(own, exact, atol=1e-9)
     np.testing.assert_allclose(found.faith_pd(), truth.faith_pd())
 
 
 def test_other_samples_are_no_farther_off_than_by_nearest_neighbour_placement(study, placer):
-    truth, errors = UniFrac(study.others, study.files.tree), {}
+    truth, errors = UniFrac(study.others, read_tree(study.files.tree)), {}
     for one in (placer, placer.nearest_neighbour()):
         placed = one.place(study.others.feature_ids)
         found = unifrac_by_model(study.others, placer.clades, placed)
         for metric in METRICS:
-            pairs = [condensed(u.by(metric).pairwise()) for u in (found, truth)]
+            pairs = [condensed(u.pairwise(metric=metric)) for u in (found, truth)]
             errors[one is placer, metric] = np.abs(pairs[0] - pairs[1]).mean()
             assert np.corrcoef(*pairs)[0, 1] > 0.98
     for metric in METRICS:

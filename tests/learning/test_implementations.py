@@ -8,7 +8,9 @@ from aam.config import PenaltyOptions
 from aam.data.clades import Clades
 from aam.data.dataset import AsvDataset, SampleDataset
 from aam.data.table import read_table
+from aam.data.table_distances import PrecomputedDistances
 from aam.data.texts import Texts
+from aam.data.tree import read_tree
 from aam.data.unifrac import UniFrac
 from aam.learning.distributed import RankGroup
 from aam.learning.losses import CladeLoss, DistanceLoss
@@ -28,7 +30,7 @@ def table(real_data):
 
 @pytest.fixture(scope="module")
 def unifrac(table, real_data):
-    return UniFrac(table, real_data / "ibd" / "tree.nwk")
+    return UniFrac(table, read_tree(real_data / "ibd" / "tree.nwk"))
 
 
 def twin(impl, dtype=torch.float32, **shape):
@@ -77,7 +79,8 @@ def loss_curve(kind, impl, table, unifrac):
         objective = CladeObjective(encoder, head, PenaltyOptions(), CladeLoss(clades))
         dataset, rows = AsvDataset(names, 150), np.arange(0, len(names), len(names) // 64)
     else:
-        objective = PairObjective(encoder, pairs, PenaltyOptions(), DistanceLoss(unifrac))
+        distances = PrecomputedDistances(unifrac.sample_ids, unifrac.pairwise(), [])
+        objective = PairObjective(encoder, pairs, PenaltyOptions(), DistanceLoss(distances))
         dataset, rows = SampleDataset(table, token_limit=24), np.arange(4)
     compute = Step(objective.train(), RankGroup())
     optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3)

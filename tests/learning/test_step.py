@@ -8,6 +8,7 @@ from aam.config import FinetunePenaltyOptions, PenaltyOptions, TargetOptions
 from aam.data.clades import Clades
 from aam.data.dataset import AsvDataset, SampleDataset
 from aam.data.table import read_table
+from aam.data.table_distances import PrecomputedDistances
 from aam.data.tree import read_tree
 from aam.data.unifrac import UniFrac
 from aam.evaluation.outputs import encode_asvs
@@ -53,8 +54,8 @@ def clade_objective(kind, encoder, table, tree):
 
 
 def sample_objective(kind, encoder, table, tree):
-    unifrac = UniFrac(read_table(table), tree)
-    count = len(unifrac)
+    unifrac = UniFrac(read_table(table), read_tree(tree))
+    count = len(unifrac.sample_ids)
     targets = np.arange(count) % 3 if kind == "classes" else np.linspace(-1, 1, count)
     dataset = SampleDataset(
         read_table(table),
@@ -67,7 +68,8 @@ def sample_objective(kind, encoder, table, tree):
         pairs = FreeClades(32, 20, abundance=True)
         torch.nn.init.constant_(pairs.exponent, 0.3)
         penalties = PenaltyOptions(unifrac_penalty=1.0 if kind == "pairs" else 0.0)
-        return PairObjective(encoder, pairs, penalties, DistanceLoss(unifrac)), dataset
+        true = PrecomputedDistances(unifrac.sample_ids, unifrac.pairwise(), [])
+        return PairObjective(encoder, pairs, penalties, DistanceLoss(true)), dataset
     own = PredictorShape(
         outputs=3 if kind == "classes" else 1,
         count_embedding="add",
