@@ -12,10 +12,10 @@ from aam.data.texts import Texts, match_names
 from aam.data.tree import read_tree
 from aam.data.unifrac import Distances
 from aam.errors import InputError, log, log_facts, name_some
+from aam.evaluation.baselines import EvaluationSubset
 from aam.evaluation.loaded import Model, load
 from aam.evaluation.outputs import in_units, predict_outputs, predicted_distances
 from aam.evaluation.results import (
-    EvaluationSubset,
     Results,
     distance_results,
     nucleotide_results,
@@ -25,6 +25,8 @@ from aam.evaluation.results import (
 from aam.evaluation.tree_results import membership_results, sample_results
 from aam.files import json_text, write_text
 from aam.model import Predictor, PretrainedModel
+
+TRUTH = ("tree", "unifrac_matrix", "unifrac_matrix_ids", "drop_missing_tips")
 
 
 def evaluate(config: EvaluateConfig) -> Results:
@@ -47,32 +49,31 @@ def evaluate(config: EvaluateConfig) -> Results:
     return results
 
 
-def _chosen_ids(samples: Samples, config: EvaluateConfig) -> tuple[str, ...]:
+def _chosen_rows(samples: Samples, config: EvaluateConfig) -> np.ndarray:
     """The samples to evaluate: those of a file, all, or the run's validation samples."""
-    known = set(samples.ids)
-    if config.ids is not None:
-        return read_ids(config.ids, known)
-    if config.all_samples:
-        return samples.ids
-    path = config.model / "validation_ids.txt"
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; choose samples with --ids or --all-samples")
-    if known.isdisjoint(path.read_text(encoding="utf-8").split("\n")):
-        raise InputError(
-            f"{config.table}: has none of the run's validation samples; choose samples with --ids "
-            "or --all-samples"
-        )
-    return read_ids(path, known)
+    known, path = set(samples.ids), config.ids
+    if config.all_samples and path is None:
+        return np.arange(len(samples.ids))
+    if path is None:
+        path = config.model / "validation_ids.txt"
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; choose samples with --ids or --all-samples")
+        if known.isdisjoint(path.read_text(encoding="utf-8").split("\n")):
+            raise InputError(
+                f"{config.table}: has none of the run's validation samples; choose samples with "
+                "--ids or --all-samples"
+            )
+    return samples.rows(read_ids(path, known))
 
 
-def _training_rows(samples: Samples, config: EvaluateConfig, ids: tuple[str, ...]) -> np.ndarray:
+def _training_rows(samples: Samples, config: EvaluateConfig, rows: np.ndarray) -> np.ndarray:
     """Rows that the baselines may learn from: the run's training samples in this table."""
     path = config.model / "train_ids.txt"
     train = set(path.read_text(encoding="utf-8").split("\n")) if path.is_file() else set()
-    both = sorted(train & set(ids))
+    both = sorted(train.intersection(samples.ids[row] for row in rows))
     if both:
         log(
-            f"warning: {len(both)} of {len(ids)} samples ({name_some(both)}) were trained on: "
+            f"warning: {len(both)} of {len(rows)} samples ({name_some(both)}) were trained on: "
             "their numbers are too good"
         )
     return samples.rows([name for name in samples.ids if name in train and name not in both])
@@ -109,11 +110,8 @@ def _evaluate_pairs(model: Model, samples: Samples, config: EvaluateConfig) -> R
             table=config.table, sequences=config.sequences, allow_missing=config.allow_missing
         ),
         DistanceOptions(
-            tree=config.tree,
-            unifrac_matrix=config.unifrac_matrix,
-            unifrac_matrix_ids=config.unifrac_matrix_ids,
             distance=None if config.tree or config.unifrac_matrix or own == "matrix" else own,
-            drop_missing_tips=config.drop_missing_tips,
+            **{name: getattr(config, name) for name in TRUTH},
         ),
     )
     subset = _subset(samples, truth, config)
@@ -123,10 +121,10 @@ def _evaluate_pairs(model: Model, samples: Samples, config: EvaluateConfig) -> R
 
 def _subset(samples: Samples, truth: Distances, config: EvaluateConfig) -> EvaluationSubset:
     """The samples to evaluate, and those that baselines may learn from."""
-    ids = _chosen_ids(samples, config)
-    train = _training_rows(samples, config, ids)
+    rows = _chosen_rows(samples, config)
+    train = _training_rows(samples, config, rows)
     log_facts(samples.facts, samples.warnings)
-    return EvaluationSubset(samples, truth, samples.rows(ids), train, config.group_column)
+    return EvaluationSubset(samples, truth, rows, train, config.group_column)
 
 
 def _nucleotides(model: Model, subset: EvaluationSubset) -> Results:
@@ -145,27 +143,24 @@ def _evaluate_predictor(model: Model, samples: Samples, config: EvaluateConfig) 
     if samples.metadata is None:
         raise InputError("evaluate needs --metadata for a fine-tuned model")
     assert isinstance(model.network, Predictor)
-    target, source, wanted = model.target, samples.metadata.source, _chosen_ids(samples, config)
-    value = dict(zip(samples.ids, samples.metadata.text(target.column), strict=True))
-    lacking = [name for name in wanted if value[name] is None]
-    unknown = [name for name in wanted if target.classes and value[name] not in target.classes]
-    if unknown := [name for name in unknown if value[name] is not None]:
+    target, source, rows = model.target, samples.metadata.source, _chosen_rows(samples, config)
+    truth, values = target.truth(samples.metadata), samples.metadata.text(target.column)
+    lost = rows[np.isnan(truth[rows])]
+    lacking = [samples.ids[row] for row in lost if values[row] is None]
+    unknown = [samples.ids[row] for row in lost if values[row] is not None]
+    if unknown:
         raise InputError(
             f"{source}: {len(unknown)} samples ({name_some(unknown)}) have a {target.column!r} "
             "that the model does not know; choose samples with --ids"
         )
     if lacking:
         log(f"dropped: {len(lacking)} samples without {target.column!r} ({name_some(lacking)})")
-    chosen = set(wanted) - set(lacking)
-    ids = tuple(name for name in samples.ids if name in chosen)
-    if not ids:
+    rows = rows[np.isfinite(truth[rows])]
+    if not len(rows):
         raise InputError(f"{source}: no sample has a value of {target.column!r}")
-    train = _training_rows(samples, config, ids)
+    train = _training_rows(samples, config, rows)
     dataset, keys = model.dataset(samples)
     log_facts(samples.facts, samples.warnings)
-    rows, truth = samples.rows(ids), target.truth(samples.metadata)
     outputs = predict_outputs(model.network, dataset, rows)
-    own = None if keys is None else [keys[row] for row in rows]
-    predicted = in_units(outputs, target, own)
-    train = train[np.isfinite(truth[train])]
-    return target_results(target, predicted, truth, samples, train, rows)
+    predicted = in_units(outputs, target, None if keys is None else [keys[row] for row in rows])
+    return target_results(target, predicted, truth, samples, train[np.isfinite(truth[train])], rows)

@@ -14,7 +14,8 @@ from aam.config import InspectConfig, OptimizerOptions, PenaltyOptions
 from aam.data.dataset import SampleDataset
 from aam.data.metadata import require_values
 from aam.data.samples import Samples, make_dataset, read_samples
-from aam.data.table_distances import PrecomputedDistances
+from aam.data.table import FeatureTable
+from aam.data.table_distances import TableDistances
 from aam.errors import InputError, log, log_facts
 from aam.evaluation.applicability import add_applicability
 from aam.evaluation.metrics import condensed
@@ -56,7 +57,7 @@ def inspect(config: InspectConfig) -> None:
     parts = split(samples, config.metadata, config.seed, labels=labels)
     found["training / validation samples"] = f"{len(parts.train)} / {len(parts.validation)}"
     log_facts(samples.facts, samples.warnings)
-    plan = _plan(found, dataset, samples.rows(parts.train), config)
+    plan = _plan(found, dataset, samples.rows(parts.train), samples.table, config)
     _describe_cost(found, dataset, plan, config.data.token_limit)
     table = Table("what", "value")
     for row in found.items():
@@ -86,7 +87,11 @@ def _describe_target(found: Rows, samples: Samples, column: str) -> list[str] | 
 
 
 def _plan(
-    found: Rows, dataset: SampleDataset, rows: np.ndarray, config: InspectConfig
+    found: Rows,
+    dataset: SampleDataset,
+    rows: np.ndarray,
+    counts: FeatureTable,
+    config: InspectConfig,
 ) -> Sequence[np.ndarray]:
     """The rows of each step of the first epoch; says what they take where a memory is given."""
     if config.max_memory_gb is None and config.max_memory_fraction is None:
@@ -101,10 +106,7 @@ def _plan(
     encoder = AsvEncoder(EncoderShape(max_bp=config.data.max_bp))
     model = PretrainedModel(encoder, free_clades=FREE_CLADES, abundance=True)
     assert model.pairs is not None
-    count = len(dataset)
-    # Whatever the distances are, they take next to nothing.
-    none = PrecomputedDistances((), np.broadcast_to(np.float32(0), (count, count)), [])
-    loss = DistanceLoss(none)
+    loss = DistanceLoss(TableDistances(counts, "jaccard"))  # a step takes as much by any others
     objective = PairObjective(encoder, model.pairs, PenaltyOptions(), loss)
     objective.to(device).train()
     batching = Batching(rows, dataset, objective, options, device, config.seed)

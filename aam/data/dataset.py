@@ -126,19 +126,16 @@ class SampleDataset(_Tokenized):
         targets: NDArray[Any] | Tensor | Sequence[float] | None = None,
         categories: NDArray[Any] | Tensor | None = None,
     ) -> None:
-        """Order the table's sequences and choose each sample's ASVs.
+        """Order the table's sequences and choose each sample's ASVs; InputError where it has none.
 
         Args:
-            table: samples and counts; every sample needs a read.
+            table: samples and counts.
             max_bp: bases kept of a sequence.
             token_limit: ASVs kept of a sample.
             asv_sampling: which ones: the most abundant (ties by sequence), the first of the
                 table, or a new random choice in every batch.
             targets: ``(samples,)`` numbers (float32 in a batch) or integer classes (int64).
             categories: ``(samples, columns)`` integers.
-
-        Raises:
-            InputError: a sample has no reads.
         """
         table = table.ordered()
         super().__init__(table.feature_ids, max_bp)
@@ -166,7 +163,7 @@ class SampleDataset(_Tokenized):
         self, rows: Sequence[int] | NDArray[np.int64], *, generator: torch.Generator | None = None
     ) -> Batch:
         """Gather samples; the generator draws the ASVs of ``asv_sampling="random"``."""
-        wanted = np.asarray(rows, dtype=np.int64)
+        wanted = np.array(rows, dtype=np.int64)
         entries, lengths = self._entries(wanted, generator)
         asv_ids, slots = np.unique(self._asvs[entries].astype(np.int64), return_inverse=True)
         picked = torch.from_numpy(wanted)
@@ -181,16 +178,13 @@ class SampleDataset(_Tokenized):
         )
 
     def _entries(
-        self, rows: NDArray[np.int64], generator: torch.Generator | None = None, whole: bool = False
+        self, rows: NDArray[np.int64], generator: torch.Generator | None = None
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Entries of some samples, as the token limit leaves them, and how many each has.
-
-        With ``whole`` and random sampling all that may be drawn.
-        """
+        """Entries of some samples, as the token limit leaves them, and how many each has."""
         starts = self._row_starts[rows]
         lengths, most = self._row_starts[rows + 1] - starts, self.asv_count[rows]
         entries = ranges(starts, lengths)
-        if not (lengths > most).any() or (whole and self.asv_sampling == "random"):
+        if not (lengths > most).any():
             return entries, lengths
         if self.asv_sampling == "random":
             keys = torch.rand(len(entries), generator=generator, dtype=torch.float64).numpy()
@@ -217,13 +211,11 @@ class SampleDataset(_Tokenized):
         return starts, self._asvs[self._entries(np.arange(len(self)))[0]]
 
     def asvs_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The distinct ASVs of some samples, as sorted indices of ``sequences``.
-
-        With ``asv_sampling="random"`` all that may be drawn.
-        """
+        """The distinct ASVs of some samples, as sorted indices of ``sequences``; see `entries`."""
+        starts, asvs = self.entries()
         seen = np.zeros(len(self.sequences), dtype=bool)
-        for low in range(0, len(rows), _ROWS_AT_ONCE):
-            seen[self._asvs[self._entries(rows[low : low + _ROWS_AT_ONCE], whole=True)[0]]] = True
+        for part in np.array_split(rows, len(rows) // _ROWS_AT_ONCE + 1):
+            seen[asvs[ranges(starts[part], np.diff(starts)[part])]] = True
         return np.flatnonzero(seen)
 
     def _describe(self, token_limit: int, full: NDArray[np.int64]) -> list[DataFact]:

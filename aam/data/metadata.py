@@ -209,17 +209,12 @@ def match_ids(
     table_source: str = "the table",
     metadata_source: str = "the metadata",
 ) -> tuple[tuple[str, ...], list[DataFact]]:
-    """The samples of the table that the metadata (or a distance matrix) knows, and the facts.
+    """The samples of the table, in its order, that the metadata (or a matrix) knows, and facts.
 
-    Args:
-        table_ids: ids of the table, whose order is kept.
-        metadata_ids: ids of the other file; it may have more than the table.
-        allow_missing: drop the table's samples that are not in the other file, as a counted fact.
-        table_source: the table's file, for messages.
-        metadata_source: the other file, for messages.
+    Others are dropped and counted where ``allow_missing`` is True; the metadata may know more.
 
     Raises:
-        InputError: no id matches, or some do not and ``allow_missing`` is False.
+        InputError: no id matches, or some do not and may not be missing.
     """
     known = set(metadata_ids)
     kept = tuple(one for one in table_ids if one in known)

@@ -7,14 +7,17 @@ not earned its compute. Nothing here needs a model. `counts` are (samples, featu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.sparse import csr_array
 
 from aam.data.neighbours import bases_of
+from aam.data.samples import Samples
 from aam.data.sequences import A, C, G, T
 from aam.data.table_distances import bray_curtis, jaccard
 from aam.data.texts import Texts
+from aam.data.unifrac import Distances
 from aam.evaluation.metrics import (
     Measured,
     condensed,
@@ -26,52 +29,59 @@ from aam_kernels import Ragged
 
 Array = np.ndarray
 
+CHECK_SEED = 20_231  # of what is drawn for a measurement
 CALIBRATING = 200  # training samples whose pairs calibrate a distance: 19,900 pairs are enough
 KMER = 12
 KNOWN_AT_ONCE = 2**13  # known sequences that all masked ones are compared with at once
 MOST_DENSE = 50_000_000  # numbers up to which a forest's table is dense, and split much faster
 
 
-def distance_baselines(
-    counts: csr_array,
-    true_distances: Callable[[Array], Array],
-    train_rows: Array,
-    rows: Array,
-    true: Array,
-    *,
-    groups: Sequence[str | None] | None,
-    sequences: Sequence[str],
-    seed: int = 0,
-) -> dict[str, Measured]:
-    """Simple distances as predictors of the true ones, by name.
+@dataclass(frozen=True)
+class EvaluationSubset:
+    """The samples whose distances are compared with the true ones."""
 
-    The mean absolute error is that after a straight line fitted on pairs of training samples.
+    samples: Samples
+    truth: Distances
+    rows: Array  # (n,) the samples that are compared
+    train_rows: Array  # samples that simple methods may learn from
+    group_column: str | None
 
-    Args:
-        counts: reads.
-        true_distances: from rows (n,) to their distances (n, n).
-        train_rows: rows that calibrate; some of very many are drawn.
-        rows: (n,) rows that are measured.
-        true: (n, n) their true distances.
-        groups: (n,) labels of `rows`, for Mantel's r between groups.
-        sequences: (features,) DNA.
-        seed: of the draw.
+    @property
+    def ids(self) -> list[str]:
+        """Ids of the n samples."""
+        return [self.samples.ids[row] for row in self.rows]
+
+    @property
+    def groups(self) -> list[str] | None:
+        """Groups of the n samples, where there is a column of them."""
+        groups = self.samples.groups(self.group_column)
+        return None if groups is None else [groups[row] for row in self.rows]
+
+
+def distance_baselines(subset: EvaluationSubset, true: Array) -> dict[str, Measured]:
+    """Simple distances as predictors of the true ones (n, n) of a subset, by name.
+
+    The mean absolute error is that after a straight line fitted on pairs of training samples, or
+    of some of very many; without any there are no baselines.
     """
+    table, groups, train_rows = subset.samples.table, subset.groups, subset.train_rows
+    if not len(train_rows):
+        return {}
     if len(train_rows) > CALIBRATING:
-        drawn = np.random.default_rng(seed).choice(train_rows, CALIBRATING, replace=False)
-        train_rows = np.sort(drawn)
-    calibrating = condensed(true_distances(train_rows))
+        generator = np.random.default_rng(CHECK_SEED)
+        train_rows = np.sort(generator.choice(train_rows, CALIBRATING, replace=False))
+    calibrating = condensed(subset.truth.pairwise(train_rows))
     mean = calibrating.mean() if calibrating.size else np.nan
     found = {"constant": distance_metrics(np.full_like(true, mean), true, groups)}
     distances: dict[str, Callable[[csr_array], Array]] = {
         "richness difference": richness_difference,
         "Bray-Curtis": bray_curtis,
         "Jaccard": jaccard,
-        f"{KMER}-mer Jaccard": lambda part: jaccard(kmer_profile(part, sequences)),
+        f"{KMER}-mer Jaccard": lambda part: jaccard(kmer_profile(part, table.feature_ids)),
     }
     for name, distance in distances.items():
-        slope, intercept = _line(condensed(distance(counts[train_rows])), calibrating)
-        own = distance(counts[rows])
+        slope, intercept = _line(condensed(distance(table.counts[train_rows])), calibrating)
+        own = distance(table.counts[subset.rows])
         error = mean_absolute_error(slope * condensed(own) + intercept, condensed(true))
         found[name] = distance_metrics(own, true, groups) | {"distance_mae": error}
     return found

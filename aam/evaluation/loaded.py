@@ -1,8 +1,9 @@
 """A trained model as an object: predictions, vectors and distances of any table, as pandas frames.
 
-A table is a path (.biom, .qza, .tsv), a `biom.Table` or a frame (samples x features). Its feature
-ids are DNA, or `sequences` (FASTA or .qza) maps them to it. `rarefy_depth` is the reads a sample
-is rarefied to, 0: none, the counts as they are; `seed` is that of the draw.
+A table is a path (.biom, .qza, .tsv), a `biom.Table` or a frame (samples x features) whose feature
+ids are DNA. Options of tables: ``sequences`` (FASTA or .qza) maps hashed ids to DNA;
+``rarefy_depth`` is the reads a sample is rarefied to, 0: none; ``on_disk`` and ``index_dir`` are
+those of `aam pretrain`.
 """
 
 from __future__ import annotations
@@ -49,27 +50,19 @@ class Model:
         self.description = self.saved.description
 
     def predict(
-        self,
-        table: Any,
-        metadata: Any = None,
-        *,
-        sequences: str | Path | None = None,
-        rarefy_depth: int | None = None,
-        allow_missing: bool = False,
-        batch_size: int = 32,
+        self, table: Any, metadata: Any = None, *, batch_size: int = 32, **options: Any
     ) -> pd.DataFrame:
         """What a fine-tuned model predicts, a row a sample.
 
-        The column ``predicted`` is in the target's units; of classes it is the name, and
-        ``probability_NAME`` follow.
+        ``predicted`` is in the target's units; of classes it is the name, and ``probability_NAME``
+        follow.
 
         Args:
-            table: see above; treated as in training, also rarefied, unless a depth is given.
+            table: treated as in training, also rarefied, unless options say otherwise.
             metadata: path or frame of sample metadata, where the model has categorical columns.
-            sequences: see above.
-            rarefy_depth: see above.
-            allow_missing: treat samples without metadata as unknown in every categorical column.
             batch_size: samples computed at once.
+            options: of tables, and ``allow_missing``: treat samples without metadata as unknown
+                in every categorical column.
         """
         if not isinstance(self.network, Predictor):
             raise InputError(
@@ -80,10 +73,7 @@ class Model:
             name = metadata if isinstance(metadata, (str, Path)) else "the metadata"
             log(f"{name}: not used, the model has no categorical columns")
             metadata = None
-        samples = self.read(
-            table, metadata, sequences=sequences, rarefy_depth=rarefy_depth,
-            allow_missing=allow_missing, keep_unmatched=True,
-        )  # fmt: skip
+        samples = self.read(table, metadata, keep_unmatched=True, **options)
         if columns and metadata is None:
             samples.warnings.append(
                 f"the model was trained with {columns}: without --metadata these are unknown, and "
@@ -122,20 +112,14 @@ class Model:
         return make_dataset(samples, options, categories=codes), keys
 
     def embed(
-        self,
-        table: Any,
-        asvs: bool = False,
-        dimensions: int | None = None,
-        *,
-        sequences: str | Path | None = None,
-        rarefy_depth: int = 0,
-        seed: int = 0,
+        self, table: Any, asvs: bool = False, dimensions: int | None = None, **options: Any
     ) -> pd.DataFrame:
         """Vectors by a model that a tree taught: ``faith_pd`` and ``e0``, ... of each sample.
 
         With `asvs` of each sequence: ``nearest`` (the known one), ``edits`` (to it), ``support``
         (mean probability of its clades) and ``e0``, .... `dimensions` is the length of a sample's
-        vector; as pretraining fitted it if not given.
+        vector; as pretraining fitted it if not given. `options` are those of tables, and ``seed``
+        of the rarefaction.
         """
         import pandas as pd
 
@@ -149,7 +133,7 @@ class Model:
             raise InputError(
                 f"--dimensions {dimensions}: pretraining fitted {embedding.most}; ask for no more"
             )
-        own, near, placed = self._place(table, sequences, rarefy_depth, seed)
+        own, near, placed = self._place(table, **options)
         require_places(own, placed)
         if not asvs:
             return sample_vectors(placer, own, placed, embedding, dimensions)
@@ -161,21 +145,14 @@ class Model:
         return frame.set_index(pd.Index(list(own.feature_ids), name="sequence"))
 
     def unifrac(
-        self,
-        table: Any,
-        metric: str = "unweighted",
-        *,
-        sequences: str | Path | None = None,
-        rarefy_depth: int = 0,
-        seed: int = 0,
-        engine: str = "builtin",
+        self, table: Any, metric: str = "unweighted", *, engine: str = "builtin", **options: Any
     ) -> pd.DataFrame:
         """Distances of all samples on the model's tree, a square frame; or ``faith_pd`` of each.
 
         `metric` is unweighted, weighted, weighted-normalized or faith-pd; `engine` is builtin, or
-        unifrac: the package of that name.
+        unifrac: the package of that name. `options` are as in `embed`.
         """
-        own, _, placed = self._place(table, sequences, rarefy_depth, seed)
+        own, _, placed = self._place(table, **options)
         source = unifrac_by_model(own, self.placer.clades, placed)
         return unifrac_frame(own, source, metric, engine)
 
@@ -189,11 +166,11 @@ class Model:
         return Placer.of(self.saved, self.network)
 
     def _place(
-        self, table: Any, sequences: str | Path | None, depth: int, seed: int
+        self, table: Any, *, rarefy_depth: int = 0, seed: int = 0, **options: Any
     ) -> tuple[FeatureTable, Found, Placed]:
         """A table, the neighbours of its new ASVs, and where all are placed."""
         placer = self.placer
-        samples = _read(table, seed, sequences=sequences, rarefy_depth=depth)
+        samples = _read(table, seed, rarefy_depth=rarefy_depth, **options)
         found = placer.find(samples.table.feature_ids)
         facts, warnings = applicability(samples.table, *found)
         log_facts(samples.facts + facts, warnings)

@@ -71,13 +71,7 @@ class LookedAt(NamedTuple):
 
 
 class Placer:
-    """Places ASVs on the tree of a pretrained model.
-
-    Args:
-        model: with a clade head; None: nearest-neighbour placement, the baseline.
-        placement: on the tree of the known ASVs.
-        neighbours: index of the known ASVs, where there is one already.
-    """
+    """Places ASVs on the tree of a pretrained model; without one as their nearest known ones."""
 
     network_weight = 1.0
 
@@ -87,6 +81,7 @@ class Placer:
         placement: Placement,
         neighbours: Neighbours | None = None,
     ) -> None:
+        """`neighbours` is the index of the known ASVs, where there is one already."""
         self.model, self.placement, self.clades = model, placement, placement.clades
         if neighbours is not None:
             self.neighbours = neighbours
@@ -98,7 +93,7 @@ class Placer:
 
     @classmethod
     def of(cls, saved: SavedModel, model: PretrainedModel) -> Placer:
-        """The placer of a saved model; an InputError where no tree has taught it."""
+        """The placer of a saved model, which a tree must have taught."""
         if model.clades is None:
             raise InputError(
                 f"{saved.path}: knows no clades: distances taught it; pretrain with --tree"
@@ -119,12 +114,9 @@ class Placer:
         return known, self.neighbours.find(texts.take(known < 0))
 
     def vectors(self, sequences: Sequence[str], known: np.ndarray, near: Found) -> np.ndarray:
-        """Vectors (asvs, dim) float32 of sequences; new ones in the coordinates of their nearest.
+        """Vectors (n, dim) float32 of n sequences of which `find` gave the rest.
 
-        Args:
-            sequences: n DNA sequences.
-            known: (n,) the known ASV that each equals; -1: none.
-            near: neighbours of the others.
+        New ones are seen in the coordinates of their nearest known ones.
         """
         assert self.model is not None
         shape = self.model.encoder.shape
@@ -158,12 +150,7 @@ class Placer:
     def place(
         self, sequences: Sequence[str], found: tuple[np.ndarray, Found] | None = None
     ) -> Placed:
-        """Places of sequences.
-
-        Args:
-            sequences: n DNA sequences in upper case.
-            found: what `find` gave for them, where it is known already.
-        """
+        """Places of DNA in upper case; `found` is what `find` gave, where it is known already."""
         known, near = found or self.find(sequences)
         count, new, tips = len(known), known < 0, self.clades.tree.tip_nodes[known]
         places = Grafts(tips, self.clades.tree.length[tips], np.zeros(count))
@@ -241,15 +228,11 @@ class Placer:
 def best_path(
     parent: np.ndarray, levels: list[np.ndarray], logits: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The path from the root with the largest sum of logits: its last clade, and its support.
+    """The path from the root with the largest sum of logits (asvs, clades).
 
-    Args:
-        parent: (clades,) the one that holds each; -1: none.
-        levels: the clades by how many hold them.
-        logits: (asvs, clades).
-
-    Returns:
-        (asvs,) clade, -1 where the root alone is best; (asvs,) mean probability along the path.
+    Returns its last clade (asvs,), -1 where the root alone is best, and the mean probability along
+    it (asvs,). `parent` (clades,) is the clade that holds each, -1: none; `levels` are the clades
+    by how many hold them.
     """
     if not logits.size:
         return np.full(len(logits), -1), np.ones(len(logits))
@@ -286,22 +269,14 @@ def sample_vectors(
 
 
 def unifrac_by_model(table: FeatureTable, clades: Clades, placed: Placed) -> UniFrac:
-    """UniFrac of a table whose features were placed; those without a place are left out.
-
-    Raises:
-        InputError: nothing of the table, or of a sample, is near what the model knows.
-    """
+    """UniFrac of a table whose features were placed; those without a place are left out."""
     require_places(table, placed)
     tree = grafted_tree(clades, placed, table.feature_ids)[0]
     return UniFrac(table, tree, drop_missing=not placed.usable.all())
 
 
 def require_places(table: FeatureTable, placed: Placed) -> None:
-    """Refuse a table that has nothing near what the model knows.
-
-    Raises:
-        InputError: with the likely reason.
-    """
+    """Refuse a table that has nothing, or a sample nothing, near what the model knows."""
     if not placed.usable.any():
         reason = "they are of another region or were read in another way"
         if placed.reverse.mean() > 0.5:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,15 +11,14 @@ import numpy as np
 from aam.config import NucleotideOptions
 from aam.data.dataset import AsvDataset, SampleDataset
 from aam.data.samples import Samples
-from aam.data.unifrac import Distances
 from aam.evaluation import baselines
+from aam.evaluation.baselines import CHECK_SEED, EvaluationSubset
 from aam.evaluation.metrics import Measured, distance_metrics, target_metrics
 from aam.evaluation.outputs import check_nucleotides
 from aam.learning.run import Run
 from aam.learning.targets import TargetInfo
 from aam.model import AsvEncoder
 
-CHECK_SEED = 20_231
 MOST_MASKED = 5000  # sequences whose nucleotides are masked for a result, drawn at random
 LISTED_SAMPLES = 447  # most validation samples whose pairs distances.tsv lists: 99,681 pairs
 
@@ -43,38 +41,6 @@ NAMES = {
 """What people call the metrics that results list; others are not listed."""
 
 Results = list[dict[str, Any]]  # as the summary holds them
-
-
-@dataclass(frozen=True)
-class EvaluationSubset:
-    """The samples whose distances are compared with the true ones."""
-
-    samples: Samples
-    truth: Distances
-    rows: np.ndarray  # (n,) the samples that are compared
-    train_rows: np.ndarray  # samples that simple methods may learn from
-    group_column: str | None
-
-    @property
-    def ids(self) -> list[str]:
-        """Ids of the n samples."""
-        return [self.samples.ids[row] for row in self.rows]
-
-    @property
-    def groups(self) -> list[str] | None:
-        """Groups of the n samples, where there is a column of them."""
-        groups = self.samples.groups(self.group_column)
-        return None if groups is None else [groups[row] for row in self.rows]
-
-    def baselines(self, true: np.ndarray) -> dict[str, Measured]:
-        """What simple distances reach on the true ones (n, n)."""
-        if not len(self.train_rows):
-            return {}
-        table = self.samples.table
-        return baselines.distance_baselines(
-            table.counts, self.truth.pairwise, self.train_rows, self.rows, true,
-            groups=self.groups, sequences=table.feature_ids, seed=CHECK_SEED,
-        )  # fmt: skip
 
 
 def compare(measured: Measured, simple: Mapping[str, Measured], column: str = "") -> Results:
@@ -120,7 +86,8 @@ def distance_results(
     true = subset.truth.pairwise(subset.rows)
     if run is not None:
         write_pairs(run, subset, predicted, true)
-    return compare(distance_metrics(predicted, true, subset.groups), subset.baselines(true))
+    simple = baselines.distance_baselines(subset, true)
+    return compare(distance_metrics(predicted, true, subset.groups), simple)
 
 
 def nucleotide_results(

@@ -13,15 +13,11 @@ from aam.data.samples import Samples
 from aam.data.table import FeatureTable
 from aam.data.texts import Texts
 from aam.data.unifrac import UniFrac
-from aam.evaluation.metrics import (
-    Measured,
-    condensed,
-    distance_metrics,
-    mean_absolute_error,
-    r2,
-)
+from aam.evaluation import baselines
+from aam.evaluation.baselines import EvaluationSubset
+from aam.evaluation.metrics import Measured, condensed, distance_metrics, mean_absolute_error, r2
 from aam.evaluation.placer import Placed, Placer, sample_vectors, unifrac_by_model
-from aam.evaluation.results import EvaluationSubset, Results, compare, write_pairs
+from aam.evaluation.results import Results, compare, write_pairs
 from aam.learning.run import Run
 
 FAR = 6  # edits from any known ASV
@@ -32,15 +28,11 @@ def sample_results(
     placer: Placer,
     subset: EvaluationSubset,
     run: Run | None = None,
-    embedding: Embedding | None = None,
+    vectors: Embedding | None = None,
 ) -> Results:
-    """Distances and Faith PD of samples whose ASVs are placed, beside the whole tree's.
+    """Distances and Faith PD of samples whose ASVs are placed, beside those by the whole tree.
 
-    Args:
-        placer: of the model.
-        subset: the samples; its truth is UniFrac by the whole tree.
-        run: where pairs and embeddings are written; None: nowhere.
-        embedding: gives the embeddings.
+    `subset.truth` is UniFrac by it. In a run the pairs and the samples' vectors are written.
     """
     assert isinstance(subset.truth, UniFrac)
     table = on_tree(subset.samples.table, subset.truth).select(subset.ids)
@@ -59,14 +51,14 @@ def sample_results(
     distances, measured = measure(placed)
     if run is not None:
         write_pairs(run, subset, distances, true[0])
-        if embedding is not None:
-            frame = sample_vectors(placer, table, placed, embedding, embedding.most)
-            rows = (
-                [name, "validation", *(f"{one:.6g}" for one in vector)]
-                for name, _, *vector in frame.itertuples(name=None)
-            )
-            run.write_table("embeddings.tsv", ["sample-id", "part", *frame.columns[1:]], rows)
-    simple = {"placement": measure(nearest)[1], **subset.baselines(true[0])}
+    if run is not None and vectors is not None:
+        frame = sample_vectors(placer, table, placed, vectors, vectors.most)
+        rows = (
+            [name, "validation", *(f"{one:.6g}" for one in vector)]
+            for name, _, *vector in frame.itertuples(name=None)
+        )
+        run.write_table("embeddings.tsv", ["sample-id", "part", *frame.columns[1:]], rows)
+    simple = {"placement": measure(nearest)[1], **baselines.distance_baselines(subset, true[0])}
     return compare(measured, simple)
 
 
@@ -88,11 +80,7 @@ def on_tree(table: FeatureTable, truth: UniFrac) -> FeatureTable:
 
 
 def membership_results(
-    placer: Placer,
-    sequences: Sequence[str],
-    placed: Placed,
-    truth: Grafts,
-    run: Run | None = None,
+    placer: Placer, sequences: Sequence[str], placed: Placed, truth: Grafts, run: Run | None = None
 ) -> Results:
     """Jaccard of the memberships of new ASVs, all and far ones; written where there is a run."""
     found, copied = jaccards(placer, placed, truth)

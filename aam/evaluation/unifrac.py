@@ -21,23 +21,18 @@ from aam.data.table import FeatureTable
 from aam.data.unifrac import METRICS, UniFrac
 from aam.errors import InputError
 
-FUNCTIONS = {
+FUNCTIONS = {  # what the package calls the metrics
     "unweighted": "unweighted",
     "weighted": "weighted_unnormalized",
     "weighted-normalized": "weighted_normalized",
     "faith-pd": "faith_pd",
 }
-"""What the package calls the metrics."""
 
 
 def unifrac_frame(table: FeatureTable, source: UniFrac, metric: str, engine: str) -> Any:
-    """Distances of all samples, a square frame, or a frame of their ``faith_pd``.
+    """Distances of all samples of a table, a square frame, or a frame of their ``faith_pd``.
 
-    Args:
-        table: the samples.
-        source: of the table, unweighted.
-        metric: one of `FUNCTIONS`.
-        engine: builtin, or unifrac: the package.
+    `source` is UniFrac of the table, unweighted; `engine` is builtin, or unifrac: the package.
     """
     import pandas as pd
 
@@ -54,11 +49,7 @@ def unifrac_frame(table: FeatureTable, source: UniFrac, metric: str, engine: str
 
 
 def _by_package(table: FeatureTable, source: UniFrac, metric: str) -> np.ndarray:
-    """What the package computes: (n, n) distances or (n,) Faith PD.
-
-    Raises:
-        InputError: it is not installed.
-    """
+    """What the package computes: (n, n) distances or (n,) Faith PD."""
     import biom
     import h5py
 

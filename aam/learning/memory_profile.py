@@ -9,15 +9,15 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import tempfile
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import ref
 
 import numpy as np
 import torch
@@ -38,21 +38,28 @@ if TYPE_CHECKING:
     from aam.learning.loop import Trainer
 
 TABLE, FIGURE = "memory.tsv", "memory.svg"
-COLUMNS = ("section", "name", "part", "bytes", "detail")
 DRAW = "from aam.report.memory_figure import main; main()"
 LEAST_MEASURED, TIMES_MEASURED = 16, 4  # samples; times the run's step
 BATCHES_TRIED = 32  # of an epoch, to find its largest
 KEPT = "kept for backward"
 STEP = "the step itself"  # where no module runs: gathers, losses, what stages hand on
-Row = tuple[str, str, str, int, str]
 
 
-@dataclass(eq=False)
+class Row(NamedTuple):
+    """A line of memory.tsv."""
+
+    section: str
+    name: str
+    part: str
+    bytes: int
+    detail: str = ""
+
+
 class Kept:
     """What autograd holds instead of a tensor, for as long as it needs it."""
 
-    tensor: Tensor
-    part: str  # of the model
+    def __init__(self, tensor: Tensor, part: str) -> None:
+        self.tensor, self.part = tensor, part
 
 
 class StepWatch:
@@ -67,8 +74,8 @@ class StepWatch:
         self.before = 0  # bytes in use before the step
         self.peaks: dict[str, int] = {}  # of every stage
         self.kept: dict[str, Counter[str]] = {}  # in every stage, by part of the model
-        self._held: WeakValueDictionary[int, Kept] = WeakValueDictionary()
-        self._number, self._running = 0, [STEP]
+        self._saved: list[ref[Kept]] = []
+        self._running = [STEP]
         self._stage, self._kept_before = "", Counter[str]()
 
     @contextmanager
@@ -78,43 +85,44 @@ class StepWatch:
         self.before, self.peaks, self._stage = self.meter.peak(), {}, "batch made"
         with ExitStack() as stack:
             for name, module in self.trained.named_modules():
-                stack.callback(module.register_forward_pre_hook(partial(self._enter, name)).remove)
+                enter = module.register_forward_pre_hook(partial(self._enter, part_of(name)))
                 leave = module.register_forward_hook(self._leave, always_call=True)
+                stack.callback(enter.remove)
                 stack.callback(leave.remove)
-            stack.enter_context(saved_tensors_hooks(self._keep, lambda kept: kept.tensor))
+            stack.enter_context(saved_tensors_hooks(self._save, lambda kept: kept.tensor))
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.callback(setattr, step, "on_stage", None)
             step.on_stage = self.begin
             yield
 
-    def begin(self, stage: str, beside: int = 0) -> None:
-        """A stage begins, the one before it ends; `beside` are bytes that are not the step's."""
-        peak, kept = self.meter.peak() - beside, self._kept_now()
+    def begin(self, stage: str) -> None:
+        """A stage begins, and the one before it ends."""
+        peak, kept = self.meter.peak(), self._kept_now()
         if peak > self.peaks.get(self._stage, 0):
             self.peaks[self._stage] = peak
             self.kept[self._stage] = max(self._kept_before, kept, key=Counter.total)
         self._stage, self._kept_before = stage, kept
         self.meter.reset()
 
-    def _enter(self, name: str, *_: Any) -> None:
-        self._running.append(part_of_model(name))
+    def _enter(self, part: str, *_: Any) -> None:
+        self._running.append(part)
 
     def _leave(self, *_: Any) -> None:
         self._running.pop()
 
-    def _keep(self, tensor: Tensor) -> Kept:
-        self._number += 1
-        kept = self._held[self._number] = Kept(tensor.detach(), self._running[-1])
+    def _save(self, tensor: Tensor) -> Kept:
+        kept = Kept(tensor.detach(), self._running[-1])
+        self._saved.append(ref(kept))
         return kept
 
     def _kept_now(self) -> Counter[str]:
-        found = Counter[str]()
         seen = {local(one).untyped_storage().data_ptr() for one in self.trained.parameters()}
-        for one in list(self._held.values()):
-            storage = local(one.tensor).untyped_storage()
-            if storage.data_ptr() not in seen:
+        found = Counter[str]()
+        for kept in (saved() for saved in self._saved):
+            storage = None if kept is None else local(kept.tensor).untyped_storage()
+            if kept is not None and storage is not None and storage.data_ptr() not in seen:
                 seen.add(storage.data_ptr())
-                found[one.part] += storage.nbytes()
+                found[kept.part] += storage.nbytes()
         return found
 
 
@@ -123,13 +131,13 @@ def write_memory_profile(trainer: Trainer) -> None:
 
     Weights, optimizer state, random generators and progress are as before; all ranks call it.
     """
-    at, device = trainer.progress, trainer.device
+    at, device, path = trainer.progress, trainer.device, trainer.run.path
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         batches = trainer.batching.batches(at.epoch, at.batch)
         rows = batches[at.batch] if at.batch < len(batches) else batches[0]
         batching = measured(trainer, len(rows))
         watch = StepWatch(trainer.trained, batching.meter)
-        _, taken = batching.run(rows, lambda *step: watched_step(trainer, watch, *step))
+        _, taken = batching.run(rows, partial(watched_step, trainer, watch))
         table = [
             *peak_rows(trainer, watch),
             *batch_rows(batching, trainer.batching.rows, len(rows)),
@@ -137,21 +145,18 @@ def write_memory_profile(trainer: Trainer) -> None:
         trainer.optimizer.zero_grad(set_to_none=True)
     if not distributed.is_rank_zero():
         return
-    trainer.run.write_table(TABLE, list(COLUMNS), table)
-    draw(trainer.run.path)
-    stage = max(watch.peaks, key=lambda name: watch.peaks[name])
-    parts = [
-        f"{part} {size_text(size)}" for section, _, part, size, _ in table if section == "peak"
-    ]
+    trainer.run.write_table(TABLE, list(Row._fields), table)
+    draw(path)
+    *parts, peak = (row for row in table if row.section == "peak")
     log(
         f"memory profile of a step of {len(rows)} {trainer.dataset.unit} in "
-        f"{in_words(round(taken['micro_batches']))}: peak {size_text(watch.peaks[stage])} ({stage})"
+        f"{cut_text(round(taken['micro_batches']))}: peak {size_text(peak.bytes)} ({peak.name})"
     )
-    log(f"  {', '.join(parts[:-1])}")
-    for _, name, part, size, detail in table:
-        if detail.startswith("recommended"):
-            log(f"  fits into what is free: {name} in {part}, {size_text(size)}")
-    log(f"  {trainer.run.path / TABLE}, {trainer.run.path / FIGURE}")
+    log("  " + ", ".join(f"{row.part} {size_text(row.bytes)}" for row in parts))
+    for row in table:
+        if row.detail.startswith("recommended"):
+            log(f"  fits into what is free: {row.name} in {row.part}, {size_text(row.bytes)}")
+    log(f"  {path / TABLE}, {path / FIGURE}")
 
 
 def measured(trainer: Trainer, count: int) -> Batching:
@@ -170,54 +175,50 @@ def watched_step(
     trainer: Trainer, watch: StepWatch, rows: np.ndarray, count: int
 ) -> dict[str, float]:
     """Compute a step and change the weights, then put them and the optimizer's state back."""
-    weights = [one for group in trainer.optimizer.param_groups for one in group["params"]]
-    changed = [*weights, *(one for key in weights for one in state_of(trainer, key))]
+    optimizer, trained = trainer.optimizer, trainer.trained
     trainer.compute_all(rows[:2], count)  # the first step of a process takes more than later ones
-    trainer.optimizer.zero_grad(set_to_none=True)
-    with watch.watching(trainer._step):
-        terms = trainer.compute_all(rows, count)
-        watch.begin("")
-        copies = [one.detach().clone() for one in changed]
-        watch.begin("optimizer step")
-        clip_gradients(weights, trainer.options.clip)
-        trainer.optimizer.step()
-        watch.begin("", beside=sum(local(one).nbytes for one in copies))
-        del watch.peaks[""]
-    with torch.no_grad():
-        for one, saved in zip(changed, copies, strict=True):
-            one.copy_(saved)
+    optimizer.zero_grad(set_to_none=True)
+    with tempfile.TemporaryFile() as file:  # a copy in memory would be part of the peak
+        torch.save((trained.state_dict(), optimizer.state_dict()), file)
+        with watch.watching(trainer._step):
+            terms = trainer.compute_all(rows, count)
+            watch.begin("optimizer step")
+            clip_gradients(trainer._step.parameters, trainer.options.clip)
+            optimizer.step()
+            watch.begin("")
+        file.seek(0)
+        weights, state = torch.load(file, weights_only=False)
+        trained.load_state_dict(weights)
+        optimizer.load_state_dict(state)
     return terms
 
 
 def peak_rows(trainer: Trainer, watch: StepWatch) -> list[Row]:
     """Peaks of the stages above what was there before, what the highest is made of, and whose."""
-    highest = max(watch.peaks, key=lambda name: watch.peaks[name])
+    highest = max(watch.peaks, key=lambda stage: watch.peaks[stage])
     kept, peak = Counter[str](), watch.peaks[highest]
     for stage in watch.peaks:
         kept |= watch.kept[stage]  # the larger of both, for each part of the model
+    state = trainer.optimizer.state
     modules = {
         "weights": by_module(trainer, lambda one: [one]),
         "gradients": by_module(trainer, lambda one: [one.grad]),
-        "optimizer state": by_module(trainer, lambda one: state_of(trainer, one)),
+        "optimizer state": by_module(trainer, lambda one: state.get(one, {}).values()),
         KEPT: kept,
     }
-    weights, gradients, state = (sum(found.values()) for found in list(modules.values())[:3])
-    parts = {
-        "program and data": watch.before - weights - state,
-        "weights": weights,
-        "optimizer state": state,
-        "gradients": gradients,
-        KEPT: watch.kept[highest].total(),
-    }
+    parts = {part: found.total() for part, found in modules.items()}
+    parts[KEPT] = watch.kept[highest].total()
+    parts["program and data"] = watch.before - parts["weights"] - parts["optimizer state"]
     parts["working memory and unexplained"] = peak - sum(parts.values())
-    table: list[Row] = []
+    table = []
     for stage, size in watch.peaks.items():
         name, _, way = stage.partition(" ")
-        table.append(("stage", name, way, size - watch.before, f"{size_text(size)} in all"))
-    table += [("peak", highest, part, size, "") for part, size in parts.items()]
-    table.append(("peak", highest, "measured", peak, ""))
+        table.append(Row("stage", name, way, size - watch.before, f"{size_text(size)} in all"))
+    table += [
+        Row("peak", highest, part, size) for part, size in (parts | {"measured": peak}).items()
+    ]
     for name in dict.fromkeys(name for found in modules.values() for name in +found):
-        table += [("module", name, part, found[name], "") for part, found in modules.items()]
+        table += [Row("module", name, part, found[name]) for part, found in modules.items()]
     return table
 
 
@@ -232,13 +233,13 @@ def batch_rows(batching: Batching, rows: np.ndarray, own: int) -> list[Row]:
         return max(map(batching.contents.size, batches), key=costs.bound)
 
     best = max(2, 1 + bisect_right(counts, budget, key=lambda count: costs.bound(largest(count))))
-    found: list[Row] = []
+    found = []
     for count in sorted({own, best}):
         cut = costs.micro_batches(largest(count), budget)
         if cut is not None:
             detail = "recommended; " * (count == best) + f"of {size_text(budget)}"
             bound = round(costs.bound(largest(count).split(cut)))
-            found.append(("batch", f"{count} samples", in_words(cut), bound, detail))
+            found.append(Row("batch", f"{count} samples", cut_text(cut), bound, detail))
     return found
 
 
@@ -253,24 +254,18 @@ def draw(folder: Path) -> None:
         write_text(folder / FIGURE, done.stdout.decode())
 
 
-def part_of_model(name: str) -> str:
-    """The part that a module belongs to: the first two names of its path, as in encoder.stack."""
-    return ".".join(name.removeprefix("predictor.").split(".")[:2]) or STEP
-
-
-def by_module(trainer: Trainer, tensors_of: Callable[[Any], list[Any]]) -> Counter[str]:
+def by_module(trainer: Trainer, tensors_of: Callable[[Any], Any]) -> Counter[str]:
     """Bytes of what belongs to the weights, by part of the model."""
     found = Counter[str]()
     for name, parameter in trainer.trained.named_parameters():
-        held = [local(one).nbytes for one in tensors_of(parameter) if one is not None]
-        found[part_of_model(name.rpartition(".")[0])] += sum(held)
+        held = [local(one).nbytes for one in tensors_of(parameter) if isinstance(one, Tensor)]
+        found[part_of(name.rpartition(".")[0])] += sum(held)
     return found
 
 
-def state_of(trainer: Trainer, parameter: Tensor) -> list[Tensor]:
-    """The optimizer's state of a weight."""
-    state = trainer.optimizer.state.get(parameter, {})
-    return [one for one in state.values() if isinstance(one, Tensor)]
+def part_of(name: str) -> str:
+    """The part that a module belongs to: the first two names of its path, as in encoder.stack."""
+    return ".".join(name.removeprefix("predictor.").split(".")[:2]) or STEP
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -278,11 +273,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def in_words(count: int) -> str:
+def cut_text(count: int) -> str:
     """A number of micro-batches."""
     return f"{count} micro-batch" + "es" * (count > 1)
 
 
 def size_text(size: float) -> str:
-    """Bytes in words."""
+    """Bytes with their unit."""
     return f"{size / GB:.2f} GB" if abs(size) >= 0.1 * GB else f"{size / 1e6:.1f} MB"

@@ -52,9 +52,6 @@ def test_stratified_split_keeps_proportions_and_small_classes():
     assert abs(got["rare"] - 0.2) < 0.02
     assert got["scarce"] == got["few"] == 0.5
     assert len(split.validation) in (40, 41)
-
-
-def test_many_classes_still_add_up_to_the_asked_fraction():
     labels = [f"class{n % 8}" for n in range(112)]  # 14 of each, 2.8 of them for validation
     split = split_samples(IDS[:112], seed=0, labels=labels)
     assert len(split.validation) == 22

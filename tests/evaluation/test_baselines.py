@@ -4,13 +4,15 @@ import time
 
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.sparse import csr_array
 
-from aam.data.metadata import read_metadata
+from aam.data.metadata import as_metadata, read_metadata
+from aam.data.samples import Samples
 from aam.data.sequences import tokenize
-from aam.data.table import read_table
-from aam.data.table_distances import jaccard
+from aam.data.table import FeatureTable, read_table
+from aam.data.table_distances import PrecomputedDistances, jaccard
 from aam.evaluation import baselines, metrics
 
 
@@ -29,18 +31,22 @@ def counts(gradient):
 
 def distance_baselines(counts, gradient, train, rows, groups=None):
     """Of the gradient's distances; and how many rows were asked for."""
-    true, asked = np.abs(gradient[:, None] - gradient), []
+    true, asked, generator = np.abs(gradient[:, None] - gradient), [], np.random.default_rng(0)
 
-    def pairwise(rows):
-        asked.append(len(rows))
-        return true[np.ix_(rows, rows)]
+    class Gradient:
+        def pairwise(self, rows):
+            asked.append(len(rows))
+            return true[np.ix_(rows, rows)]
 
-    generator = np.random.default_rng(0)
     dna = ["".join(generator.choice(list("ACGT"), 20)) for _ in range(counts.shape[1])]
-    found = baselines.distance_baselines(
-        counts, pairwise, train, rows, true[np.ix_(rows, rows)], groups=groups, sequences=dna
-    )
-    return found, asked
+    ids = tuple(map(str, range(len(gradient))))
+    own = zip(rows, groups or ["same"] * len(rows), strict=True)
+    cells = dict.fromkeys(ids, "same") | {ids[row]: group for row, group in own}
+    metadata = as_metadata(pd.DataFrame({"group": cells}))
+    samples = Samples(FeatureTable(ids, dna, counts, "table"), metadata)
+    column = "group" if groups else None
+    subset = baselines.EvaluationSubset(samples, Gradient(), rows, train, column)
+    return baselines.distance_baselines(subset, true[np.ix_(rows, rows)]), asked
 
 
 def test_distances_are_calibrated_on_training_pairs(counts, gradient):
@@ -122,19 +128,18 @@ def test_a_forest_classifies_with_a_class_that_training_never_saw(counts, gradie
 @pytest.mark.real
 def test_numbers_and_speed_on_real_data(real_data):
     table = read_table(real_data / "ibd" / "table-rarefied-5000.biom")
-    groups = read_metadata(real_data / "ibd" / "metadata.tsv").select(table.sample_ids)
-    groups = groups.text("host_subject_id")
+    metadata = read_metadata(real_data / "ibd" / "metadata.tsv").select(table.sample_ids)
     with h5py.File(real_data / "ibd" / "unweighted-unifrac.h5") as file:
         where = {name.decode(): row for row, name in enumerate(file["order"][:])}
         chosen = [where[name] for name in table.sample_ids]
         true = file["matrix"][:][np.ix_(chosen, chosen)]
     order = np.random.default_rng(0).permutation(len(chosen))
-    rows = order[:60]
+    distances = PrecomputedDistances(table.sample_ids, true, "ibd")
+    subset = baselines.EvaluationSubset(
+        Samples(table, metadata), distances, order[:60], order[60:], "host_subject_id"
+    )
     started = time.process_time()
-    found = baselines.distance_baselines(
-        table.counts, lambda some: true[np.ix_(some, some)], order[60:], rows,
-        true[np.ix_(rows, rows)], groups=[groups[row] for row in rows], sequences=table.feature_ids,
-    )  # fmt: skip
+    found = baselines.distance_baselines(subset, distances.pairwise(order[:60]))
     assert time.process_time() - started < 3.0  # 0.3 s; of the processor, which may be shared
     r = {name: own["mantel_r"] for name, own in found.items()}
     mae = {name: own["distance_mae"] for name, own in found.items()}
