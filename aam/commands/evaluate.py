@@ -7,6 +7,7 @@ import numpy as np
 from aam.commands.inputs import attach_distances, attach_tree, read_ids
 from aam.config import DistanceOptions, EvaluateConfig, NucleotideOptions, TableOptions
 from aam.data.clades import places_by_tree
+from aam.data.dataset import SampleDataset
 from aam.data.samples import Samples
 from aam.data.texts import Texts, match_names
 from aam.data.tree import read_tree
@@ -85,6 +86,7 @@ def _evaluate_tree(model: Model, samples: Samples, config: EvaluateConfig) -> Re
         raise InputError("evaluate needs --tree for a model that a tree taught: the truth")
     tree = read_tree(config.tree, sequences=config.sequences)
     truth = attach_tree(samples, tree, config.drop_missing_tips)
+    dataset = model.dataset(samples)[0]
     subset = _subset(samples, truth, config)
     placer = model.placer
     results = sample_results(placer, subset)
@@ -97,7 +99,7 @@ def _evaluate_tree(model: Model, samples: Samples, config: EvaluateConfig) -> Re
         log(f"{config.tree}: is not the tree of the model: memberships are not compared")
     elif len(new):
         results += membership_results(placer, new, placer.place(new), places)
-    return results + _nucleotides(model, subset)
+    return results + _nucleotides(model, subset, dataset)
 
 
 def _evaluate_pairs(model: Model, samples: Samples, config: EvaluateConfig) -> Results:
@@ -114,9 +116,10 @@ def _evaluate_pairs(model: Model, samples: Samples, config: EvaluateConfig) -> R
             **{name: getattr(config, name) for name in TRUTH},
         ),
     )
+    dataset = model.dataset(samples)[0]
     subset = _subset(samples, truth, config)
-    predicted = predicted_distances(model.network, model.dataset(samples)[0], subset.rows)
-    return distance_results(subset, predicted) + _nucleotides(model, subset)
+    predicted = predicted_distances(model.network, dataset, subset.rows)
+    return distance_results(subset, predicted) + _nucleotides(model, subset, dataset)
 
 
 def _subset(samples: Samples, truth: Distances, config: EvaluateConfig) -> EvaluationSubset:
@@ -127,9 +130,8 @@ def _subset(samples: Samples, truth: Distances, config: EvaluateConfig) -> Evalu
     return EvaluationSubset(samples, truth, rows, train, config.group_column)
 
 
-def _nucleotides(model: Model, subset: EvaluationSubset) -> Results:
+def _nucleotides(model: Model, subset: EvaluationSubset, dataset: SampleDataset) -> Results:
     """Masked nucleotides, as many as in the run's own validations."""
-    dataset = model.dataset(subset.samples)[0]
     chosen, known = dataset.asvs_of(subset.rows), dataset.asvs_of(subset.train_rows)
     data = model.description["data"]
     options = NucleotideOptions(

@@ -47,6 +47,12 @@ def test_files_biom_tables_and_frames_are_the_same(study, tmp_path):
     assert list(expected.index) == list(expected.columns) == list(study.others.sample_ids)
     for table in (str(path), biom.load_table(str(path)), frame, study.others):
         pd.testing.assert_frame_equal(study.model.unifrac(table), expected)
+    on_disk = {"on_disk": "always", "index_dir": tmp_path}
+    pd.testing.assert_frame_equal(study.model.unifrac(path, **on_disk), expected, atol=1e-9)
+    vectors, other = (study.model.embed(path, **one) for one in ({}, on_disk))
+    pd.testing.assert_frame_equal(other, vectors, atol=1e-5)
+    asvs, other = (study.model.embed(path, asvs=True, **one) for one in ({}, on_disk))
+    pd.testing.assert_frame_equal(other.loc[asvs.index], asvs, atol=1e-5)
     with pytest.raises(InputError, match="the table: 1 sample ids stand more than once"):
         study.model.unifrac(pd.concat([frame, frame[:1]]))
     with pytest.raises(InputError, match="the table: holds other than numbers"):
