@@ -169,7 +169,8 @@ class Batching:
             sizes.append(self.contents.size(rows).split(count))
             held.append(distributed.all_reduce_max(self.meter.peak() - base))
             self.costs = CostModel.fit(sizes, held, distributed.all_reduce_max(base))
-        assert self.costs
+        if self.costs is None:
+            raise InputError("out of memory: a step of two samples does not fit; give more memory")
         log(
             f"memory: {self.budget / GB:.2f} GB to fill, {self.costs.constant / GB:.2f} GB "
             f"taken before a step; measured in {len(held)} steps"

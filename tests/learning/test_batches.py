@@ -337,47 +337,41 @@ def test_memory_that_no_micro_batch_saves_ends_the_run_with_a_line(
     assert re.match(r"(aam: )?error: out of memory before a step of \d+ samples could be cut", said)
 
 
-@pytest.fixture(params=["fixed", "rising"])
-def costs(request, monkeypatch):
-    """Known costs instead of measurements, which never repeat to the byte.
-
-    Either fixed, or turning out higher in the first and the second epoch.
-    """
-    checks = []
+def test_a_filling_run_stopped_in_an_epoch_continues_to_the_bit(aam, tmp_path, monkeypatch):
+    """With known costs, which measurements never are to the byte, that rise twice on the way."""
 
     def prepare(self, compute):
         if self.costs is None:
             self.budget, self.costs = self.options.max_memory_gb * 1e9, replace(COSTS)
 
     def check(self, size, peak):
-        checks.append(peak)
         self.excess = [*self.excess, 0.0]  # as many as steps: it is kept with the run
-        rises = request.param == "rising" and len(self.excess) in (2, 7)
+        rises = len(self.excess) in (2, 7)
         if rises:
             self.rates = tuple(1.3 * one for one in self.rates)
         return rises
 
-    monkeypatch.setattr(Batching, "prepare", prepare)
-    monkeypatch.setattr(CostModel, "check", check)
-
-
-@pytest.mark.parametrize("after", [1, 3, 5])
-def test_a_filling_run_stopped_in_an_epoch_continues_to_the_bit(aam, tmp_path, costs, after):
     def fill(folder, *more):
         words = ("pretrain", *PAIRS, "--epochs", 3, "--max-memory-gb", 0.112, *more)
         assert aam(*words, "--output-dir", tmp_path / folder, filling=True) == 0
 
+    monkeypatch.setattr(Batching, "prepare", prepare)
+    monkeypatch.setattr(CostModel, "check", check)
     fill("whole")
-    assert len({step for step, _ in measured(tmp_path / "whole")}) > 6  # several an epoch
-    fill("part", "--max-steps", after)
-    words = ("--resume-from", tmp_path / "part", "--max-steps", 1000)
-    assert aam("pretrain", *words, files=False) == 0
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "part"))
-    assert all(torch.equal(value, two[name]) for name, value in one.items())
-    again = measured(tmp_path / "part")
-    for key, value in measured(tmp_path / "whole").items():
-        if not key[1].startswith(("samples", "memory")):
-            assert again[key] == value, key
+    whole, expected = (
+        load_file(tmp_path / "whole" / "model.safetensors"),
+        measured(tmp_path / "whole"),
+    )
+    assert max(step for step, _ in expected) > 8  # several an epoch
+    for after in (1, 5):
+        fill(f"{after}", "--max-steps", after)
+        words = ("--resume-from", tmp_path / f"{after}", "--max-steps", 1000)
+        assert aam("pretrain", *words, files=False) == 0
+        found = measured(tmp_path / f"{after}")
+        again = load_file(tmp_path / f"{after}" / "model.safetensors")
+        assert all(torch.equal(value, again[name]) for name, value in whole.items())
+        for key, value in expected.items():
+            assert key[1].startswith(("samples", "memory")) or found[key] == value, key
 
 
 LIMITED = """
