@@ -154,9 +154,8 @@ def _build(target: Path, source: Source) -> None:
         for one in partial.iterdir():
             with one.open("rb") as written:
                 os.fsync(written.fileno())
-        if _open(target, source) is None:
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
+        shutil.rmtree(target, ignore_errors=True)  # an older state, or another's of this one
+        partial.rename(target)
     except Exception as problem:  # h5py raises a dozen kinds on damaged files
         if isinstance(problem, InputError) or getattr(problem, "errno", None):
             raise  # what is wrong is known, or it is the disk

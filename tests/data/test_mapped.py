@@ -279,7 +279,7 @@ def test_a_killed_build_leaves_nothing_that_is_taken_for_a_table(biom):
 
 @pytest.mark.parametrize("locks", [True, False])
 def test_two_processes_that_build_at_once(biom, locks):
-    """The one waits for the other; without locks the second to end takes what the first made."""
+    """The one waits for the other; without locks both build, and the last one stays."""
     told = [one.lines() for one in [Apart(biom, seconds, locks) for seconds in (0.5, 1)]]
     assert [one[-1] for one in told] == [read_table(biom).digest()] * 2
     assert sum("writing" in one for one in told) == (1 if locks else 2)

@@ -1,5 +1,6 @@
 """Feature tables: four file formats read to the same counts, rarefaction, and bad files."""
 
+import dataclasses
 import gzip
 import json
 import time
@@ -287,6 +288,21 @@ def test_select_orders_samples_and_drops_absent_features():
     assert chosen.sample_ids == ("s2", "s0")
     assert chosen.feature_ids == (table.feature_ids[0], table.feature_ids[2])
     np.testing.assert_array_equal(chosen.counts.toarray(), [[5, 0], [1, 2]])
+
+
+def test_a_digest_stands_for_samples_sequences_and_counts_in_any_order_of_these():
+    table = small_table([[1, 0, 2], [0, 4, 0]])
+    turned = dataclasses.replace(
+        table, feature_ids=table.feature_ids[::-1], counts=sp.csr_array([[2, 0, 1], [0, 4, 0]])
+    )
+    assert turned.digest() == table.digest()
+    for name, value in (
+        ("sample_ids", ("s0", "other")),
+        ("feature_ids", ("AAAAAA", "CAAAAA", "GAAAAT")),
+        ("feature_ids", ("AAAAAA", "CAAAAAG", "AAAAA")),
+        ("counts", sp.csr_array([[1, 0, 2], [0, 5, 0]])),
+    ):
+        assert dataclasses.replace(table, **{name: value}).digest() != table.digest()
 
 
 def test_rarefied_counts_are_drawn_without_replacement():
