@@ -19,11 +19,12 @@ from aam.evaluation.outputs import in_units, predict_outputs, predicted_distance
 from aam.evaluation.results import (
     Results,
     distance_results,
+    membership_results,
     nucleotide_results,
     print_results,
+    sample_results,
     target_results,
 )
-from aam.evaluation.tree_results import membership_results, sample_results
 from aam.files import json_text, write_text
 from aam.model import Predictor, PretrainedModel
 

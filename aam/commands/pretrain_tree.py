@@ -28,8 +28,14 @@ from aam.data.placement import Law, Placement
 from aam.data.texts import match_names
 from aam.evaluation.metrics import Measured
 from aam.evaluation.placer import WEIGHT, Placer
-from aam.evaluation.results import CHECK_SEED, Results, nucleotide_results
-from aam.evaluation.tree_results import colours, membership_results, sample_results
+from aam.evaluation.results import (
+    CHECK_SEED,
+    Results,
+    colours,
+    membership_results,
+    nucleotide_results,
+    sample_results,
+)
 from aam.learning.checkpoint import fingerprint
 from aam.learning.losses import CladeLoss
 from aam.learning.objective import CladeObjective

@@ -16,7 +16,7 @@ from aam.data.table import read_table
 from aam.data.texts import Texts
 from aam.data.tree import read_tree
 from aam.data.unifrac import UniFrac
-from aam.evaluation.tree_results import colours, on_tree
+from aam.evaluation.results import colours, on_tree
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from aam.evaluation import placer as placing
 from aam.evaluation.applicability import applicability
 from aam.evaluation.metrics import condensed
 from aam.evaluation.placer import grafted_tree, unifrac_by_model
-from aam.evaluation.tree_results import jaccards
+from aam.evaluation.results import jaccards
 
 COMPLEMENT = str.maketrans("ACGT", "TGCA")
 
