@@ -49,7 +49,7 @@ ELSEWHERE = {
     "checkpoints written in place": (
         "learning/test_checkpoint.py", "test_a_failed_write_keeps_the_previous_file"),
     "resume that is not exact": (
-        "learning/test_resume.py", "test_a_run_ended_by_max_steps_continues_bit_for_bit"),
+        "learning/test_resume.py", "test_a_run_that_was_stopped_and_interrupted_is_the_whole_one"),
 }  # fmt: skip
 
 

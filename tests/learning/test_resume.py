@@ -12,43 +12,42 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from aam.learning.loop import Trainer
+
 # In batches of 4: 20 training samples are 5 steps an epoch, the ASVs that a tree teaches 10.
-FINETUNE = ("--metadata-column", "age", "--epochs", 3)
-VARIANTS = {
-    "tree": ("pretrain", "--epochs", 3),
-    "wide": ("pretrain", "--epochs", 2, "--encoder", "wide", "--validate-every", 2),
+FINETUNE = ("finetune", "--metadata-column", "age", "--epochs", 2)
+RANDOM = ("--asv-sampling", "random", "--token-limit", 6)
+VARIANTS = {  # the words, and the steps at which --max-steps and then a signal stop the run
+    "tree": (("pretrain", "--epochs", 3), 7, 25),  # before the transformer joins, and after
+    "wide": (("pretrain", "--epochs", 2, "--encoder", "wide", "--validate-every", 2), 10, 13),
     "pairs": (
-        "pretrain", "--epochs", 3, "--table", "TABLE", "--distance", "bray-curtis",
-        "--asv-sampling", "random", "--token-limit", 6, "--mask-strategy", "span",
-        "--validate-every", 2,
-    ),
+        ("pretrain", "--epochs", 3, "--distance", "bray-curtis", *RANDOM, "--mask-strategy",
+         "span", "--validate-every", 2),
+        3, 7),
     "finetune": (
-        "finetune", *FINETUNE, "--categorical-columns", "site", "--nucleotide-penalty", 0.1,
-        "--count-penalty", 0.1, "--count-embedding", "add",
-    ),
-    "finetune freeze": ("finetune", *FINETUNE, "--freeze-base", "--pretrained-encoder", "PRE"),
-    "finetune random": (
-        "finetune", "--metadata-column", "diagnosis", "--epochs", 3,
-        "--asv-sampling", "random", "--token-limit", 6,
-    ),
+        (*FINETUNE, *RANDOM, "--categorical-columns", "site", "--nucleotide-penalty", 0.1,
+         "--count-penalty", 0.1, "--count-embedding", "add"),
+        5, 8),
+    "finetune freeze": ((*FINETUNE, "--freeze-base", "--pretrained-encoder", "SHORT"), 2, 4),
 }  # fmt: skip
-STOPS = {"tree": (2, 10, 25)}  # before the transformer joins, at the end of an epoch, and after
-INTERRUPTED = {"tree": (4, 25)}  # before and after
 
 
 def metrics(run: Path) -> dict[tuple[str, ...], str]:
     """All metrics but speed and memory, as they are written."""
     with open(run / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {
-        (row["step"], row["epoch"], row["part"], row["metric"]): row["value"]
-        for row in rows
-        if not row["metric"].endswith("_per_second") and not row["metric"].startswith("memory")
-    }
+        return {
+            (row["step"], row["epoch"], row["part"], row["metric"]): row["value"]
+            for row in csv.DictReader(file)
+            if not row["metric"].endswith("_per_second") and not row["metric"].startswith("memory")
+        }
 
 
 def checkpoint(run: Path, name: str = "last.pt") -> dict:
     return torch.load(run / "checkpoints" / name, weights_only=True)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def assert_same_run(run: Path, whole: Path) -> None:
@@ -56,119 +55,112 @@ def assert_same_run(run: Path, whole: Path) -> None:
     for name in ("last.pt", "best.pt"):
         one, other = checkpoint(run, name), checkpoint(whole, name)
         assert one["progress"] == other["progress"]
-        assert one["objective"].keys() == other["objective"].keys()
-        for key, value in other["objective"].items():
-            assert torch.equal(one["objective"][key], value), key
-        for group, expected in other["optimizer"]["state"].items():
-            for key, value in expected.items():
-                assert torch.equal(one["optimizer"]["state"][group][key], value), (group, key)
-    mine, theirs = load_file(run / "model.safetensors"), load_file(whole / "model.safetensors")
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+        torch.testing.assert_close(one["objective"], other["objective"], rtol=0, atol=0)
+        states = one["optimizer"]["state"], other["optimizer"]["state"]
+        torch.testing.assert_close(*states, rtol=0, atol=0)
+    files = [load_file(folder / "model.safetensors") for folder in (run, whole)]
+    torch.testing.assert_close(*files, rtol=0, atol=0)
 
 
 @pytest.fixture(scope="module")
-def pretrained(aam, tmp_path_factory):
-    run = tmp_path_factory.mktemp("pretrained") / "run"
-    assert aam("pretrain", "--max-steps", 2, "--output-dir", run) == 0
+def short(aam, tmp_path_factory):
+    """A run of one step."""
+    run = tmp_path_factory.mktemp("short") / "run"
+    assert aam("pretrain", "--max-steps", 1, "--output-dir", run) == 0
     return run
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
-def whole(request, aam, community, pretrained, tmp_path_factory):
-    """An uninterrupted run, a function that starts it elsewhere, and the variant's name."""
-    named = {"PRE": pretrained, "TABLE": community.table}
-    words = [named.get(word, word) for word in VARIANTS[request.param]]
+@pytest.fixture
+def refused(aam, capsys):
+    """Run a command that ends with one error line, and return that line."""
 
-    def start(run, *more):
-        return aam(*words, "--output-dir", run, *more, files="--table" not in words)
+    def run(*words, **more):
+        capsys.readouterr()
+        assert aam(*words, **more) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("error: ")
+        return line
 
-    run = tmp_path_factory.mktemp("whole") / "run"
-    assert start(run) == 0
-    return run, start, request.param
-
-
-def test_a_run_ended_by_max_steps_continues_bit_for_bit(aam, whole, tmp_path):
-    reference, start, variant = whole
-    words = VARIANTS[variant]
-    run = tmp_path / "run"
-    for stop in STOPS.get(variant, (2, 3, 5)):  # within an epoch, and at the end of one
-        again = ("--resume-from", run) if run.exists() else ()
-        assert start(run, "--max-steps", stop, *again) == 0
-        assert (run / "summary.json").is_file() and (run / "model.safetensors").is_file()
-    assert aam(words[0], "--resume-from", run, "--max-steps", 999, files=False) == 0
-    assert_same_run(run, reference)
+    return run
 
 
-def interrupt_at(monkeypatch, step: int, number: int = signal.SIGINT) -> None:
+@pytest.fixture
+def interrupt_at(monkeypatch):
     """Send this process a signal while it takes a step."""
-    from aam.learning.loop import Trainer
 
-    take = Trainer.step
+    def start(step: int, number: int = signal.SIGINT) -> None:
+        def step_and_stop(self, *batches):
+            if self.progress.step == step - 1:
+                monkeypatch.setattr(Trainer, "step", take)
+                os.kill(os.getpid(), number)
+            return take(self, *batches)
 
-    def step_and_stop(self, *batches):
-        if self.progress.step == step - 1:
-            os.kill(os.getpid(), number)
-        return take(self, *batches)
+        take = Trainer.step
+        monkeypatch.setattr(Trainer, "step", step_and_stop)
 
-    monkeypatch.setattr(Trainer, "step", step_and_stop)
+    return start
 
 
-def test_an_interrupted_run_continues_by_its_folder_alone(
-    aam, whole, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_that_was_stopped_and_interrupted_is_the_whole_one(
+    aam, short, tmp_path, interrupt_at, capsys, variant
 ):
-    reference, start, variant = whole
-    command = VARIANTS[variant][0]
-    for step in INTERRUPTED.get(variant, (4,)):
-        run = tmp_path / f"run{step}"
-        with monkeypatch.context() as patch:
-            interrupt_at(patch, step)
-            assert start(run) == 130
-        said = capsys.readouterr().err
-        assert f"saved at step {step}; continue with aam {command} --resume-from {run}" in said
-        assert not (run / "model.safetensors").exists()
-        assert aam(command, "--resume-from", run, files=False) == 0
-        assert f"continuing at step {step}" in capsys.readouterr().err
-        assert_same_run(run, reference)
+    words, stop, interrupted = VARIANTS[variant]
+    words = tuple(short if word == "SHORT" else word for word in words)
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    assert aam(*words, "--output-dir", whole) == 0
+    assert aam(*words, "--output-dir", run, "--max-steps", stop) == 0
+    assert (run / "summary.json").is_file() and (run / "model.safetensors").is_file()
+    interrupt_at(interrupted)
+    again = (words[0], "--resume-from", run, "--max-steps", 999)
+    capsys.readouterr()
+    assert aam(*again, files=False) == 130
+    said = capsys.readouterr().err
+    assert f"continuing at step {stop}\n" in said
+    assert f"saved at step {interrupted}; continue with aam {words[0]} --resume-from {run}" in said
+    assert aam(*again, files=False) == 0
+    assert_same_run(run, whole)
 
 
 def test_a_run_interrupted_in_its_last_step_is_finished_by_resuming(
-    aam, tmp_path, monkeypatch, capsys
+    aam, tmp_path, interrupt_at, capsys
 ):
     words = ("pretrain", "--epochs", 1)
-    assert aam(*words, "--output-dir", tmp_path / "whole") == 0
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, checkpoint(tmp_path / "whole")["progress"]["step"])
-        assert aam(*words, "--output-dir", tmp_path / "run") == 130
-    assert aam("pretrain", "--resume-from", tmp_path / "run", files=False) == 0
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
-
-
-def test_a_finished_run_says_so_and_writes_its_results_again(aam, tmp_path, capsys):
-    run = tmp_path / "run"
-    assert aam("pretrain", "--max-steps", 3, "--output-dir", run) == 0
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert aam(*words, "--output-dir", whole) == 0
+    interrupt_at(checkpoint(whole)["progress"]["step"])
+    assert aam(*words, "--output-dir", run) == 130
+    assert not (run / "model.safetensors").exists()
+    assert aam("pretrain", "--resume-from", run, files=False) == 0
+    assert_same_run(run, whole)
+    # Finished, it says so and writes its results again.
     before = metrics(run)
     for name in ("model.safetensors", "summary.json", "distances.tsv"):
         (run / name).unlink()
     capsys.readouterr()
     assert aam("pretrain", "--resume-from", run, files=False, complete=True) == 0
-    assert "step 3 of 3 is reached already" in capsys.readouterr().err
+    assert "is reached already" in capsys.readouterr().err
     for name in ("model.safetensors", "summary.json", "distances.tsv", "report.html"):
         assert (run / name).is_file()
     assert metrics(run) == before
 
 
-def test_a_run_continues_in_another_folder_with_its_best_checkpoint(aam, tmp_path, capsys):
-    assert aam("pretrain", "--epochs", 3, "--output-dir", tmp_path / "whole") == 0
-    assert aam("pretrain", "--epochs", 3, "--max-steps", 25, "--output-dir", tmp_path / "a") == 0
-    before = {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
-    words = ("--resume-from", tmp_path / "a", "--max-steps", 99)
-    assert aam("pretrain", *words, "--output-dir", tmp_path / "b", files=False) == 0
-    assert_same_run(tmp_path / "b", tmp_path / "whole")
-    assert {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()} == before
+def test_a_run_continues_in_another_folder_with_its_best_checkpoint(aam, tmp_path, refused):
+    folders = [tmp_path / name for name in ("whole", "moved", "a", "b")]
+    whole, moved, a, b = folders
+    assert aam("pretrain", "--epochs", 3, "--output-dir", whole) == 0
+    assert aam("pretrain", "--epochs", 3, "--max-steps", 25, "--output-dir", moved) == 0
+    moved.rename(a)
+    before = contents(a)
+    words = ("pretrain", "--resume-from", a, "--max-steps", 99, "--output-dir", b)
+    assert aam(*words, files=False) == 0
+    assert_same_run(b, whole)
+    assert contents(a) == before and not moved.exists()
     # A folder that holds another run is not mixed with this one.
-    assert aam("pretrain", *words, "--output-dir", tmp_path / "b", files=False) == 2
-    assert "already holds a run" in capsys.readouterr().err
+    assert "already holds a run" in refused(*words, files=False)
+    # Without --output-dir it goes on where it is now.
+    assert aam("pretrain", "--resume-from", a, "--max-steps", 26, files=False) == 0
+    assert checkpoint(a)["progress"]["step"] == 26 and not moved.exists()
 
 
 def test_without_the_best_checkpoint_the_best_is_chosen_anew(aam, tmp_path, capsys):
@@ -179,15 +171,6 @@ def test_without_the_best_checkpoint_the_best_is_chosen_anew(aam, tmp_path, caps
     assert aam("pretrain", "--resume-from", run, "--max-steps", 99, files=False) == 0
     assert "warning: the best checkpoint" in capsys.readouterr().err
     assert checkpoint(run, "best.pt")["progress"]["best_step"] > 12
-
-
-def test_a_moved_run_continues_where_it_is_now(aam, tmp_path):
-    assert aam("pretrain", "--epochs", 2, "--max-steps", 5, "--output-dir", tmp_path / "old") == 0
-    (tmp_path / "old").rename(tmp_path / "new")
-    words = ("--resume-from", tmp_path / "new", "--max-steps", 6)
-    assert aam("pretrain", *words, files=False) == 0
-    assert not (tmp_path / "old").exists()
-    assert checkpoint(tmp_path / "new")["progress"]["step"] == 6
 
 
 def test_ctrl_c_of_a_real_process_saves_says_how_to_resume_and_exits_130(community, aam, tmp_path):
@@ -213,79 +196,52 @@ def test_ctrl_c_of_a_real_process_saves_says_how_to_resume_and_exits_130(communi
     assert aam("pretrain", "--resume-from", run, "--max-steps", step + 1, files=False) == 0
 
 
-@pytest.fixture(scope="module")
-def short(aam, tmp_path_factory):
-    run = tmp_path_factory.mktemp("short") / "run"
-    assert aam("pretrain", "--max-steps", 1, "--output-dir", run) == 0
-    return run
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
+def test_another_configuration_is_refused(short, refused, tmp_path):
+    before = contents(short)
+    for change, expected in (
         (("--lr", 0.5), "was made with another --lr (None, now 0.5)"),
         (("--embedding-dim", 64), "was made with another --embedding-dim (32, now 64)"),
         (("--seed", 7), "was made with another --seed (0, now 7)"),
-    ],
-)
-def test_a_checkpoint_from_another_configuration_is_refused(aam, short, capsys, change, expected):
-    before = (short / "config.toml").read_bytes()
-    capsys.readouterr()
-    assert aam("pretrain", "--resume-from", short, *change, files=False) == 2
-    said = capsys.readouterr().err
-    assert expected in said and said.count("\n") == 1
-    assert (short / "config.toml").read_bytes() == before
-
-
-def test_a_checkpoint_of_another_command_is_refused(aam, short, tmp_path, capsys):
+    ):
+        assert expected in refused("pretrain", "--resume-from", short, *change, files=False)
     words = ("--metadata-column", "age", "--output-dir", tmp_path / "fine")
-    assert aam("finetune", *words, "--resume-from", short / "checkpoints" / "last.pt") == 2
-    assert capsys.readouterr().err.count("\n") == 1
-    assert not (tmp_path / "fine").exists()
+    assert refused("finetune", *words, "--resume-from", short / "checkpoints" / "last.pt")
+    assert contents(short) == before and not (tmp_path / "fine").exists()
 
 
-def test_other_data_under_the_same_options_are_refused(aam, short, community, tmp_path, capsys):
+def test_other_data_under_the_same_options_are_refused(short, refused, community, tmp_path):
     import biom
     import h5py
 
     table = biom.load_table(str(community.table))
-    ids = table.ids()
-    changed = tmp_path / "table.biom"
-    with h5py.File(changed, "w") as file:
-        table.filter(ids[:-1], inplace=False).to_hdf5(file, "test")
-    before = {path: path.read_bytes() for path in short.rglob("*") if path.is_file()}
-    capsys.readouterr()
-    assert aam("pretrain", "--resume-from", short, "--table", changed, files=False) == 2
-    said = capsys.readouterr().err
-    assert "was made from other data" in said.splitlines()[-1]
-    assert {path: path.read_bytes() for path in short.rglob("*") if path.is_file()} == before
+    with h5py.File(tmp_path / "table.biom", "w") as file:
+        table.filter(table.ids()[:-1], inplace=False).to_hdf5(file, "test")
+    before = contents(short)
+    words = ("--resume-from", short, "--table", tmp_path / "table.biom")
+    assert "was made from other data" in refused("pretrain", *words, files=False)
+    assert contents(short) == before
 
 
-@pytest.mark.parametrize("kept", [0, 10, 500, 0.5, 0.99])
-def test_a_truncated_checkpoint_gives_one_line(aam, short, tmp_path, capsys, kept):
-    whole = (short / "checkpoints" / "last.pt").read_bytes()
-    broken = tmp_path / "run" / "checkpoints" / "last.pt"
-    broken.parent.mkdir(parents=True)
-    broken.write_bytes(whole[: int(kept * len(whole)) if kept < 1 else kept])
-    (tmp_path / "run" / "config.toml").write_bytes((short / "config.toml").read_bytes())
-    capsys.readouterr()
-    assert aam("pretrain", "--resume-from", tmp_path / "run", files=False) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: {broken}: truncated or not a checkpoint")
-    assert said.count("\n") == 1
-
-
-def test_a_missing_checkpoint_gives_one_line(aam, tmp_path, capsys):
-    assert aam("pretrain", "--resume-from", tmp_path / "none", files=False) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert said.startswith(f"error: {tmp_path / 'none'}: no such checkpoint; --resume-from needs")
+@pytest.mark.parametrize("kept", [0, 10, 500, 0.5, 0.99, None])
+def test_a_checkpoint_that_is_truncated_or_missing_gives_one_line(short, tmp_path, refused, kept):
+    run = tmp_path / "run"
+    broken = run / "checkpoints" / "last.pt"
+    if kept is not None:
+        broken.parent.mkdir(parents=True)
+        whole = (short / "checkpoints" / "last.pt").read_bytes()
+        broken.write_bytes(whole[: int(kept * len(whole)) if kept < 1 else kept])
+        shutil.copy(short / "config.toml", run)
+    said = refused("pretrain", "--resume-from", run, files=False)
+    expected = f"{run}: no such checkpoint; --resume-from needs"
+    if kept is not None:
+        expected = f"{broken}: truncated or not a checkpoint"
+    assert said.startswith(f"error: {expected}")
 
 
 def test_auto_starts_a_run_and_continues_it_when_called_again(aam, tmp_path, capsys):
     words = ("pretrain", "--epochs", 2, "--resume-from", "auto")
-    assert aam("pretrain", "--epochs", 2, "--output-dir", tmp_path / "whole") == 0
-    run = tmp_path / "run"
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    assert aam("pretrain", "--epochs", 2, "--output-dir", whole) == 0
     assert aam(*words, "--output-dir", run, "--max-steps", 3) == 0
     assert "continuing" not in capsys.readouterr().err
     for name in (".metrics.csv.a_1", "checkpoints/.last.pt.x7a"):  # killed while it wrote
@@ -293,57 +249,40 @@ def test_auto_starts_a_run_and_continues_it_when_called_again(aam, tmp_path, cap
     assert aam(*words, f"--output-dir={run}", "--max-steps", 99) == 0
     assert "continuing at step 3" in capsys.readouterr().err
     assert not [path for path in run.rglob(".*") if path.is_file()]
-    assert_same_run(run, tmp_path / "whole")
-
-
-def test_auto_replaces_a_run_that_ended_before_its_first_checkpoint(aam, short, tmp_path):
-    run = tmp_path / "run"
-    (run / "checkpoints").mkdir(parents=True)
-    (run / "config.toml").write_bytes((short / "config.toml").read_bytes())
-    words = ("--max-steps", 1, "--output-dir", run)
-    assert aam("pretrain", *words) == 2
-    assert aam("pretrain", *words, "--resume-from", "auto") == 0
-
-
-def test_auto_falls_back_to_another_checkpoint_with_a_warning(aam, tmp_path, capsys):
-    words = ("pretrain", "--epochs", 2, "--output-dir", tmp_path / "run")
-    assert aam(*words) == 0
-    last = tmp_path / "run" / "checkpoints" / "last.pt"
+    assert_same_run(run, whole)
+    # Where the last checkpoint is damaged another one serves, with a warning.
+    last = run / "checkpoints" / "last.pt"
     last.write_bytes(last.read_bytes()[:1000])
-    step = checkpoint(tmp_path / "run", "best.pt")["progress"]["step"]
-    capsys.readouterr()
-    assert aam(*words, "--resume-from", "auto") == 0
+    step = checkpoint(run, "best.pt")["progress"]["step"]
+    assert aam(*words, "--output-dir", run, "--max-steps", 99) == 0
     said = capsys.readouterr().err
     assert said.startswith(f"warning: {last}: truncated or not a checkpoint")
     assert f"continuing from best.pt, step {step}\n" in said
     assert f"continuing at step {step}\n" in said
 
 
-def test_auto_does_not_replace_a_run_whose_checkpoints_are_all_broken(aam, short, tmp_path, capsys):
-    shutil.copytree(short, tmp_path / "run")
-    for path in (tmp_path / "run" / "checkpoints").iterdir():
-        path.write_bytes(b"")
-    before = sorted((tmp_path / "run").rglob("*"))
-    capsys.readouterr()
-    words = ("--output-dir", tmp_path / "run", "--resume-from", "auto", "--max-steps", 1)
-    assert aam("pretrain", *words) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "none of its checkpoints can be read" in said
-    assert sorted((tmp_path / "run").rglob("*")) == before
-
-
-def test_auto_needs_the_folder(aam, capsys):
-    assert aam("pretrain", "--resume-from", "auto", "--max-steps", 1) == 2
-    assert capsys.readouterr().err == (
-        "error: --resume-from auto: needs --output-dir, the folder of the run\n"
+def test_auto_replaces_only_a_run_without_a_checkpoint(aam, short, tmp_path, refused):
+    words = ("pretrain", "--max-steps", 1, "--resume-from", "auto")
+    assert refused(*words) == (
+        "error: --resume-from auto: needs --output-dir, the folder of the run"
     )
+    shutil.copytree(short, tmp_path / "broken")
+    for path in (tmp_path / "broken" / "checkpoints").iterdir():
+        path.write_bytes(b"")
+    before = contents(tmp_path / "broken")
+    said = refused(*words, "--output-dir", tmp_path / "broken")
+    assert "none of its checkpoints can be read" in said
+    assert contents(tmp_path / "broken") == before
+    run = tmp_path / "begun"
+    (run / "checkpoints").mkdir(parents=True)
+    shutil.copy(short / "config.toml", run)
+    assert "already holds a run" in refused("pretrain", "--max-steps", 1, "--output-dir", run)
+    assert aam(*words, "--output-dir", run) == 0
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGINT, 130)]
-)
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGUSR1", 138), ("SIGINT", 130)])
 def test_every_signal_saves_and_has_its_own_exit_code(
-    aam, tmp_path, monkeypatch, capsys, number, code
+    aam, tmp_path, monkeypatch, capsys, interrupt_at, name, code
 ):
     """Under SLURM, SIGUSR1 has the job queued again, once."""
     tool = tmp_path / "scontrol"
@@ -351,30 +290,25 @@ def test_every_signal_saves_and_has_its_own_exit_code(
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    interrupt_at(monkeypatch, 2, number)
+    interrupt_at(2, getattr(signal, name))
     run = tmp_path / "run"
     assert aam("pretrain", "--epochs", 2, "--output-dir", run) == code
     assert checkpoint(run)["progress"]["step"] == 2
     asked = (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else ""
-    assert asked == ("requeue 77\n" if number == signal.SIGUSR1 else "")
-    said = capsys.readouterr().err
-    assert ("job 77 is queued again" in said) == bool(asked)
+    assert asked == ("requeue 77\n" if name == "SIGUSR1" else "")
+    assert ("job 77 is queued again" in capsys.readouterr().err) == bool(asked)
 
 
 def test_a_checkpoint_is_written_as_often_as_asked(aam, tmp_path, monkeypatch):
-    from aam.learning.loop import Trainer
+    saved, save = [], Trainer.save
 
-    saved = []
-    save = Trainer.save
-    monkeypatch.setattr(
-        Trainer, "save", lambda *words: (saved.append(words[0].progress.step), save(*words))
-    )
-    words = ("--max-steps", 4, "--validate-every", 9)
-    assert (
-        aam("pretrain", *words, "--output-dir", tmp_path / "often", "--checkpoint-minutes", 1e-9)
-        == 0
-    )
-    assert set(saved) == {1, 2, 3, 4}
-    saved.clear()
-    assert aam("pretrain", *words, "--output-dir", tmp_path / "rarely") == 0
-    assert set(saved) == {4}
+    def noted(self, *words):
+        saved.append(self.progress.step)
+        save(self, *words)
+
+    monkeypatch.setattr(Trainer, "save", noted)
+    for minutes, steps in (("1e-9", {1, 2, 3, 4}), ("10", {4})):
+        saved.clear()
+        words = ("--max-steps", 4, "--validate-every", 9, "--checkpoint-minutes", minutes)
+        assert aam("pretrain", *words, "--output-dir", tmp_path / minutes) == 0
+        assert set(saved) == steps
