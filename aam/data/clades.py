@@ -12,8 +12,6 @@ ones at their own tip, new ones on a branch, with a pendant of their own (`Clade
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,10 +56,11 @@ class Clades:
         parent: ``(clades,)`` the smallest clade that holds each one; -1: none.
         lowest: ``(known ASVs,)`` the smallest clade of each; -1: none.
         pendant: ``(known ASVs,)`` length above each that it shares with no other.
+        root_distance: ``(nodes,)`` distance of each node to the root.
+        depth: ``(nodes,)`` length of clades from the root to each node, its own included.
     """
 
     def __init__(self, tree: Phylogeny) -> None:
-        """Find the clades of a sheared tree."""
         self.tree, self.sequences = tree, Texts.of(tree.tip_names)
         size = tree.tip_stop - tree.tip_start
         is_clade = (size > 1) & (size < len(tree.tip_names)) & (tree.length > LEAST_LENGTH)
@@ -82,26 +81,11 @@ class Clades:
         self.parent = self.clade_of_node[tree.parent[nodes]]
         self.lowest = self.clade_of_node[tree.parent[tree.tip_nodes]]
         self.pendant = tree.length[tree.tip_nodes]
+        self.root_distance = sums_to_root(tree.parent, tree.length)
+        self.depth = sums_to_root(tree.parent, np.where(clade >= 0, tree.length, 0.0))
 
     def __len__(self) -> int:
         return len(self.nodes)
-
-    @cached_property
-    def levels(self) -> list[np.ndarray]:
-        """The clades by how many hold them, outermost first; a clade's parent is a level before."""
-        return levels_of(self.parent)
-
-    @cached_property
-    def root_distance(self) -> np.ndarray:
-        """``(nodes,)`` distance of each node to the root."""
-        return sums_to_root(self.tree.parent, self.tree.length)
-
-    @cached_property
-    def depth(self) -> np.ndarray:
-        """``(nodes,)`` length of clades from the root to each node, the node's own included."""
-        clade = np.zeros(len(self.tree))
-        clade[self.nodes] = self.length
-        return sums_to_root(self.tree.parent, clade)
 
     def on_paths(self, tips: np.ndarray) -> np.ndarray:
         """The clades of any of some known ASVs ``(n,)``, ascending."""
@@ -133,10 +117,9 @@ class Clades:
         return Grafts(node, self.tree.length[node], np.zeros(len(node)))
 
     def jaccard(self, one: Grafts, other: Grafts) -> np.ndarray:
-        """``(n,)`` similarity of the clades that the same n ASVs are members of by two opinions.
+        """``(n,)`` length of the clades that both of two places hold, of what either holds.
 
-        Length of the clades that both places hold, of what either holds, parts of a branch
-        included; 1 where neither holds any.
+        Parts of a branch included; 1 where neither holds any.
         """
         tree = self.tree
 
@@ -158,8 +141,7 @@ class Clades:
         """The tree with new ASVs of some names on it, and where its branches come from.
 
         Each joins a branch at some height, through a node of its own, which cuts the branch. Of
-        each node of the new tree, the node of the known one whose branch its own is a part of is
-        told; -1: the pendant of a new ASV.
+        each new branch ``(nodes,)`` the known one that it is a part of; -1: a new ASV's pendant.
         """
         tree, count = self.tree, len(names)
         shared = np.clip(grafts.shared, 0.0, tree.length[grafts.node])
@@ -211,8 +193,7 @@ def known_sequences(arrays: Mapping[str, Any]) -> Texts:
     return Texts(arrays["known.bases"], np.append(0, stops[:-1]).astype(np.int64), stops)
 
 
-@dataclass(frozen=True, eq=False)
-class TreeSplit:
+class TreeSplit(NamedTuple):
     """A tree's ASVs: those that are known, and those that are left out to be placed."""
 
     clades: Clades  # of the known ones
@@ -221,13 +202,10 @@ class TreeSplit:
 
 
 def split_tree(tree: Phylogeny, known: np.ndarray) -> TreeSplit:
-    """The clades of a tree's known tips ``(tips,)``, and where its other tips join.
-
-    Tips are named by their sequences.
-    """
-    unseen = np.flatnonzero(~known)
-    truth = true_grafts(tree, known, unseen)
-    return TreeSplit(Clades(tree.shear(known)), Texts.of(tree.tip_names).take(unseen), truth)
+    """The clades of known tips ``(tips,)``, named by sequences, and where the other tips join."""
+    unseen = Texts.of(tree.tip_names).take(~known)
+    truth = true_grafts(tree, known, np.flatnonzero(~known))
+    return TreeSplit(Clades(tree.shear(known)), unseen, truth)
 
 
 def true_grafts(tree: Phylogeny, kept: np.ndarray, tips: np.ndarray) -> Grafts:
@@ -263,9 +241,9 @@ def places_by_tree(tree: Phylogeny, clades: Clades, sequences: Texts) -> Grafts 
 
 
 def levels_of(parent: np.ndarray) -> list[np.ndarray]:
-    """Numbers 0, 1, ... by how many are above each, fewest first; ``parent`` is directly above.
+    """Clades by how many hold them, outermost first, of the ``(clades,)`` that hold each directly.
 
-    ``(n,)``, a greater number each; -1: nothing is above.
+    These have greater numbers, and stand a level before; -1: none.
     """
     depth = sums_to_root(parent, np.ones(len(parent))).astype(np.int64) - 1
     order = np.argsort(depth, kind="stable")

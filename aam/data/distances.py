@@ -26,19 +26,12 @@ _CHECKED_ROWS = 512  # at once, so that checking a large matrix holds no copies 
 def read_distances(
     path: str | Path,
     *,
-    sample_ids: Sequence[str] | None = None,
-    ids_file: str | Path | None = None,
-    allow_missing: bool = False,
-    table_source: str = "the table",
+    sample_ids: Sequence[str] | None = None,  # wanted, in this order; None: all, in the file's
+    ids_file: str | Path | None = None,  # one id a line in the order of the rows, for .npy alone
+    allow_missing: bool = False,  # leave out samples that the file lacks, as a counted fact
+    table_source: str = "the table",  # for messages
 ) -> PrecomputedDistances:
     """Read a square matrix of distances and check it.
-
-    Args:
-        path: the file.
-        sample_ids: the samples wanted, in this order; None: all of the file, in its order.
-        ids_file: one sample id a line in the order of the rows, for ``.npy`` alone.
-        allow_missing: leave out samples that are not in the file, as a counted fact.
-        table_source: the table's file, for messages.
 
     Raises:
         InputError: unreadable file, no or duplicate ids, not square, NaN or infinite or negative
@@ -46,34 +39,41 @@ def read_distances(
     """
     path = Path(path)
     kind = path.suffix.lower()
-    if kind not in (".h5", ".hdf5", ".tsv", ".txt", ".qza", ".npy"):
+    if kind not in _READERS:
         raise InputError(
             f"{path}: unknown extension {kind!r}; expected a distance matrix as .h5, .tsv, .qza "
             "or .npy with a file of ids"
         )
     check_input(path, "a distance matrix")
+    if kind == ".npy" and ids_file is None:
+        raise InputError(
+            f"{path}: a .npy matrix holds no sample ids, and rows are never matched by position; "
+            "give the ids, one a line in the order of the rows, with --unifrac-matrix-ids FILE"
+        )
     if kind != ".npy" and ids_file is not None:
         raise InputError(
             f"{ids_file}: ids are given apart only for .npy; {path} holds its own: leave "
             "--unifrac-matrix-ids out"
         )
-    if kind == ".npy":
-        ids, matrix = _read_npy(path, ids_file)
-    else:
-        ids, matrix = _read_hdf5(path) if kind in (".h5", ".hdf5") else _read_tsv(path)
+    reading = path
+    try:
+        ids, matrix = _READERS[kind](path)
+        if ids_file is not None:
+            reading = Path(ids_file)
+            ids = [one for line in reading.read_text("utf-8").splitlines() if (one := line.strip())]
+    except InputError:
+        raise
+    except (OSError, ValueError, EOFError) as error:
+        what = f"cannot be read ({error}); make it again or copy it again"
+        raise InputError(f"{reading}: {what}") from error
     if matrix.dtype not in (np.float32, np.float64):
         matrix = matrix.astype(np.float64)
     _check_shape(path, ids, matrix)
     facts: list[DataFact] = []
     if sample_ids is not None:
         row_of = {name: row for row, name in enumerate(ids)}
-        wanted, facts = match_ids(
-            sample_ids,
-            ids,
-            allow_missing=allow_missing,
-            table_source=table_source,
-            metadata_source=str(path),
-        )
+        sources = {"table_source": table_source, "metadata_source": str(path)}
+        wanted, facts = match_ids(sample_ids, ids, allow_missing=allow_missing, **sources)
         if list(wanted) != ids:
             rows = [row_of[name] for name in wanted]
             ids, matrix = list(wanted), matrix[np.ix_(rows, rows)]
@@ -81,53 +81,33 @@ def read_distances(
     return PrecomputedDistances(tuple(ids), matrix, facts)
 
 
-def _read_npy(path: Path, ids_file: str | Path | None) -> tuple[list[str], np.ndarray]:
-    if ids_file is None:
-        raise InputError(
-            f"{path}: a .npy matrix holds no sample ids, and rows are never matched by position; "
-            "give the ids, one a line in the order of the rows, with --unifrac-matrix-ids FILE"
-        )
-    try:
-        ids = [line.strip() for line in Path(ids_file).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{ids_file}: cannot read the sample ids ({error})") from error
-    try:
-        matrix = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: not a readable .npy matrix ({error})") from error
+def _read_npy(path: Path) -> tuple[list[str], np.ndarray]:
+    matrix = np.load(path, allow_pickle=False)
     if not isinstance(matrix, np.ndarray) or matrix.dtype.kind not in "fiu":
         raise InputError(f"{path}: holds {getattr(matrix, 'dtype', 'no array')}, expected numbers")
-    return [one for one in ids if one], matrix
+    return [], matrix
 
 
 def _read_hdf5(path: Path) -> tuple[list[str], np.ndarray]:
     import h5py
 
-    try:
-        with h5py.File(path, "r") as file:
-            absent = [name for name in ("order", "matrix") if name not in file]
-            if absent:
-                raise InputError(
-                    f"{path}: no dataset {' and '.join(map(repr, absent))} in the file (it has "
-                    f"{name_some(list(file))}); expected 'order' and 'matrix', as ssu writes"
-                )
-            ids = [one.decode() if isinstance(one, bytes) else str(one) for one in file["order"]]
-            return ids, file["matrix"][()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path}: not a readable HDF5 file ({error}); make it again or copy it again"
-        ) from error
+    with h5py.File(path, "r") as file:
+        absent = [name for name in ("order", "matrix") if name not in file]
+        if absent:
+            raise InputError(
+                f"{path}: no dataset {' and '.join(map(repr, absent))} in the file (it has "
+                f"{name_some(list(file))}); expected 'order' and 'matrix', as ssu writes"
+            )
+        ids = [one.decode() if isinstance(one, bytes) else str(one) for one in file["order"]]
+        return ids, file["matrix"][()]
 
 
 def _read_tsv(path: Path) -> tuple[list[str], np.ndarray]:
     """Rows may stand in another order than the columns."""
-    try:
-        if path.suffix.lower() == ".qza":
-            text = read_qza_member(path, "data/distance-matrix.tsv", "DistanceMatrix").decode()
-        else:
-            text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a readable text file ({error})") from error
+    if path.suffix.lower() == ".qza":
+        text = read_qza_member(path, "data/distance-matrix.tsv", "DistanceMatrix").decode()
+    else:
+        text = path.read_text(encoding="utf-8")
     first, *lines = [line for line in text.splitlines() if line.strip()] or [""]
     if not first:
         raise InputError(f"{path}: the file is empty; expected a distance matrix")
@@ -157,6 +137,12 @@ def _read_tsv(path: Path) -> tuple[list[str], np.ndarray]:
             f"{len(columns)}; differing: {name_some(apart)}); expected a square matrix"
         )
     return columns, values[[row_of[name] for name in columns]]
+
+
+_READERS = {
+    ".h5": _read_hdf5, ".hdf5": _read_hdf5, ".npy": _read_npy,
+    ".tsv": _read_tsv, ".txt": _read_tsv, ".qza": _read_tsv,
+}  # fmt: skip
 
 
 def _check_shape(path: Path, ids: list[str], matrix: np.ndarray) -> None:

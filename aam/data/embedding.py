@@ -68,18 +68,13 @@ class Embedding:
     def vectors(
         self,
         table: FeatureTable,
-        clades: Clades,
-        grafted: tuple[Phylogeny, np.ndarray],
-        dimensions: int,
+        clades: Clades,  # of the known ASVs
+        grafted: tuple[
+            Phylogeny, np.ndarray
+        ],  # with the table's new ASVs, as `Clades.graft` has it
+        dimensions: int,  # 1 to `most`
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Vectors ``(samples, dimensions)`` float32 of a table, and Faith PD ``(samples,)``.
-
-        Args:
-            table: the samples.
-            clades: of the known ASVs.
-            grafted: their tree with the table's new ASVs, and where its branches come from.
-            dimensions: 1 to ``most``.
-        """
+        """Vectors ``(samples, dimensions)`` float32 of a table, and Faith PD ``(samples,)``."""
         tree, origin = grafted
         tip_of_column = match_names(table.feature_ids, tree.tip_names)
         walk, directions = TreeWalk(tree), self.directions[: dimensions // 2]

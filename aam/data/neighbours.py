@@ -48,9 +48,9 @@ class Found:
 
     index: np.ndarray  # (n, candidates) int64, nearest first; -1: no more were found
     distance: np.ndarray  # (n, candidates) float64, edits; infinite where index is -1
+    # (n, longest known) uint8, the query's base (A1 C2 G3 T4) at each position of the nearest known
+    # sequence; 0 where it has none. Insertions are left out.
     aligned: np.ndarray
-    """``(n, longest known)`` uint8, the query's base (A1 C2 G3 T4) at each position of the nearest
-    known sequence; 0 where it has none. Insertions are left out."""
     reverse: np.ndarray  # (n,) bool, the query's reverse complement is far nearer
     foreign: np.ndarray  # (n,) bool, nothing known is near enough to be of the same region
 
@@ -75,7 +75,6 @@ class Neighbours:
     """
 
     def __init__(self, known: Sequence[str]) -> None:
-        """Index the known sequences."""
         self.bases = bases_of(known)
         self.lengths = self.bases.shape[1] - (self.bases[:, ::-1] > 0).argmax(axis=1)
         # Of very many sequences a quarter of the words, drawn by a hash, finds candidates too.
@@ -97,10 +96,7 @@ class Neighbours:
         self._words = np.maximum(held, 1).astype(np.float32)
 
     def find(self, queries: Sequence[str], *, leave_out: np.ndarray | None = None) -> Found:
-        """The nearest known sequences of n queries, DNA.
-
-        `leave_out` ``(n,)`` is a known sequence that each may not find (itself); -1: none.
-        """
+        """The nearest of n queries; `leave_out` ``(n,)``: what each may not find (itself)."""
         bases = bases_of(queries)
         leave_out = np.full(len(bases), -1) if leave_out is None else leave_out
         index, distance, diagonal = self._nearest(bases, leave_out)
@@ -141,10 +137,9 @@ class Neighbours:
     def _candidates(
         self, bases: np.ndarray, leave_out: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The known sequences that hold most words of each query, and the share they miss.
+        """The known sequences that hold most words of each query, and the share that they miss.
 
-        ``(n, candidates)`` known sequences, -1 where there are no more, and ``(n, candidates)``
-        share of the words of the shorter of the two that are not shared.
+        Both ``(n, candidates)``: -1 where there are no more; of the words of the shorter one.
         """
         wanted = min(CANDIDATES, len(self.bases))
         found = np.full((len(bases), wanted), -1)
@@ -230,10 +225,7 @@ def _edits(query: np.ndarray, window: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _matched(query: np.ndarray, window: np.ndarray) -> np.ndarray:
-    """``(length, pairs)`` row of ``window`` that each base is matched with; -1: an insertion.
-
-    The arguments are those of `_edits`.
-    """
+    """``(length, pairs)`` row of `_edits`' window that a base is matched with; -1: an insertion."""
     width = 2 * BAND + 1
     rows = list(_edits(query, window))
     # Among equal ends the middle of the band is taken: no gap is opened for nothing.

@@ -22,12 +22,11 @@ _KIND[[*range(33), *b"[]", *range(127, 256)]] = _ODD
 
 
 def parse_newick(text: np.ndarray) -> tuple[Texts, np.ndarray, np.ndarray] | None:
-    """Names of tips, parents and lengths of a plain tree, as `Phylogeny` has them.
+    """Names of tips, parents and lengths of a plain tree ``(bytes,)``, as `Phylogeny` has them.
 
-    Read from the bytes ``(bytes,)`` uint8 of a file, in which the names stay; it may be mapped.
     Plain is one whole tree with every tip named and every branch with a finite length >= 0. None:
     it is not so plain (comments, white space, quoted tips, other than ASCII, any mistake), and a
-    general parser must look at it.
+    general parser must look at it. Names stay in the text, which may be memory-mapped.
     """
     marks = _marks(text)
     if marks is None:
@@ -43,12 +42,9 @@ def parse_newick(text: np.ndarray) -> tuple[Texts, np.ndarray, np.ndarray] | Non
     before, before_kind = np.append(-1, ends[:-1]), np.append(_OPEN, kinds[:-1])
     opens, closes = kinds == _OPEN, kinds == _CLOSE
     depth = np.cumsum(opens) - np.cumsum(closes) + closes  # before a ')', after a '('
-    if (
-        (depth[:-1] < 1).any()
-        or depth[-1] != 0
-        or (ends[opens] - before[opens] > 1).any()
-        or (before_kind[opens] == _CLOSE).any()
-    ):
+    is_whole = depth[-1] == 0 and (depth[:-1] >= 1).all()
+    opens_well = (ends[opens] - before[opens] == 1) & (before_kind[opens] != _CLOSE)
+    if not is_whole or not opens_well.all():
         return None
     node = np.flatnonzero(~opens)
     tip = node[before_kind[node] != _CLOSE]
@@ -113,10 +109,7 @@ def _parents(depth: np.ndarray) -> np.ndarray:
 
 
 def newick(parent: np.ndarray, length: np.ndarray, names: Sequence[str], digits: str = "") -> str:
-    """A tree ``(nodes,)`` as text, children before parents; tips are named in their order.
-
-    ``digits`` is the format of lengths; as they are without.
-    """
+    """A tree ``(nodes,)``, children before parents, as text; tips are named in their order."""
     below: list[list[str]] = [[] for _ in parent]
     tips = iter(names)
     for node, above in enumerate(parent.tolist()):

@@ -17,6 +17,7 @@ model that is given the site predicts better. ``diagnosis`` acts on the ASVs tha
 
 from __future__ import annotations
 
+from collections import namedtuple
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,48 +47,27 @@ class DemoFiles(NamedTuple):
     metadata: Path
 
 
-class _Tree(NamedTuple):
-    """A binary tree; nodes 0 to tips - 1 are the tips, the last node is the root."""
+# A binary tree; nodes 0 to tips - 1 are the tips, the last node is the root.
+_Tree = namedtuple("_Tree", "parent length tips")
 
-    parent: np.ndarray
-    length: np.ndarray
-    tips: int
-
-
-class _Samples(NamedTuple):
-    """What is true of each sample ``(n,)`` before its community is drawn."""
-
-    subject: np.ndarray
-    visit: np.ndarray
-    site: np.ndarray
-    diagnosis: np.ndarray
-    gradient: np.ndarray
-    age: np.ndarray
+# What is true of each sample (n,) before its community is drawn.
+_Samples = namedtuple("_Samples", "subject visit site diagnosis gradient age")
 
 
 def simulate_community(
-    folder: str | Path,
+    folder: str | Path,  # made if it is not there
     *,
     samples: int = 240,
-    asvs: int = 700,
-    asvs_per_sample: int = 60,
+    asvs: int = 700,  # tips of the tree; the table has those that were seen in a sample
+    asvs_per_sample: int = 60,  # that are there on average, before rare ones are missed
     sequence_length: int = 100,
-    visits: int = 3,
+    visits: int = 3,  # samples a subject
     seed: int = 0,
 ) -> DemoFiles:
     """Simulate a study and write ``table.biom``, ``tree.nwk`` and ``metadata.tsv``.
 
     The result is a function of the arguments. ``metadata.tsv`` has the columns ``subject``,
     ``site``, ``diagnosis`` and ``age`` (years).
-
-    Args:
-        folder: made if it is not there.
-        samples: at least 2.
-        asvs: tips of the tree; the table has those that were seen in a sample.
-        asvs_per_sample: mean number of ASVs a sample that are there, before rare ones are missed.
-        sequence_length: nucleotides an ASV.
-        visits: samples a subject.
-        seed: of every random draw.
     """
     if samples < 2 or visits < 1 or sequence_length < 20 or not 2 <= 2 * asvs_per_sample <= asvs:
         raise InputError(

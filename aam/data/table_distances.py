@@ -58,14 +58,13 @@ def _shares(counts: csr_array) -> csr_array:
     return counts
 
 
-def overlap(a: csr_array, b: csr_array, *, unweighted: bool = False) -> np.ndarray:
-    """``(n, m)`` sums over the columns of the smaller of the values of two rows.
-
-    Args:
-        a: ``(n, columns)`` float64.
-        b: ``(m, columns)`` float64, few enough rows for ``(columns, m)`` to be held dense.
-        unweighted: whether all values of a column are equal where there are any.
-    """
+def overlap(
+    a: csr_array,  # (n, columns) float64
+    b: csr_array,  # (m, columns) float64, few enough rows for (columns, m) to be held dense
+    *,
+    unweighted: bool = False,  # whether all values of a column are equal where there are any
+) -> np.ndarray:
+    """``(n, m)`` sums over the columns of the smaller of the values of two rows."""
     # Only columns that a row of b has can overlap; the dense block holds no others.
     used = np.zeros(b.shape[1], dtype=bool)
     used[b.indices] = True

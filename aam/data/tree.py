@@ -93,12 +93,8 @@ def read_tree(path: str | Path, *, sequences: str | Path | None = None) -> Phylo
     """Read a rooted tree with branch lengths from Newick, a text file or a ``.qza`` of one.
 
     Underscores in names are kept, support values and other labels of inner nodes are ignored,
-    and so is a length of the root. Depth and number of children are not limited.
-
-    Args:
-        path: of the tree.
-        sequences: FASTA (or ``.qza``) that maps hashed tip names to their sequences, where the
-            feature table was read with the same one.
+    and so is a length of the root. Depth and number of children are not limited. `sequences` is
+    FASTA (or ``.qza``) that maps hashed tip names to their sequences, as those of a table.
 
     Raises:
         InputError: no such file, not one Newick tree, branches without a length, with a negative
@@ -128,9 +124,8 @@ def _read_any(path: Path, content: bytes) -> Phylogeny:
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: not a text file; expected a tree in Newick format (.nwk)"
-        ) from error
+        problem = "not a text file; expected a tree in Newick format (.nwk)"
+        raise InputError(f"{path}: {problem}") from error
     if not text.strip():
         raise InputError(f"{path}: the file is empty; expected a tree in Newick format")
     if not text.rstrip().endswith(";"):

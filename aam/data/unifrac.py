@@ -40,24 +40,20 @@ class TreeWalk:
     """A tree made ready for walks from its tips to the root."""
 
     def __init__(self, tree: Phylogeny) -> None:
-        """Find each node's next branch with a length; branches without one are passed over."""
-        self.tree, self.up = tree, tree.parent.copy()
-        skipped = tree.length == 0  # the root is one of them
+        self.tree, self.up = tree, tree.parent.copy()  # of each node, its next branch on the way
+        skipped = tree.length == 0  # are passed over; the root is one of them
         while len(again := np.flatnonzero((self.up >= 0) & skipped[self.up])):
             self.up[again] = self.up[self.up[again]]
         own = tree.tip_nodes
         self.first = np.where(skipped[own], self.up[own], own)  # of each tip
 
     def branches(
-        self, counts: csr_array, tip_of_column: np.ndarray, weighted: bool = False
+        self,
+        counts: csr_array,  # (samples, features) positive reads
+        tip_of_column: np.ndarray,  # (features,) the tip of each; -1: none
+        weighted: bool = False,  # multiply with the share of the sample's reads below
     ) -> csr_array:
-        """``(samples, branches)`` float64 length of each branch that a sample reaches, sorted.
-
-        Args:
-            counts: ``(samples, features)`` positive reads.
-            tip_of_column: ``(features,)`` the tip of each feature; -1: none.
-            weighted: whether lengths are multiplied with the share of the sample's reads below.
-        """
+        """``(samples, branches)`` float64 length of each branch that a sample reaches, sorted."""
         tips = len(self.tree.tip_names)
         keys = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr)) * tips
         tip = tip_of_column[counts.indices]
@@ -97,18 +93,11 @@ class UniFrac:
     when their distances are asked for: nothing of the size samples x branches is ever held, and
     dense work is done in blocks of at most 64 MB. Row numbers are those of the table's samples.
 
-    Attributes:
-        tree: the sheared phylogeny.
-        tip_of_column: ``(features,)`` int64, each feature's tip in it; -1 where it has none.
-        facts: what was left out, as counted facts.
+    Features that are not tips of the tree are left out with `drop_missing`, as a counted fact;
+    without it they are an InputError, and always if they are all. So are samples without reads.
     """
 
     def __init__(self, table: FeatureTable, tree: Phylogeny, drop_missing: bool = False) -> None:
-        """Shear the tree to the features of the table.
-
-        Features that are not tips of the tree are left out with `drop_missing`; without it they
-        are an InputError, and always if they are all. So are samples without reads.
-        """
         self.sample_ids, self._counts = tuple(table.sample_ids), table.counts
         tips = match_names(table.feature_ids, tree.tip_names)
         if (tips < 0).any():  # sequences may be written in lower case in the tree
@@ -118,7 +107,7 @@ class UniFrac:
         kept = np.zeros(len(tree.tip_names), dtype=bool)
         kept[tips[tips >= 0]] = True
         self.tree = tree.shear(kept)
-        self.tip_of_column = np.where(tips >= 0, np.cumsum(kept)[tips] - 1, -1)
+        self.tip_of_column = np.where(tips >= 0, np.cumsum(kept)[tips] - 1, -1)  # (features,)
         self._walk = TreeWalk(self.tree)
 
     def pairwise(self, rows: ArrayLike | None = None, metric: str = "unweighted") -> np.ndarray:

@@ -198,7 +198,7 @@ class Placer:
         clades = self.clades
         if len(clades) <= MOST_DENSE:
             everything = np.arange(len(clades))
-            return LookedAt(everything, clades.parent, clades.levels, everything)
+            return LookedAt(everything, clades.parent, levels_of(clades.parent), everything)
         chosen = clades.on_paths(np.unique(near.index[near.index >= 0]))
         column = np.full(len(clades), -1)
         column[chosen] = np.arange(len(chosen))

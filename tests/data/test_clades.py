@@ -8,6 +8,7 @@ from aam.data.clades import (
     LONGEST_WEIGHT,
     Clades,
     Grafts,
+    levels_of,
     places_by_tree,
     split_tree,
     true_grafts,
@@ -68,8 +69,8 @@ def test_clades_and_pendants_are_the_sets_of_known_tips_with_their_summed_length
         holders = [k for k, other in enumerate(members) if held < other]
         smallest = min(holders, key=lambda k: len(members[k]), default=-1)
         assert clades.parent[clade] == smallest
-        assert clade in clades.levels[len(holders)]
-    assert sum(map(len, clades.levels)) == len(clades)
+        assert clade in levels_of(clades.parent)[len(holders)]
+    assert sum(map(len, levels_of(clades.parent))) == len(clades)
     for tip, name in enumerate(names):
         holders = [k for k, held in enumerate(members) if name in held]
         assert clades.lowest[tip] == min(holders, key=lambda k: len(members[k]), default=-1)
@@ -102,7 +103,9 @@ def test_a_caterpillar_of_two_thousand_tips():
     clades = Clades(parse(caterpillar(2000)))
     assert len(clades) == 1998 and (clades.length == 2).all()
     assert clades.parent.tolist() == [*range(1, 1998), -1]
-    assert [level.tolist() for level in clades.levels] == [[k] for k in range(1997, -1, -1)]
+    assert [level.tolist() for level in levels_of(clades.parent)] == [
+        [k] for k in range(1997, -1, -1)
+    ]
     assert clades.near(np.array([0])).tolist() == list(range(1998))
     assert clades.near(np.array([1999])).tolist() == [1997]
     assert clades.root_distance[0] == 1 + 2 * 1998
@@ -110,7 +113,7 @@ def test_a_caterpillar_of_two_thousand_tips():
 
 def test_a_star_has_no_clades_and_everything_about_them_is_empty():
     clades = Clades(parse("(a:1,b:2,c:3);"))
-    assert len(clades) == 0 and clades.levels == [] and len(clades.weight) == 0
+    assert len(clades) == 0 and levels_of(clades.parent) == [] and len(clades.weight) == 0
     assert clades.pendant.tolist() == [1, 2, 3] and clades.lowest.tolist() == [-1] * 3
     assert clades.near(np.array([0, 2])).tolist() == []
     ends = clades.ends(np.array([-1, -1]))
