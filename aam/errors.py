@@ -44,6 +44,11 @@ def name_some(ids: Sequence[str], most: int = 3) -> str:
     return shown + (", ..." if len(ids) > most else "")
 
 
+def dropped(what: str, ids: Sequence[str]) -> list[DataFact]:
+    """The fact that samples or sequences of these ids are left out, if there are any."""
+    return [DataFact(what, len(ids), name_some(ids), "dropped")] if ids else []
+
+
 def one_line(error: Exception, most: int = 200) -> str:
     """Return another library's message for use within ours: no line breaks, shortened."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:most]

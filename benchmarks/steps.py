@@ -13,14 +13,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import torch
 
-from aam.commands.pretrain_pairs import EPOCHS, FREE_CLADES, LEARNING_RATE
+from aam.commands.pretrain import EPOCHS, FREE_CLADES, LEARNING_RATE
 from aam.commands.training import usual_options
-from aam.config import OptimizerOptions, PenaltyOptions
+from aam.config import OptimizerOptions, PenaltyOptions, RunOptions
 from aam.data.clades import Clades
 from aam.data.dataset import AsvDataset, SampleDataset
 from aam.data.table import FeatureTable, read_table
@@ -32,6 +33,7 @@ from aam.learning.loop import Trainer
 from aam.learning.losses import CladeLoss, DistanceLoss, Terms
 from aam.learning.objective import CladeObjective, Objective, PairObjective, SamplePart, Work
 from aam.learning.run import Run
+from aam.learning.task import Task
 from aam.model import AsvEncoder, CladeHead, EncoderShape, FreeClades, PretrainedModel
 from benchmarks.baselines.padded_transformer import (
     Labelled,
@@ -126,12 +128,12 @@ def make_trainer(
     """
     rows = np.arange(len(dataset)) if rows is None else rows
     usual = usual_options(OptimizerOptions(**options), EPOCHS, LEARNING_RATE)
-    device = torch.device("cpu")
-    batching = Batching(rows, dataset, objective, usual, device, seed)
-    return Trainer(
-        device, objective, dataset, batching, usual, cast(Run, Unlogged()),
-        validate=dict, best_metric="loss", description={}, config={}, seed=seed,
+    task = SimpleNamespace(
+        config=SimpleNamespace(run=RunOptions(output_dir=Path("nowhere"), seed=seed)),
+        device=torch.device("cpu"), dataset=dataset, optimizer=usual,
     )  # fmt: skip
+    batching = Batching(rows, dataset, objective, usual, task.device, seed)
+    return Trainer(cast(Task, task), objective, batching, cast(Run, Unlogged()))
 
 
 def forward(objective: Objective, work: Work) -> Terms:

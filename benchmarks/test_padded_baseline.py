@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from aam.commands.pretrain_pairs import FREE_CLADES
+from aam.commands.pretrain import FREE_CLADES
 from aam.learning.masking import NoisyAsvs
 from aam.learning.objective import Work
 from aam.model import AsvEncoder, EncoderShape, PretrainedModel

@@ -129,7 +129,7 @@ TRAINING = {
     "pretrain --sequences FASTA": "--table, or --sequences with --tree",
     "pretrain --unifrac-matrix NPY": "--table for --unifrac-matrix",
     "pretrain --table TWO --tree TWOTIPS": "2 training ASVs are tips of the tree; at least 3",
-    "pretrain --sequences FASTA --tree TWOTIPS --drop-missing-tips": "2 sequences of",
+    "pretrain --sequences FASTA --tree TWOTIPS --drop-missing-tips": "2 training sequences of",
     "pretrain --sequences FASTA --tree MISSINGTIP": "--drop-missing-tips",
     TIPS + "NOWHERE": "no such file; expected a Newick tree",
     TIPS + "NOTREE": "NOTREE",

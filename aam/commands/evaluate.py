@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from aam.commands.inputs import attach_distances, attach_tree, read_ids
-from aam.config import DistanceOptions, EvaluateConfig, NucleotideOptions, TableOptions
+from aam.commands.inputs import attach_distances, read_ids
+from aam.config import EvaluateConfig, NucleotideOptions
 from aam.data.clades import places_by_tree
 from aam.data.dataset import SampleDataset
 from aam.data.samples import Samples
 from aam.data.texts import Texts, match_names
 from aam.data.tree import read_tree
-from aam.data.unifrac import Distances
+from aam.data.unifrac import Distances, UniFrac
 from aam.errors import InputError, log, log_facts, name_some
 from aam.evaluation.baselines import EvaluationSubset
 from aam.evaluation.loaded import Model, load
@@ -27,8 +27,6 @@ from aam.evaluation.results import (
 )
 from aam.files import json_text, write_text
 from aam.model import Predictor, PretrainedModel
-
-TRUTH = ("tree", "unifrac_matrix", "unifrac_matrix_ids", "drop_missing_tips")
 
 
 def evaluate(config: EvaluateConfig) -> Results:
@@ -86,7 +84,8 @@ def _evaluate_tree(model: Model, samples: Samples, config: EvaluateConfig) -> Re
     if config.tree is None:
         raise InputError("evaluate needs --tree for a model that a tree taught: the truth")
     tree = read_tree(config.tree, sequences=config.sequences)
-    truth = attach_tree(samples, tree, config.drop_missing_tips)
+    truth = UniFrac(samples.table, tree, drop_missing=config.drop_missing_tips)
+    samples.facts += truth.facts
     dataset = model.dataset(samples)[0]
     subset = _subset(samples, truth, config)
     placer = model.placer
@@ -107,16 +106,8 @@ def _evaluate_pairs(model: Model, samples: Samples, config: EvaluateConfig) -> R
     """Distances by the model beside those that it learned from."""
     assert isinstance(model.network, PretrainedModel)
     own = model.description["distance"]
-    truth = attach_distances(
-        samples,
-        TableOptions(
-            table=config.table, sequences=config.sequences, allow_missing=config.allow_missing
-        ),
-        DistanceOptions(
-            distance=None if config.tree or config.unifrac_matrix or own == "matrix" else own,
-            **{name: getattr(config, name) for name in TRUTH},
-        ),
-    )
+    given = config.tree or config.unifrac_matrix or own == "matrix"
+    truth = attach_distances(samples, config, None if given else own, config)
     dataset = model.dataset(samples)[0]
     subset = _subset(samples, truth, config)
     predicted = predicted_distances(model.network, dataset, subset.rows)
@@ -165,5 +156,5 @@ def _evaluate_predictor(model: Model, samples: Samples, config: EvaluateConfig) 
     dataset, keys = model.dataset(samples)
     log_facts(samples.facts, samples.warnings)
     outputs = predict_outputs(model.network, dataset, rows)
-    predicted = in_units(outputs, target, None if keys is None else [keys[row] for row in rows])
+    predicted = in_units(outputs, target, None if keys is None else keys[rows])
     return target_results(target, predicted, truth, samples, train[np.isfinite(truth[train])], rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,21 +11,14 @@ import torch
 from torch import Tensor
 
 from aam.commands.inputs import split
-from aam.commands.training import Task, make_encoder, train, usual_options
+from aam.commands.training import make_encoder, train, usual_options
 from aam.config import FinetuneConfig, flag
-from aam.data.clades import known_arrays
 from aam.data.dataset import SampleDataset
 from aam.data.metadata import require_values
-from aam.data.samples import Samples, make_dataset, read_samples
+from aam.data.samples import Samples, read_samples
 from aam.errors import InputError, log
+from aam.evaluation import outputs
 from aam.evaluation.metrics import Measured, target_metrics
-from aam.evaluation.outputs import (
-    encode_asvs,
-    in_units,
-    predict_outputs,
-    prediction_cells,
-    prediction_frame,
-)
 from aam.evaluation.results import target_results
 from aam.files import refuse_breaks
 from aam.learning.checkpoint import fingerprint
@@ -36,6 +28,7 @@ from aam.learning.model_file import load_encoder, read_model
 from aam.learning.objective import FinetuneObjective
 from aam.learning.run import Run
 from aam.learning.targets import TargetInfo, TargetTransform, class_weights
+from aam.learning.task import Task
 from aam.model import Predictor
 from aam.model.predictor import PredictorShape
 
@@ -48,11 +41,7 @@ def finetune(config: FinetuneConfig) -> Path:
 
 
 def adopt_shape(config: FinetuneConfig, run: Path) -> None:
-    """Take the encoder's shape from a pretrained run, so that its weights fit.
-
-    Raises:
-        InputError: an option asks for another shape.
-    """
+    """Take the encoder's shape from a pretrained run, so that its weights fit."""
     for name, value in read_model(run).description["encoder"].items():
         if name == "dropout":
             continue
@@ -80,45 +69,60 @@ class Finetuning(Task):
         self.base = None if config.run.resume_from else config.pretrained_encoder
         if self.base is not None:
             adopt_shape(config, self.base)
-        samples = read_samples(config.data, seed, metadata=config.metadata.metadata)
-        self.samples, classes = samples, target_classes(samples, config)
-        assert samples.metadata is not None
+        samples = self.samples = read_samples(config.data, seed, metadata=config.metadata.metadata)
         column, columns = config.target.metadata_column, config.categorical.categorical_columns
+        classes = target_classes(samples, config)
+        assert samples.metadata is not None
         labels = [str(one) for one in samples.metadata.text(column)] if classes else None
-        self.parts = split(samples, config.metadata, seed, labels=labels)
+        self.parts = split(samples, config.metadata, seed, labels)
         self.rows = samples.rows(self.parts.train)
         self.validation_rows = samples.rows(self.parts.validation)
         truth = TargetInfo(column, classes).truth(samples.metadata)
         transform = "none" if classes else config.target.target_transform
-        self.keys: list[str] | None = None
-        if transform == "zscore-category" and columns:
-            self.keys = samples.category_keys(columns)
+        by_category = transform == "zscore-category" and columns
+        self.keys = samples.category_keys(columns) if by_category else None
         fitted = TargetTransform.fit(transform, truth[self.rows], self.keys_of(self.rows))
         self.target = TargetInfo(column, classes, fitted)
         scaled = fitted.apply(truth, self.keys)
         self.learned = scaled.astype(np.int64 if classes else np.float32)
         self.truth = self.learned if classes else truth
-        self.categories = category_classes(samples, columns, self.rows)
+        self.categories = {one: self.category_classes(one) for one in columns}
         codes = samples.category_codes(self.categories) if columns else None
-        known = {"targets": self.learned, "categories": codes}
-        self.dataset = make_dataset(samples, config.data, **known)
+        self.dataset = samples.dataset(config.data, targets=self.learned, categories=codes)
         self.facts, self.warnings = samples.facts, samples.warnings
         self.optimizer = usual_options(config.optimizer, EPOCHS, LEARNING_RATE)
         self.best_metric = "balanced_accuracy" if classes else "r2"
-        self.description = {"target": asdict(self.target), "categories": self.categories}
-        digest = samples.table.digest()
-        self.fingerprint = fingerprint(digest, self.parts, self.truth, codes)
+        self.known = {"target": asdict(self.target), "categories": self.categories}
+        self.fingerprint = fingerprint(samples.table.digest(), self.parts, self.truth, codes)
+
+    def category_classes(self, column: str) -> list[str]:
+        """Classes of a categorical column: those of the training part."""
+        metadata = self.samples.metadata
+        assert metadata is not None
+        values = metadata.text(column)
+        classes = sorted({one for row in self.rows if (one := values[row]) is not None})
+        if not classes:
+            raise InputError(
+                f"{metadata.source}: column {column!r} has no values in the training part; "
+                "leave it out of --categorical-columns"
+            )
+        return classes
+
+    def keys_of(self, rows: np.ndarray) -> np.ndarray | None:
+        """Categories of some samples, where their target is scaled by category."""
+        return None if self.keys is None else self.keys[rows]
 
     def build(self, state: dict[str, Any] | None) -> FinetuneObjective:
         """With a frozen base each distinct ASV of the table is encoded once."""
         config, classes = self.config, len(self.target.classes)
         self.model = self.make_predictor(state).to(self.device)
+        encoder = self.model.encoder
         self.frozen: Tensor | None = None
         if config.freeze_base:
-            self.model.encoder.requires_grad_(False)
+            encoder.requires_grad_(False)
             everything = np.arange(len(self.dataset.sequences))
             log(f"encoding {len(everything)} distinct ASVs once (--freeze-base)")
-            self.frozen = encode_asvs(self.model.encoder, self.dataset, everything, RankGroup())
+            self.frozen = outputs.encode_asvs(encoder, self.dataset, everything, RankGroup())
         if self.base is not None:
             self.standardise()
         weights = None
@@ -157,65 +161,56 @@ class Finetuning(Task):
         times = np.bincount(slots, minlength=len(self.dataset.sequences))
         used = np.flatnonzero(times)
         if self.frozen is None:
-            vectors = encode_asvs(self.model.encoder, self.dataset, used, RankGroup())
+            vectors = outputs.encode_asvs(self.model.encoder, self.dataset, used, RankGroup())
         else:
             vectors = self.frozen[torch.from_numpy(used).to(self.frozen.device)]
         weights = torch.from_numpy(times[used]).to(vectors)
         self.model.sample_encoder.standardise_by(vectors, weights)
 
-    def keys_of(self, rows: np.ndarray) -> list[str] | None:
-        """Categories of some samples, where their target is scaled by category."""
-        return None if self.keys is None else [self.keys[row] for row in rows]
-
     def predict(
         self, rows: np.ndarray, ranks: RankGroup | None = None
     ) -> tuple[np.ndarray, Tensor]:
         """Predictions (numbers in the user's units, or probabilities) and raw outputs."""
-        outputs = predict_outputs(
+        raw = outputs.predict_outputs(
             self.model, self.dataset, rows, frozen_asvs=self.frozen, ranks=ranks
         )
-        return in_units(outputs, self.target, self.keys_of(rows)), outputs
+        return outputs.in_units(raw, self.target, self.keys_of(rows)), raw
 
     def validate(self) -> Measured:
         """The loss of the validation samples, and their metrics in the user's units."""
         rows = self.validation_rows
-        predicted, outputs = self.predict(rows, RankGroup())
-        loss = float(self.loss(outputs, torch.as_tensor(self.learned[rows])))
+        predicted, raw = self.predict(rows, RankGroup())
+        loss = float(self.loss(raw, torch.as_tensor(self.learned[rows])))
         measured = target_metrics(predicted, self.truth[rows], len(self.target.classes))
         return {"loss": loss, "target_loss": loss, **measured}
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The sequences of training."""
-        return known_arrays(self.dataset.sequences.take(self.dataset.asvs_of(self.rows)))
 
     def results(self, run: Run) -> dict[str, Any]:
         """Predictions of both parts, and the metrics beside their baselines."""
         target, rows, classes = self.target, [], self.target.classes
         for part, chosen in (("train", self.rows), ("validation", self.validation_rows)):
             predicted, _ = self.predict(chosen)
-            frame = prediction_frame(predicted, target, [self.samples.ids[row] for row in chosen])
-            for row, (name, *cells) in zip(chosen, prediction_cells(frame), strict=True):
-                true = self.truth[row]
+            ids = [self.samples.ids[row] for row in chosen]
+            frame = outputs.prediction_frame(predicted, target, ids)
+            for true, (name, *cells) in zip(
+                self.truth[chosen], outputs.prediction_cells(frame), strict=True
+            ):
                 rows.append([name, part, classes[int(true)] if classes else float(true), *cells])
         run.write_table("predictions.tsv", ["sample-id", "part", "true", *frame.columns], rows)
         results = target_results(
             target, predicted, self.truth, self.samples, self.rows, self.validation_rows
         )
-        described = {"column": target.column, "kind": target.kind, "classes": classes, "unit": ""}
+        kind = "classification" if classes else "regression"
+        described = {"column": target.column, "kind": kind, "classes": classes, "unit": ""}
         return {"results": results, "target": described}
 
 
 def target_classes(samples: Samples, config: FinetuneConfig) -> tuple[str, ...]:
-    """The target's classes, sorted; none for a number. Samples without a value are dropped.
-
-    Raises:
-        InputError: the column cannot be the target, or some samples have no value and
-            --allow-missing is not given.
-    """
+    """The target's classes, sorted; none for a number. Samples without a value are dropped."""
     metadata, column = samples.metadata, config.target.metadata_column
     assert metadata is not None
-    task = config.target.task
-    by_class = task == "classification" or (task == "auto" and not metadata.is_numeric(column))
+    by_class = config.target.task == "classification"
+    if config.target.task == "auto":
+        by_class = not metadata.is_numeric(column)
     require_values(metadata, column, numeric=not by_class)
     samples.keep_with(column, allow_missing=config.data.allow_missing)
     if not by_class:
@@ -223,20 +218,3 @@ def target_classes(samples: Samples, config: FinetuneConfig) -> tuple[str, ...]:
     classes = tuple(sorted({str(one) for one in metadata.text(column) if one is not None}))
     refuse_breaks(classes, metadata.source, f"values of column {column!r}")
     return classes
-
-
-def category_classes(
-    samples: Samples, columns: Sequence[str], train_rows: np.ndarray
-) -> dict[str, list[str]]:
-    """Classes of each categorical column: those of the training part."""
-    metadata, found = samples.metadata, {}
-    assert metadata is not None
-    for column in columns:
-        values = metadata.text(column)
-        found[column] = sorted({one for row in train_rows if (one := values[row]) is not None})
-        if not found[column]:
-            raise InputError(
-                f"{metadata.source}: column {column!r} has no values in the training part; "
-                "leave it out of --categorical-columns"
-            )
-    return found

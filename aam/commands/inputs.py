@@ -1,66 +1,59 @@
-"""From files to samples: table, rarefaction, matching ids, distances and the split."""
+"""What samples are compared by, and the parts that they are split into."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from aam.config import DistanceOptions, MetadataOptions, TableOptions
+from aam.config import EvaluateConfig, MetadataOptions, TableOptions, TruthOptions
 from aam.data.distances import read_distances
 from aam.data.samples import Samples
 from aam.data.splits import Split, leaking_columns, split_samples
 from aam.data.table_distances import TableDistances
-from aam.data.tree import Phylogeny, read_tree
+from aam.data.tree import read_tree
 from aam.data.unifrac import Distances, UniFrac
 from aam.errors import DataFact, InputError, name_some
 
 MOST_COMPARED = 2000  # validation samples of which all pairs are compared
 
 
-def attach_tree(samples: Samples, tree: Phylogeny, drop_missing: bool) -> UniFrac:
-    """Unweighted UniFrac of the samples by a tree, which must hold the table's features."""
-    unifrac = UniFrac(samples.table, tree, drop_missing=drop_missing)
-    samples.facts += unifrac.facts
-    return unifrac
-
-
 def attach_distances(
-    samples: Samples, table_options: TableOptions, options: DistanceOptions
+    samples: Samples,
+    options: TruthOptions,
+    distance: str | None,
+    table: TableOptions | EvaluateConfig,
 ) -> Distances:
     """True distances between the samples: by a tree, from a matrix, or of the table itself.
 
-    Samples without distances are dropped from `samples` where that is allowed.
-
-    Raises:
-        InputError: none or several are given, or they do not fit the table.
+    Samples that a matrix lacks are dropped from `samples` where that is allowed.
     """
-    given = [options.tree, options.unifrac_matrix, options.distance]
-    if sum(one is not None for one in given) != 1:
+    tree, matrix = options.tree, options.unifrac_matrix
+    if sum(one is not None for one in (tree, matrix, distance)) != 1:
         raise InputError(
             "give one of --tree, --unifrac-matrix and --distance: what samples are compared by"
         )
-    if options.distance is not None:
-        return TableDistances(samples.table, options.distance)
-    if options.tree is not None:
-        tree = read_tree(options.tree, sequences=table_options.sequences)
-        return attach_tree(samples, tree, options.drop_missing_tips)
-    assert options.unifrac_matrix is not None
-    matrix = read_distances(
-        options.unifrac_matrix,
-        sample_ids=samples.ids,
-        ids_file=options.unifrac_matrix_ids,
-        allow_missing=table_options.allow_missing,
-        table_source=str(table_options.table),
-    )
-    samples.facts += matrix.facts
-    samples.keep(matrix.sample_ids)
-    return matrix
+    if distance is not None:
+        return TableDistances(samples.table, distance)
+    source: Any
+    if tree is not None:
+        phylogeny = read_tree(tree, sequences=table.sequences)
+        source = UniFrac(samples.table, phylogeny, drop_missing=options.drop_missing_tips)
+    else:
+        assert matrix is not None
+        source = read_distances(
+            matrix, sample_ids=samples.ids, ids_file=options.unifrac_matrix_ids,
+            allow_missing=table.allow_missing, table_source=samples.table.source,
+        )  # fmt: skip
+        samples.keep(source.sample_ids)
+    samples.facts += source.facts
+    return source
 
 
 def split(
-    samples: Samples, options: MetadataOptions, seed: int, *, labels: Sequence[str] | None = None
+    samples: Samples, options: MetadataOptions, seed: int, labels: Sequence[str] | None = None
 ) -> Split:
     """Split the samples as the options say, stratified by labels (classes) where given.
 
@@ -68,12 +61,9 @@ def split(
     """
     groups = samples.groups(options.group_column)
     if options.train_ids is None and options.validation_ids is None:
+        share = options.validation_fraction
         parts = split_samples(
-            samples.ids,
-            validation_fraction=options.validation_fraction,
-            seed=seed,
-            labels=labels,
-            groups=groups,
+            samples.ids, validation_fraction=share, seed=seed, labels=labels, groups=groups
         )
     else:
         parts = given_split(samples, options.train_ids, options.validation_ids)
@@ -85,8 +75,8 @@ def split(
     leaks = [] if samples.metadata is None else leaking_columns(samples.metadata, parts)
     if leaks:
         samples.warnings.append(
-            f"values of {', '.join(repr(one) for one in leaks)} are in both the training and "
-            "the validation part: if these are subjects, validation numbers are too good; "
+            f"values of {', '.join(map(repr, leaks))} are in both the training and the "
+            "validation part: if these are subjects, validation numbers are too good; "
             f"use --group-column {leaks[0]}"
         )
     return parts
@@ -95,11 +85,11 @@ def split(
 def given_split(samples: Samples, train_ids: Path | None, validation_ids: Path | None) -> Split:
     """The split that id files give; where one is missing, all other samples are its part."""
     known = set(samples.ids)
-    train = None if train_ids is None else read_ids(train_ids, known)
-    validation = None if validation_ids is None else read_ids(validation_ids, known)
-    given = set(train or ()) | set(validation or ())
-    others = tuple(name for name in samples.ids if name not in given)
-    train, validation = (others if part is None else part for part in (train, validation))
+    paths = (train_ids, validation_ids)
+    given = [None if path is None else read_ids(path, known) for path in paths]
+    others = known.difference(*(ids for ids in given if ids))
+    rest = tuple(name for name in samples.ids if name in others)
+    train, validation = (rest if ids is None else ids for ids in given)
     both = sorted(set(train) & set(validation))
     if both:
         raise InputError(
@@ -109,11 +99,7 @@ def given_split(samples: Samples, train_ids: Path | None, validation_ids: Path |
 
 
 def read_ids(path: Path, known: set[str]) -> tuple[str, ...]:
-    """Sample ids of a file, one a line.
-
-    Raises:
-        InputError: the file is missing or empty, names an id twice or one that is not known.
-    """
+    """Sample ids of a file, one a line: at least one, each once, and known."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from aam.commands.inputs import attach_distances, split
-from aam.commands.pretrain_pairs import FREE_CLADES
+from aam.commands.pretrain import FREE_CLADES
 from aam.config import InspectConfig, OptimizerOptions, PenaltyOptions
 from aam.data.dataset import SampleDataset
 from aam.data.metadata import require_values
-from aam.data.samples import Samples, make_dataset, read_samples
+from aam.data.samples import Samples, read_samples
 from aam.data.table import FeatureTable
 from aam.data.table_distances import TableDistances
 from aam.errors import InputError, log, log_facts
@@ -47,11 +47,11 @@ def inspect(config: InspectConfig) -> None:
         labels = _describe_target(found, samples, config.metadata_column)
     given = config.distances
     if given.tree or given.unifrac_matrix or given.distance:
-        distances = attach_distances(samples, config.data, given)
+        distances = attach_distances(samples, given, given.distance, config.data)
         rows = np.random.default_rng(0).permutation(len(samples.ids))[:LOOKED_AT]
         values = condensed(distances.pairwise(np.sort(rows)))
         found["true distances"] = f"mean {values.mean():.3f}, sd {values.std():.3f}"
-    dataset = make_dataset(samples, config.data)
+    dataset = samples.dataset(config.data)
     if config.model is not None:
         add_applicability(samples, read_model(config.model))
     parts = split(samples, config.metadata, config.seed, labels=labels)

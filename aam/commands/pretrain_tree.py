@@ -13,12 +13,7 @@ import torch
 import torch.nn.functional as F
 from scipy.sparse import csr_array
 
-from aam.commands.training import (
-    Task,
-    make_encoder,
-    pretraining_metrics,
-    usual_options,
-)
+from aam.commands.training import make_encoder, pretraining_metrics, usual_options
 from aam.commands.tree_inputs import LEFT_OUT, read_reference, read_table_and_tree
 from aam.config import OptimizerOptions, PretrainConfig
 from aam.data.dataset import AsvDataset
@@ -40,6 +35,7 @@ from aam.learning.checkpoint import fingerprint
 from aam.learning.losses import CladeLoss
 from aam.learning.objective import CladeObjective
 from aam.learning.run import Run
+from aam.learning.task import Task
 from aam.model import PretrainedModel
 
 TOKENS_SEEN = 30_000_000  # of a run whose epochs are not given
@@ -65,9 +61,8 @@ class TreePretraining(Task):
     def __init__(self, config: PretrainConfig, device: torch.device) -> None:
         """Read the tree, and the table or the reference sequences."""
         self.config, self.device, max_bp = config, device, config.data.max_bp
-        reads_table = config.data.table is not None
-        inputs = read_table_and_tree(config) if reads_table else read_reference(config)
-        self.unit = "samples" if reads_table else "sequences"
+        inputs = (read_table_and_tree if config.data.table else read_reference)(config)
+        self.unit = "samples" if config.data.table else "sequences"
         self.facts, self.warnings = inputs.facts, inputs.warnings
         self.parts, self.subset = inputs.parts, inputs.subset
         self.clades, unseen = inputs.known.clades, inputs.known.unseen
@@ -81,7 +76,7 @@ class TreePretraining(Task):
         self.optimizer = tree_options(config.optimizer, self.dataset)
         learns_clades = bool(config.losses.unifrac_penalty)
         self.best_metric = "clade_jaccard" if learns_clades else "nucleotide_accuracy"
-        self.description = {}
+        self.known = {}
         contents = "tree" if self.subset is None else self.subset.samples.table.digest()
         hashes, tree = self.clades.sequences.hashes() >> np.uint64(1), self.clades.tree
         self.fingerprint = fingerprint(contents, self.parts, tree.parent, tree.length, hashes)
@@ -90,14 +85,11 @@ class TreePretraining(Task):
         """The clade head begins at the share of ASVs in each clade."""
         clades, encoder = self.clades, make_encoder(self.config)
         self.model = PretrainedModel(encoder, clades=len(clades))
-        assert self.model.clades is not None
-        share = (clades.stop - clades.start) / len(clades.sequences)
-        self.model.clades.begin_at(torch.from_numpy(share))
+        head, losses = self.model.clades, self.config.losses
+        assert head is not None
+        head.begin_at(torch.from_numpy((clades.stop - clades.start) / len(clades.sequences)))
         self.model.to(self.device)
-        return CladeObjective(
-            encoder, self.model.clades, self.config.losses, CladeLoss(clades),
-            stack_joins=STACK_JOINS,
-        )  # fmt: skip
+        return CladeObjective(encoder, head, losses, CladeLoss(clades), stack_joins=STACK_JOINS)
 
     @cached_property
     def placer(self) -> Placer:

@@ -6,15 +6,16 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from aam.commands.inputs import attach_tree, evaluation_rows, split
+from aam.commands.inputs import attach_distances, evaluation_rows, split
 from aam.config import PretrainConfig
 from aam.data.clades import MOST_CLADES, TreeSplit, split_tree
 from aam.data.samples import Samples, read_samples
 from aam.data.sequences import is_dna, read_fasta
 from aam.data.splits import Split
 from aam.data.texts import Texts, match_names
-from aam.data.tree import read_tree
-from aam.errors import DataFact, InputError, name_some
+from aam.data.tree import Phylogeny, read_tree
+from aam.data.unifrac import UniFrac
+from aam.errors import DataFact, InputError, dropped, name_some
 from aam.evaluation.results import CHECK_SEED, EvaluationSubset
 
 LEAST_TIPS = 3
@@ -34,40 +35,28 @@ class TreeInputs:
 
 
 def read_table_and_tree(config: PretrainConfig) -> TreeInputs:
-    """ASVs of a table's training samples are known, those of validation samples alone left out.
-
-    Raises:
-        InputError: the files cannot be used, or too few ASVs are on the tree.
-    """
-    data, path = config.data, config.distances.tree
-    assert data.table is not None and path is not None
-    samples = read_samples(data, config.run.seed, metadata=config.metadata.metadata)
-    tree = read_tree(path, sequences=data.sequences)
-    truth = attach_tree(samples, tree, config.distances.drop_missing_tips)
-    parts = split(samples, config.metadata, config.run.seed)
-    train_rows = samples.rows(parts.train)
-    names = samples.table.feature_ids
-    seen = np.zeros(len(names), dtype=bool)
-    seen[samples.table.counts[train_rows].indices] = True
+    """ASVs of a table's training samples are known, those of validation samples alone left out."""
+    data, metadata, seed = config.data, config.metadata, config.run.seed
+    samples = read_samples(data, seed, metadata=metadata.metadata)
+    truth = attach_distances(samples, config.distances, None, data)
+    assert isinstance(truth, UniFrac)
+    parts = split(samples, metadata, seed)
+    train_rows, table = samples.rows(parts.train), samples.table
+    seen = np.zeros(len(table.feature_ids), dtype=bool)
+    seen[table.counts[train_rows].indices] = True
     columns = np.flatnonzero(truth.tip_of_column >= 0)
     columns = columns[np.argsort(truth.tip_of_column[columns])]  # of each tip
-    require_tips(truth.tree.source, int(seen[columns].sum()), "training ASVs")
-    by_sequence = replace(truth.tree, tip_names=Texts.of(names).take(columns))
-    known = split_tree(by_sequence, seen[columns])
+    by_sequence = replace(truth.tree, tip_names=Texts.of(table.feature_ids).take(columns))
+    known, facts = split_known(by_sequence, seen[columns], "training ASVs", data.max_bp)
     rows = placed_rows(samples, evaluation_rows(samples, parts), seen)
-    samples.facts += clade_facts(known, config.data.max_bp)
-    group_column = config.metadata.group_column
-    subset = EvaluationSubset(samples, truth, rows, train_rows, group_column)
-    return TreeInputs(known, parts, subset, samples.facts, samples.warnings)
+    subset = EvaluationSubset(samples, truth, rows, train_rows, metadata.group_column)
+    return TreeInputs(known, parts, subset, samples.facts + facts, samples.warnings)
 
 
 def placed_rows(samples: Samples, rows: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """Validation samples whose new ASVs are placed in the end; what is left out is a fact.
+    """Validation samples, of rows (n,), whose new ASVs are placed in the end.
 
-    Args:
-        samples: of the table.
-        rows: (n,) rows of the validation samples.
-        seen: (features,) bool, ASVs of the training samples.
+    `seen` (features,) are the ASVs of training samples. What is left out is a fact.
     """
     order = np.random.default_rng(CHECK_SEED).permutation(rows)
     counts = samples.table.counts[order][:, ~seen]
@@ -81,39 +70,31 @@ def placed_rows(samples: Samples, rows: np.ndarray, seen: np.ndarray) -> np.ndar
 
 
 def read_reference(config: PretrainConfig) -> TreeInputs:
-    """A tree and the sequences of its tips, without a table; some tips are left out.
-
-    Raises:
-        InputError: files cannot be used, or sequences are not tips.
-    """
+    """A tree and the sequences of its tips, without a table; some tips are left out."""
     path, fasta = config.distances.tree, config.data.sequences
     assert path is not None and fasta is not None
     sequences, facts = distinct_sequences(read_fasta(fasta), str(fasta))
-    tree = read_tree(path)
-    ids = Texts.of(list(sequences))
+    ids, tree = list(sequences), read_tree(path)
     tips = match_names(ids, tree.tip_names)
-    missing = np.flatnonzero(tips < 0)
-    if len(missing):
-        named = name_some([ids[int(one)] for one in missing[:3]])
-        if not config.distances.drop_missing_tips:
-            raise InputError(
-                f"{path}: {len(missing)} of {len(ids)} sequences of {fasta} are not tips of the "
-                f"tree ({named}); leave them out with --drop-missing-tips"
-            )
-        facts.append(DataFact("sequences that are not in the tree", len(missing), named, "dropped"))
+    missing = [ids[place] for place in np.flatnonzero(tips < 0)]
+    if missing and not config.distances.drop_missing_tips:
+        raise InputError(
+            f"{path}: {len(missing)} of {len(ids)} sequences of {fasta} are not tips of the tree "
+            f"({name_some(missing)}); leave them out with --drop-missing-tips"
+        )
+    facts += dropped("sequences that are not in the tree", missing)
     on_tree = np.zeros(len(tree.tip_names), dtype=bool)
     on_tree[tips[tips >= 0]] = True
-    require_tips(str(path), int(on_tree.sum()), f"sequences of {fasta}")
     tree = tree.shear(on_tree)
     names = np.array(list(tree.tip_names), dtype=object)
+    facts.append(DataFact("sequences on the tree", len(names), str(fasta)))
     count = min(round(config.metadata.validation_fraction * len(names)), LEFT_OUT)
     is_known = np.ones(len(names), dtype=bool)
     is_known[np.random.default_rng(config.run.seed).permutation(len(names))[:count]] = False
-    facts.append(DataFact("sequences on the tree", len(names), str(fasta)))
-    known = split_tree(tree.rename(sequences), is_known)
-    facts += clade_facts(known, config.data.max_bp)
+    what = f"training sequences of {fasta}"
+    known, more = split_known(tree.rename(sequences), is_known, what, config.data.max_bp)
     parts = Split(tuple(names[is_known]), tuple(names[~is_known]))
-    return TreeInputs(known, parts, None, facts)
+    return TreeInputs(known, parts, None, facts + more)
 
 
 def distinct_sequences(
@@ -122,49 +103,47 @@ def distinct_sequences(
     """Sequences of A, C, G and T, each once; what is left out is counted."""
     dna = {name: one for name, one in sequences.items() if is_dna(one)}
     first_with = {one: name for name, one in reversed(dna.items())}
-    left_out = {
-        "sequences with other letters than A, C, G and T": [n for n in sequences if n not in dna],
-        "sequences that repeat another": [n for n, one in dna.items() if first_with[one] != n],
-    }
-    facts = [
-        DataFact(f"{what} ({source})", len(names), name_some(names), "dropped")
-        for what, names in left_out.items()
-        if names
-    ]
-    return {name: one for name, one in dna.items() if first_with[one] == name}, facts
+    kept = {name: one for name, one in dna.items() if first_with[one] == name}
+    others, repeats = [n for n in sequences if n not in dna], [n for n in dna if n not in kept]
+    facts = dropped(f"sequences with other letters than A, C, G and T ({source})", others)
+    return kept, facts + dropped(f"sequences that repeat another ({source})", repeats)
 
 
-def require_tips(source: str, count: int, what: str) -> None:
-    """Refuse a tree that has next to nothing of what is to be learned."""
+def split_known(
+    tree: Phylogeny, is_known: np.ndarray, what: str, max_bp: int
+) -> tuple[TreeSplit, list[DataFact]]:
+    """The clades of a tree's known tips, where the others join, and facts of what is too much.
+
+    Args:
+        tree: its tips are named by their sequences.
+        is_known: (tips,) bool.
+        what: what the known tips are, for messages.
+        max_bp: bases that are kept of a sequence.
+    """
+    count = int(is_known.sum())
     if count < LEAST_TIPS:
         raise InputError(
-            f"{source}: {count} {what} are tips of the tree; at least {LEAST_TIPS} are needed: "
-            "use the tree that was made for these sequences"
+            f"{tree.source}: {count} {what} are tips of the tree; at least {LEAST_TIPS} are "
+            "needed: use the tree that was made for these sequences"
         )
-
-
-def clade_facts(known: TreeSplit, max_bp: int) -> list[DataFact]:
-    """What is cut, and what is too much to be learned or to be looked at in every validation.
-
-    Raises:
-        InputError: the tree has no clade.
-    """
-    clades, tree = known.clades, known.clades.tree
+    known = split_tree(tree, is_known)
+    clades, lengths = known.clades, known.clades.sequences.lengths
     if not len(clades):
         raise InputError(
             f"{tree.source}: has no inner branch with a length: there is no clade to learn"
         )
-    lengths = clades.sequences.lengths
-    cut, longest = int((lengths > max_bp).sum()), int(lengths.max())
-    branches = int((tree.tip_stop - tree.tip_start > 1).sum())
-    lost = max(0, branches - MOST_CLADES) if len(clades) == MOST_CLADES else 0
-    unplaced = max(0, len(known.unseen) - LEFT_OUT)
+    branches = int((clades.tree.tip_stop - clades.tree.tip_start > 1).sum())
     found = (
-        (f"sequences cut at {max_bp} bases", cut, f"longest {longest}"),
+        (f"sequences cut at {max_bp} bases", (lengths > max_bp).sum(), f"longest {lengths.max()}"),
         (
-            f"branches that are no clade: {MOST_CLADES:,} with most members are learned", lost,
+            f"branches that are no clade: {MOST_CLADES:,} with most members are learned",
+            branches - MOST_CLADES if len(clades) == MOST_CLADES else 0,
             "nearest known ASVs decide",
         ),
-        (f"new ASVs whose clades are not measured: {LEFT_OUT:,} are", unplaced, "drawn at random"),
-    )  # fmt: skip
-    return [DataFact(what, count, detail, "cut") for what, count, detail in found if count]
+        (
+            f"new ASVs whose clades are not measured: {LEFT_OUT:,} are",
+            len(known.unseen) - LEFT_OUT,
+            "drawn at random",
+        ),
+    )
+    return known, [DataFact(one, int(n), detail, "cut") for one, n, detail in found if n > 0]

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from aam.data.metadata import Metadata
 from aam.errors import InputError, name_some
 
-# Random orders of the groups that are tried; the best cut of the best one is the split.
-_GROUP_ORDERS = 64
+GROUP_ORDERS = 64  # random orders of the groups that are tried; the best cut of the best one wins
 
 
 @dataclass(frozen=True)
@@ -37,38 +35,31 @@ def split_samples(
     The split depends on the ids, not on their order. With ``labels`` every class is in both parts,
     in proportion. With ``groups`` no group is in both parts; whole groups are drawn so that the
     validation part has about the asked fraction of *samples* (scikit-learn's GroupShuffleSplit
-    counts groups).
-
-    Raises:
-        InputError: no such split exists (a class with one sample or in one group, a single group).
+    counts groups). InputError where no such split exists.
     """
     order = np.argsort(np.array(ids, dtype=object))
     classes = np.zeros(len(ids), dtype=np.int64)
     if labels is not None:
         names, classes, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-        lonely = names[sizes < 2].tolist()
-        if lonely:
+        if lonely := names[sizes < 2].tolist():
             raise InputError(
                 f"{len(lonely)} classes have one sample only ({name_some(lonely)}): merge them "
                 "with another class or leave these samples out"
             )
-    generator = np.random.default_rng(seed)
-    in_validation = np.zeros(len(ids), dtype=bool)
+    generator, ordered = np.random.default_rng(seed), classes[order]
+    held_out = np.zeros(len(ids), dtype=bool)
     if groups is not None:
         own = np.unique(groups, return_inverse=True)[1][order]
-        in_validation[order] = _grouped(own, classes[order], validation_fraction, generator)
+        held_out[order] = _grouped(own, ordered, validation_fraction, generator)
     else:
-        in_validation[order] = _stratified(classes[order], validation_fraction, generator)
-    return Split(
-        tuple(one for one, held_out in zip(ids, in_validation, strict=True) if not held_out),
-        tuple(one for one, held_out in zip(ids, in_validation, strict=True) if held_out),
-    )
+        held_out[order] = _stratified(ordered, validation_fraction, generator)
+    pairs = list(zip(ids, held_out.tolist(), strict=True))
+    train, validation = ([one for one, out in pairs if out == part] for part in (False, True))
+    return Split(tuple(train), tuple(validation))
 
 
-def _stratified(
-    classes: NDArray[np.int64], fraction: float, generator: np.random.Generator
-) -> NDArray[np.bool_]:
-    """Which samples are for validation: the fraction of every class, one at the least.
+def _stratified(classes: np.ndarray, fraction: float, generator: np.random.Generator) -> np.ndarray:
+    """Whether each of n samples is for validation: the fraction of every class, at least one.
 
     scikit-learn's StratifiedShuffleSplit may leave a small class out of the validation part.
     """
@@ -78,43 +69,36 @@ def _stratified(
     # Largest remainders fill up to the fraction of all samples.
     short = round(len(classes) * fraction) - int(quota.sum())
     quota[np.argsort(quota - exact, kind="stable")[:short]] += 1
-    quota = np.clip(quota, 1, sizes - 1)
     chosen = np.zeros(len(classes), dtype=bool)
-    for code, number in enumerate(quota):
-        members = generator.permutation(np.flatnonzero(classes == code))
-        chosen[members[:number]] = True
+    for code, number in enumerate(np.clip(quota, 1, sizes - 1)):
+        chosen[generator.permutation(np.flatnonzero(classes == code))[:number]] = True
     return chosen
 
 
 def _grouped(
-    groups: NDArray[np.int64],
-    classes: NDArray[np.int64],
-    fraction: float,
-    generator: np.random.Generator,
-) -> NDArray[np.bool_]:
-    """Which samples are for validation, whole groups, nearest to the fraction.
+    groups: np.ndarray, classes: np.ndarray, fraction: float, generator: np.random.Generator
+) -> np.ndarray:
+    """Whether each of n samples is for validation: whole groups, nearest to the fraction.
 
-    Groups in random order are cut where the classes' counts come closest to their shares; of
-    several orders the closest wins.
+    Groups in random order are cut where the classes' counts come closest to their shares.
     """
-    number = int(groups.max()) + 1
+    members = np.zeros((groups.max() + 1, classes.max() + 1), dtype=np.int64)
+    np.add.at(members, (groups, classes), 1)  # (groups, classes)
+    number, total = len(members), members.sum(axis=0)
     if number < 2:
         raise InputError(
             "all samples are of one group: a grouped split needs two or more; choose another "
             "--group-column or none"
         )
-    members = np.zeros((number, int(classes.max()) + 1), dtype=np.int64)  # (groups, classes)
-    np.add.at(members, (groups, classes), 1)
-    total = members.sum(axis=0)
-    best_miss, best = np.inf, None
-    for _ in range(_GROUP_ORDERS):
+    least, best = np.inf, None
+    for _ in range(GROUP_ORDERS):
         order = generator.permutation(number)
         inside = members[order].cumsum(axis=0)[:-1]  # (groups - 1, classes), after each group
         miss = np.abs(inside / total - fraction).sum(axis=1)
         miss[((inside == 0) | (inside == total)).any(axis=1)] = np.inf
         at = int(np.argmin(miss))
-        if miss[at] < best_miss:
-            best_miss, best = miss[at], order[: at + 1]
+        if miss[at] < least:
+            least, best = miss[at], order[: at + 1]
     if best is None:
         raise InputError(
             "no split by group has every class in both parts: some class has too few groups "
@@ -123,49 +107,47 @@ def _grouped(
     return np.isin(groups, best)
 
 
-_IDENTIFIER = r"(id|ids|identifier|number|no|nr|code|name|key)"
+IDENTIFIER = r"(id|ids|identifier|number|no|nr|code|name|key)"
 # Column names, in snake case, that tell individuals, or what they share as closely (a cage).
-_SUBJECT_NAME = re.compile(
-    rf"(^|_)((subject|patient|participant|volunteer|donor|animal)s?(_?{_IDENTIFIER})?"
-    rf"|(individual|person|host|mouse|family|household|cage|twin|mother|infant)_?{_IDENTIFIER})$"
+SUBJECT_NAME = re.compile(
+    rf"(^|_)((subject|patient|participant|volunteer|donor|animal)s?(_?{IDENTIFIER})?"
+    rf"|(individual|person|host|mouse|family|household|cage|twin|mother|infant)_?{IDENTIFIER})$"
 )
 # Without such a name: many values, which settle at least half of many other columns. On the IBD
 # study a subject settles 16 of 24 columns, no other category more than 4.
-_FEWEST_SUBJECTS = 8
-_FEWEST_SETTLED_COLUMNS = 8
+FEWEST_SUBJECTS = 8
+FEWEST_SETTLED_COLUMNS = 8
 
 
 def leaking_columns(metadata: Metadata, split: Split) -> list[str]:
     """Columns that look like a subject id and have values in both parts of the split.
 
-    Those that say so by their name come first, as the likeliest subjects. A column looks like a
-    subject id where its values repeat and either its name says so (``host_subject_id``,
-    ``patient``), or it is text of many values that settle most other columns (all samples of one
-    value have the same sex, height, diagnosis, ...).
+    A column does where its values repeat and either its name says so (``host_subject_id``,
+    ``patient``; these come first), or it is text of many values that settle most other columns
+    (all samples of one value have the same sex, height, diagnosis, ...).
     """
-    both = metadata.select(split.train + split.validation)
-    number = len(split.train)
+    both, number = metadata.select(split.train + split.validation), len(split.train)
     found = []
     for column in both.columns:
         values = both.text(column)
-        crossing = set(values[:number]) & set(values[number:]) - {None}
-        if crossing and _looks_like_subjects(both, column):
+        crosses = set(values[:number]) & set(values[number:]) - {None}
+        if crosses and _looks_like_subjects(both, column):
             found.append(column)
     return sorted(found, key=lambda column: not _names_subjects(column))
 
 
 def _looks_like_subjects(metadata: Metadata, column: str) -> bool:
     values = metadata.frame[column]
-    present, distinct = values.count(), values.nunique()
-    if distinct < 3 or present < 1.5 * distinct:
+    distinct = values.nunique()
+    if distinct < 3 or values.count() < 1.5 * distinct:
         return False
     if _names_subjects(column):
         return True
-    if distinct < _FEWEST_SUBJECTS or metadata.is_numeric(column):
+    if distinct < FEWEST_SUBJECTS or metadata.is_numeric(column):
         return False
     others = metadata.frame[values.notna()].drop(columns=column)
     others = others.loc[:, (others.nunique() > 1) & (2 * others.count() >= len(values))]
-    if len(others.columns) < _FEWEST_SETTLED_COLUMNS:
+    if len(others.columns) < FEWEST_SETTLED_COLUMNS:
         return False
     settled = (others.groupby(values).nunique() <= 1).all()
     return bool(2 * settled.sum() >= len(settled))
@@ -173,4 +155,4 @@ def _looks_like_subjects(metadata: Metadata, column: str) -> bool:
 
 def _names_subjects(column: str) -> bool:
     snake = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", column)
-    return bool(_SUBJECT_NAME.search(re.sub(r"[^a-z0-9]+", "_", snake.lower()).strip("_")))
+    return bool(SUBJECT_NAME.search(re.sub(r"[^a-z0-9]+", "_", snake.lower()).strip("_")))

@@ -80,7 +80,10 @@ class Phylogeny:
         start, stop = tips_before[self.tip_start], tips_before[self.tip_stop]
         alive = np.flatnonzero(stop > start)
         if not len(alive):
-            raise InputError(f"{self.source}: no tip of the tree is left")
+            raise InputError(
+                f"{self.source}: no tip of the tree is left; use the tree that was made for these "
+                "sequences"
+            )
         # Of a chain of single children, lowest first, all hold the same tips.
         is_lowest = np.ones(len(alive), dtype=bool)
         is_lowest[1:-1] = (np.diff(start[alive[:-1]]) != 0) | (np.diff(stop[alive[:-1]]) != 0)

@@ -19,7 +19,7 @@ from aam.config import OptionalTableOptions, from_dict
 from aam.data.dataset import SampleDataset
 from aam.data.embedding import Embedding
 from aam.data.neighbours import Found
-from aam.data.samples import Samples, make_dataset, read_samples
+from aam.data.samples import Samples, read_samples
 from aam.data.table import FeatureTable
 from aam.errors import InputError, log, log_facts
 from aam.evaluation.applicability import add_applicability, applicability
@@ -101,7 +101,7 @@ class Model:
         add_applicability(samples, self.saved)
         return samples
 
-    def dataset(self, samples: Samples) -> tuple[SampleDataset, list[str] | None]:
+    def dataset(self, samples: Samples) -> tuple[SampleDataset, np.ndarray | None]:
         """Samples as tokens and categories, and what zscore-category knows them by."""
         classes, codes, keys = self.description.get("categories"), None, None
         if classes:
@@ -109,7 +109,7 @@ class Model:
             if self.target.transform.by_category and samples.metadata is not None:
                 keys = samples.category_keys(list(classes))
         options = SimpleNamespace(**self.description["data"])
-        return make_dataset(samples, options, categories=codes), keys
+        return samples.dataset(options, categories=codes), keys
 
     def embed(
         self, table: Any, asvs: bool = False, dimensions: int | None = None, **options: Any

@@ -177,7 +177,7 @@ def predict_outputs(
     ).cpu()
 
 
-def in_units(outputs: Tensor, target: TargetInfo, keys: Sequence[str] | None) -> np.ndarray:
+def in_units(outputs: Tensor, target: TargetInfo, keys: np.ndarray | None) -> np.ndarray:
     """Outputs as numbers in the user's units (n,), or probabilities (n, classes)."""
     if target.classes:
         return outputs.softmax(-1).double().numpy()

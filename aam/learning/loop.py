@@ -11,15 +11,13 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from aam.config import OptimizerOptions
-from aam.data.dataset import AsvDataset, SampleDataset
+from aam.config import to_dict
 from aam.errors import InputError, log
 from aam.files import CHECKPOINTS, resume_checkpoint
 from aam.learning import distributed
@@ -37,6 +35,7 @@ from aam.learning.progress import ProgressDisplay
 from aam.learning.run import Run
 from aam.learning.step import Step, StepTooLarge, is_out_of_memory
 from aam.learning.stopping import Stopped, StopSignals
+from aam.learning.task import Task
 
 LOWER_IS_BETTER = ("loss", "mae", "mse")
 LAST, BEST = "last.pt", "best.pt"
@@ -60,58 +59,28 @@ class Progress:
 
 
 class Trainer:
-    """Trains an objective on batches of a dataset."""
+    """Trains a task's objective on batches of its dataset."""
 
-    def __init__(
-        self,
-        device: torch.device,
-        objective: Objective,
-        dataset: SampleDataset | AsvDataset,
-        batching: Batching,
-        options: OptimizerOptions,
-        run: Run,
-        *,
-        validate: Callable[[], dict[str, float | None]],
-        best_metric: str,
-        description: dict[str, Any],
-        config: dict[str, Any],
-        seed: int,
-    ) -> None:
-        """Set up model and optimizer on the device.
-
-        Args:
-            device: of this rank.
-            objective: the loss, in stages.
-            dataset: the samples, or ASVs.
-            batching: which of them share a step, and in how many micro-batches it fits the memory.
-            options: how weights change; epochs, lr and validate_every are given.
-            run: where it is logged.
-            validate: validation metrics of the current weights; all ranks call it.
-            best_metric: the one that chooses the best checkpoint.
-            description: kept in every checkpoint beside the weights, as all options are.
-            config: all options.
-            seed: of masks and dropout.
-        """
-        assert options.epochs and options.lr is not None and options.validate_every
-        self.device, self.seed = device, seed
-        self.dataset, self.batching = dataset, batching
-        self.options, self.run, self.validate = options, run, validate
-        self.best_metric, self.description, self.config = best_metric, description, config
-        self.epochs, self.lr = options.epochs, options.lr
-        self.validate_every = options.validate_every
+    def __init__(self, task: Task, objective: Objective, batching: Batching, run: Run) -> None:
+        """Set up model and optimizer on the task's device; `run` is where it is logged."""
+        self.task, self.batching, self.run, self.options = task, batching, run, task.optimizer
+        self.device, self.dataset, self.settings = task.device, task.dataset, task.config.run
+        assert self.options.epochs and self.options.lr and self.options.validate_every
+        self.epochs, self.lr = self.options.epochs, self.options.lr
+        self.validate_every, self.seed = self.options.validate_every, self.settings.seed
         self.scheduled_samples = self.epochs * len(batching.rows)
-        group, settings = RankGroup(), config.get("run", {})
+        group = RankGroup()
         self.objective = objective.to(self.device)
         group.broadcast_weights(self.objective)
         # With fsdp the module that trains is another one, in parts; `objective` is filled from it.
-        self.sharded = settings.get("strategy") == "fsdp" and group.size > 1
+        self.sharded = self.settings.strategy == "fsdp" and group.size > 1
         self.trained = sharded_copy(objective, self.device) if self.sharded else objective
-        self.optimizer = make_optimizer(self.trained, options.lr, options.weight_decay)
-        half = autocast_dtype(settings.get("precision", "32"))
+        self.optimizer = make_optimizer(self.trained, self.lr, self.options.weight_decay)
+        half = autocast_dtype(self.settings.precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half == torch.float16)
         self.scaler.scale(torch.zeros((), device=self.device))  # its state is made by the first use
         self._step = Step(self.trained, group, equal_calls=self.sharded, autocast=half)
-        self.prefetch = Prefetch(dataset, self.device)
+        self.prefetch = Prefetch(self.dataset, self.device)
         self.progress = Progress()
         self.signals = StopSignals()
         self._saved = time.monotonic()
@@ -131,7 +100,7 @@ class Trainer:
         if state is not None:
             self.resume(state)
         self.batching.prepare(self.compute_all)
-        if self.config.get("run", {}).get("memory_profile"):
+        if self.settings.memory_profile:
             write_memory_profile(self)
         try:
             self.fit()
@@ -139,7 +108,7 @@ class Trainer:
             self.run.close()
             log(
                 f"saved at step {self.progress.step}; continue with "
-                f"aam {self.description['command']} --resume-from {self.run.path}"
+                f"aam {self.task.config.command} --resume-from {self.run.path}"
             )
             raise
         finally:
@@ -315,15 +284,16 @@ class Trainer:
             copy_whole(self.trained, self.objective)
         self.objective.eval()
         with torch.no_grad():
-            measured = distributed.broadcast(self.validate())
+            measured = distributed.broadcast(self.task.validate())
         self.run.log(at.step, at.epoch, "validation", measured)
-        if self.best_metric not in measured:
+        metric = self.options.best_metric or self.task.best_metric
+        if metric not in measured:
             raise InputError(
-                f"--best-metric {self.best_metric}: not measured here; choose {', '.join(measured)}"
+                f"--best-metric {metric}: not measured here; choose {', '.join(measured)}"
             )
-        value, better = measured[self.best_metric], False
+        value, better = measured[metric], False
         if value is not None and not math.isnan(value):
-            lower = self.best_metric.endswith(LOWER_IS_BETTER)
+            lower = metric.endswith(LOWER_IS_BETTER)
             better = at.best is None or (value < at.best if lower else value > at.best)
         regular = replace(at)
         if better:
@@ -352,8 +322,8 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "progress": asdict(progress or self.progress),
             "memory": self.batching.state(),
-            "description": self.description,
-            "config": self.config,
+            "description": self.task.describe(),
+            "config": to_dict(self.task.config),
         }
         if distributed.is_rank_zero():
             save_state(self.run.path / CHECKPOINTS / name, state)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,14 +27,8 @@ class TargetTransform:
     by_category: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @classmethod
-    def fit(
-        cls, name: str, values: np.ndarray, categories: Sequence[str] | None = None
-    ) -> TargetTransform:
-        """Fit on training targets (n,) in the user's units, and the key of their categories.
-
-        Raises:
-            InputError: a logarithm of numbers <= -1, or categories are missing.
-        """
+    def fit(cls, name: str, values: np.ndarray, keys: np.ndarray | None = None) -> TargetTransform:
+        """Fit on training targets (n,) in the user's units, and names of their categories (n,)."""
         if name == "none":
             return cls()
         values = _logarithm(name, values)
@@ -43,65 +36,31 @@ class TargetTransform:
             return cls(name, float(values.min()), float(np.ptp(values)) or 1.0)
         by_category = {}
         if name == "zscore-category":
-            if categories is None:
+            if keys is None:
                 raise InputError("--target-transform zscore-category needs --categorical-columns")
-            for key in sorted(set(categories)):
-                own = values[[one == key for one in categories]]
+            for key in sorted(set(keys)):
+                own = values[keys == key]
                 if len(own) >= MINIMUM_CATEGORY:
                     by_category[key] = (float(own.mean()), float(own.std()) or 1.0)
         return cls(name, float(values.mean()), float(values.std()) or 1.0, by_category)
 
-    def apply(self, values: np.ndarray, categories: Sequence[str] | None = None) -> np.ndarray:
-        """From the user's units to what the model learns; `InputError` as in `fit`."""
-        centre, scale = self._centre_and_scale(len(values), categories)
+    def apply(self, values: np.ndarray, keys: np.ndarray | None = None) -> np.ndarray:
+        """From the user's units to what the model learns; keys as in `fit`."""
+        centre, scale = self._centre_and_scale(keys)
         return (_logarithm(self.name, values) - centre) / scale
 
-    def invert(self, values: np.ndarray, categories: Sequence[str] | None = None) -> np.ndarray:
+    def invert(self, values: np.ndarray, keys: np.ndarray | None = None) -> np.ndarray:
         """From the model's outputs to the user's units."""
-        centre, scale = self._centre_and_scale(len(values), categories)
+        centre, scale = self._centre_and_scale(keys)
         values = np.asarray(values, dtype=np.float64) * scale + centre
         return np.expm1(values) if self.name.startswith("log-") else values
 
-    def _centre_and_scale(self, count: int, categories: Sequence[str] | None) -> np.ndarray:
-        """(2, count)."""
-        keys: Sequence[str | None] = [None] * count if categories is None else categories
+    def _centre_and_scale(self, keys: np.ndarray | None) -> Any:
+        """Two numbers, or (2, n)."""
         both = (self.centre, self.scale)
-        pairs = [both if key is None else self.by_category.get(key, both) for key in keys]
-        return np.array(pairs, dtype=np.float64).reshape(count, 2).T
-
-
-@dataclass(frozen=True)
-class TargetInfo:
-    """What `predict` must know of the column a model was trained on."""
-
-    column: str
-    classes: tuple[str, ...] = ()
-    transform: TargetTransform = field(default_factory=TargetTransform)
-
-    @property
-    def kind(self) -> str:
-        """``classification`` or ``regression``."""
-        return "classification" if self.classes else "regression"
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TargetInfo:
-        """What `dataclasses.asdict` made plain values of."""
-        transform = dict(values["transform"])
-        transform["by_category"] = {k: tuple(v) for k, v in transform["by_category"].items()}
-        return cls(values["column"], tuple(values["classes"]), TargetTransform(**transform))
-
-    def truth(self, metadata: Metadata) -> np.ndarray:
-        """True numbers, or class codes, (samples,) float64; NaN where missing or no known class."""
-        if not self.classes:
-            return metadata.numeric(self.column)
-        codes: dict[str | None, float] = {name: n for n, name in enumerate(self.classes)}
-        return np.array([codes.get(one, np.nan) for one in metadata.text(self.column)])
-
-
-def class_weights(codes: np.ndarray, classes: int) -> np.ndarray:
-    """Inverse class frequencies with mean 1 over the samples, (classes,) float32."""
-    sizes = np.bincount(codes, minlength=classes)
-    return (len(codes) / (classes * np.maximum(sizes, 1))).astype(np.float32)
+        if keys is None:
+            return both
+        return np.array([self.by_category.get(key, both) for key in keys]).reshape(-1, 2).T
 
 
 def _logarithm(name: str, values: np.ndarray) -> np.ndarray:
@@ -115,3 +74,32 @@ def _logarithm(name: str, values: np.ndarray) -> np.ndarray:
             f"{values.min():g}; use zscore"
         )
     return np.log1p(values)
+
+
+@dataclass(frozen=True)
+class TargetInfo:
+    """What `predict` must know of the column a model was trained on."""
+
+    column: str
+    classes: tuple[str, ...] = ()  # none: a number
+    transform: TargetTransform = field(default_factory=TargetTransform)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TargetInfo:
+        """What `dataclasses.asdict` made plain values of."""
+        transform = dict(values["transform"])
+        transform["by_category"] = {k: tuple(v) for k, v in transform["by_category"].items()}
+        return cls(values["column"], tuple(values["classes"]), TargetTransform(**transform))
+
+    def truth(self, metadata: Metadata) -> np.ndarray:
+        """True numbers, or class codes, (samples,) float64; NaN where missing or no known class."""
+        if not self.classes:
+            return metadata.numeric(self.column)
+        codes: dict[Any, float] = {name: n for n, name in enumerate(self.classes)}
+        return np.array([codes.get(one, np.nan) for one in metadata.text(self.column)])
+
+
+def class_weights(codes: np.ndarray, classes: int) -> np.ndarray:
+    """Inverse class frequencies with mean 1 over the samples, (classes,) float32."""
+    sizes = np.bincount(codes, minlength=classes)
+    return (len(codes) / (classes * np.maximum(sizes, 1))).astype(np.float32)

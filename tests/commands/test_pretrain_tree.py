@@ -6,7 +6,7 @@ import torch
 
 from aam.commands import tree_inputs
 from aam.commands.pretrain_tree import TreePretraining, calibration_asvs, tree_options
-from aam.commands.tree_inputs import clade_facts, distinct_sequences
+from aam.commands.tree_inputs import distinct_sequences, split_known
 from aam.config import OptimizerOptions, from_options
 from aam.data.dataset import AsvDataset
 from aam.data.metadata import read_metadata
@@ -102,13 +102,15 @@ def reads(counts, row, names):
 
 
 def test_what_is_too_much_becomes_a_fact(task, monkeypatch):
-    known = tree_inputs.read_table_and_tree(task.config).known
-    assert clade_facts(known, 150) == []
+    tree = task.subset.truth.tree
+    is_known = np.arange(len(tree.tip_names)) % 4 > 0
+    known, facts = split_known(tree, is_known, "ASVs", 150)
+    assert facts == [] and known.clades.sequences == tree.shear(is_known).tip_names
     monkeypatch.setattr(tree_inputs, "LEFT_OUT", 5)
     monkeypatch.setattr(tree_inputs, "MOST_CLADES", len(known.clades))
-    cut, few, unseen = clade_facts(known, 99)
+    cut, few, unseen = split_known(tree, is_known, "ASVs", 99)[1]
     assert cut.kind == few.kind == unseen.kind == "cut" and few.count > 0
-    assert unseen.count == len(known.unseen) - 5
+    assert unseen.count == (~is_known).sum() - 5
     samples, rows = task.subset.samples, task.subset.rows
     monkeypatch.setattr(tree_inputs, "MOST_PLACED", 1)
     seen = np.zeros(len(samples.table.feature_ids), dtype=bool)

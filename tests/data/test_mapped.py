@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from aam.commands.inputs import attach_distances
 from aam.config import DistanceOptions, TableOptions
 from aam.data import mapped
-from aam.data.samples import make_dataset, read_samples
+from aam.data.samples import read_samples
 from aam.data.table import read_table
 from aam.errors import InputError
 from tests.data.test_dataset import random_table
@@ -92,7 +92,7 @@ def test_batches_facts_and_digests_equal_those_in_memory(biom, asv_sampling, dep
     options = {"rarefy_depth": depth, "asv_sampling": asv_sampling, "token_limit": 9, "max_bp": 8}
     memory, disk = both(biom, **options)
     assert is_mapped(disk) and not is_mapped(memory)
-    datasets = [make_dataset(one, options_of(biom, **options)) for one in (memory, disk)]
+    datasets = [one.dataset(options_of(biom, **options)) for one in (memory, disk)]
     assert memory.facts == disk.facts and len(memory.facts) > (4 if depth else 3)
     assert disk.ids == memory.ids and (depth == 0 or len(disk.ids) < 12)
     assert disk.table.digest() == memory.table.digest()
@@ -118,10 +118,9 @@ def test_ibd_with_tree_and_metadata(real_data, tmp_path):
     for how in ("never", "always"):
         chosen = options_of(folder / "table.biom", how, rarefy_depth=3000, index_dir=tmp_path)
         samples = read_samples(chosen, 7, metadata=folder / "metadata.tsv")
-        distances = attach_distances(
-            samples, chosen, DistanceOptions(tree=folder / "tree.nwk", drop_missing_tips=True)
-        )
-        parts.append((samples, distances, make_dataset(samples, chosen)))
+        options = DistanceOptions(tree=folder / "tree.nwk", drop_missing_tips=True)
+        distances = attach_distances(samples, options, None, chosen)
+        parts.append((samples, distances, samples.dataset(chosen)))
     (memory, near, one), (disk, far, other) = parts
     assert memory.facts == disk.facts
     assert memory.metadata.ids == disk.metadata.ids
@@ -155,7 +154,7 @@ def test_counts_of_64_bits_and_a_sample_without_reads(tmp_path):
     assert disk.table.digest() == memory.table.digest()
     for samples in (memory, disk):
         with pytest.raises(InputError, match=r"1 samples have no reads \('s2'\)"):
-            make_dataset(samples, options_of(tmp_path))
+            samples.dataset(options_of(tmp_path))
 
 
 def damaged(path, damage):

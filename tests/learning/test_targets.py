@@ -21,7 +21,7 @@ NAMES = ("none", "minmax", "zscore", "zscore-category", "log-minmax", "log-zscor
     st.integers(1, 4),
 )
 def test_transforms_invert_after_a_round_trip_through_json(name, values, kinds):
-    keys = [f"k{n % kinds}" for n in range(len(values))]
+    keys = np.array([f"k{n % kinds}" for n in range(len(values))])
     fitted = TargetTransform.fit(name, np.array(values), keys)
     saved = json.loads(json.dumps(asdict(TargetInfo("age", (), fitted))))
     again = TargetInfo.from_dict(saved).transform
@@ -46,7 +46,7 @@ def test_what_each_transform_makes_of_numbers():
 
 
 def test_zscore_category_uses_the_categories_own_mean_where_there_are_two():
-    values, keys = np.array([1.0, 3.0, 10.0, 30.0, 99.0]), ["", "", "b", "b", "c"]
+    values, keys = np.array([1.0, 3.0, 10.0, 30.0, 99.0]), np.array(["", "", "b", "b", "c"])
     fitted = TargetTransform.fit("zscore-category", values, keys)
     scaled = fitted.apply(values, keys)
     assert scaled[:4] == pytest.approx([-1, 1, -1, 1])
