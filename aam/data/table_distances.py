@@ -1,7 +1,7 @@
 """Distances between samples that need nothing but their counts: Jaccard, Bray-Curtis, Aitchison.
 
-``counts`` and ``other`` are ``(n, features)`` and ``(m, features)`` reads of samples; distances are
-``(n, m)`` float64, within ``counts`` where ``other`` is None. Two empty samples are at distance 0.
+``counts`` and ``other`` are ``(n, features)`` and ``(m, features)`` reads of samples, each with
+some; distances are ``(n, m)`` float64, within ``counts`` where ``other`` is None.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ def bray_curtis(counts: csr_array, other: csr_array | None = None) -> np.ndarray
     blocks = range(0, two.shape[0], _BLOCK_SAMPLES)
     parts = [overlap(one, two[low : low + _BLOCK_SAMPLES]) for low in blocks]
     shared = np.concatenate([np.empty((one.shape[0], 0)), *parts], axis=1)
-    shared[np.ix_(np.diff(one.indptr) == 0, np.diff(two.indptr) == 0)] = 1.0
     return np.maximum(1.0 - shared, 0.0)
 
 
@@ -53,7 +52,6 @@ def aitchison(counts: csr_array, other: csr_array | None = None) -> np.ndarray:
 
 def _shares(counts: csr_array) -> csr_array:
     counts = counts.astype(np.float64)
-    counts.eliminate_zeros()
     counts.data /= np.repeat(counts.sum(axis=1), np.diff(counts.indptr))
     return counts
 

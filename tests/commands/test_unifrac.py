@@ -65,23 +65,16 @@ def test_rarefaction_and_missing_tips_are_counted(unifrac, community, tmp_path, 
     assert len(read_distances(output).sample_ids) == 24 - dropped
 
 
-@pytest.mark.parametrize(
-    ("name", "metric", "problem"),
-    [
+def test_outputs_are_known_to_be_wrong_before_the_work(unifrac, tmp_path, capsys):
+    there, no_tree = tmp_path / "there.h5", tmp_path / "tree.nwk"
+    there.write_text("precious")
+    no_tree.write_text("no tree")
+    for name, metric, problem in (
         ("d.csv", "unweighted", "unknown extension '.csv' for unweighted; write to .h5 or .tsv"),
         ("d.h5", "faith-pd", "unknown extension '.h5' for faith-pd; write to .tsv"),
         ("there.h5", "unweighted", "already exists; choose another --output or use --overwrite"),
-    ],
-)
-def test_outputs_are_known_to_be_wrong_before_the_work(
-    unifrac, tmp_path, name, metric, problem, capsys
-):
-    there, tree = tmp_path / "there.h5", tmp_path / "tree.nwk"
-    there.write_text("precious")
-    tree.write_text("no tree")
-    words = (tmp_path / name, "--metric", metric)
-    assert unifrac(*words, tree=tree) == 2
-    assert problem in capsys.readouterr().err and there.read_text() == "precious"
-    if name == "there.h5":
-        assert unifrac(*words, "--overwrite") == 0
-        assert len(read_distances(there).sample_ids) == 24
+    ):
+        assert unifrac(tmp_path / name, "--metric", metric, tree=no_tree) == 2
+        assert problem in capsys.readouterr().err and there.read_text() == "precious"
+    assert unifrac(there, "--overwrite") == 0
+    assert len(read_distances(there).sample_ids) == 24

@@ -5,12 +5,11 @@ import pytest
 
 from aam.data.neighbours import BAND, CANDIDATES, NEAREST, Neighbours, bases_of
 
-LETTERS = np.array(list("ACGT"))
 COMPLEMENT = str.maketrans("ACGT", "TGCA")
 
 
 def draw(generator, length):
-    return "".join(generator.choice(LETTERS, length))
+    return "".join(generator.choice(list("ACGT"), length))
 
 
 def substituted(generator, sequence, count):
@@ -32,14 +31,11 @@ def edits(query, known):
     return min(cost[-1].min(), cost[:, -1].min())
 
 
-def family(seed, ancestors=6, each=5, length=60):
-    """Relatives of some sequences, at 0 to 10 substitutions."""
+def family(seed, length=60):
+    """Six families of five relatives, at 0 to 10 substitutions from their ancestor."""
     generator = np.random.default_rng(seed)
-    found = []
-    for _ in range(ancestors):
-        ancestor = draw(generator, length)
-        for _ in range(each):
-            found.append(substituted(generator, ancestor, int(generator.integers(0, 11))))
+    ancestors = [draw(generator, length) for _ in range(6)] * 5
+    found = [substituted(generator, one, int(generator.integers(0, 11))) for one in ancestors]
     return generator, list(dict.fromkeys(found))
 
 
@@ -51,12 +47,9 @@ def letters_of(aligned):
 @pytest.mark.parametrize("seed", range(2))
 def test_the_nearest_is_that_of_the_edit_distance(seed):
     generator, known = family(seed)
-    queries = [
-        substituted(generator, known[row], int(generator.integers(1, 7)))
-        for row in generator.integers(0, len(known), 15)
-    ]
-    index = Neighbours(known)
-    found = index.find(queries)
+    chosen = generator.integers(0, len(known), 15)
+    queries = [substituted(generator, known[at], int(generator.integers(1, 7))) for at in chosen]
+    found = Neighbours(known).find(queries)
     for row, query in enumerate(queries):
         expected = np.array([edits(query, one) for one in known])
         held = found.index[row] >= 0
@@ -66,8 +59,7 @@ def test_the_nearest_is_that_of_the_edit_distance(seed):
         # Missing words add less than an edit.
         assert -1e-6 <= own[0] - expected[at[0]] <= 0.5
     assert not found.reverse.any() and not found.foreign.any()
-    nearest = found.distance[:, :NEAREST]
-    votes = np.exp(-nearest)
+    votes = np.exp(-found.distance[:, :NEAREST])
     np.testing.assert_allclose(found.weights, votes / votes.sum(axis=1, keepdims=True), rtol=1e-6)
 
 
@@ -77,11 +69,9 @@ def test_a_known_sequence_finds_itself_and_may_be_left_out():
     found = index.find(known)
     assert np.array_equal(found.index[:, 0], own) and (found.distance[:, 0] == 0).all()
     assert np.array_equal(found.aligned, bases_of(known))
-    without = index.find(known, leave_out=own)
-    assert not (without.index == own[:, None]).any() and (without.distance[:, 0] >= 1).all()
-    some = np.where(own % 2 == 0, own, -1)
-    mixed = index.find(known, leave_out=some)
-    assert np.array_equal(mixed.index[:, 0] == own, own % 2 == 1)
+    some = index.find(known, leave_out=np.where(own % 2 == 0, own, -1))
+    assert np.array_equal((some.index == own[:, None]).any(axis=1), own % 2 == 1)
+    assert (some.distance[::2, 0] >= 1).all()
 
 
 @pytest.mark.parametrize(
@@ -107,8 +97,7 @@ def test_changed_sequences_find_their_source(change, least, most):
 def test_edits_of_a_short_overlap_count_over_the_whole_query():
     one = draw(np.random.default_rng(3), 80)
     wrong = one[20:30] + ("A" if one[30] != "A" else "C") + one[31:40]
-    index = Neighbours([one[:40]])
-    found = index.find([one[20:40] + "A" * 40, wrong + "A" * 40])  # unlike: 40 bases overhang
+    found = Neighbours([one[:40]]).find([one[20:40] + "A" * 40, wrong + "A" * 40])  # 40 overhang
     assert found.distance[0, 0] < 0.5
     assert 3 <= found.distance[1, 0] < 3.5  # one edit in 20 of 60 bases
 
@@ -133,10 +122,9 @@ def test_bases_stand_at_the_places_of_the_nearest_known_sequence():
         one[:30].lower() + "N" + one[31:]: one[:30] + "-" + one[31:],
     }
     found = Neighbours(known).find(list(cases))
-    assert found.aligned.shape == (len(cases), 60) and (found.index[:, 0] == 0).all()
-    assert [letters_of(row) for row in found.aligned] == [
-        f"{one}{'-' * 10}" for one in cases.values()
-    ]
+    assert (found.index[:, 0] == 0).all()
+    expected = [f"{case}{'-' * 10}" for case in cases.values()]
+    assert [letters_of(row) for row in found.aligned] == expected
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -147,93 +135,64 @@ def test_aligned_bases_come_from_the_query_in_order(seed):
     for row in generator.integers(0, len(known), 30):
         letters = list(substituted(generator, known[row], 3))
         for _ in range(2):
-            letters.insert(int(generator.integers(0, len(letters))), str(generator.choice(LETTERS)))
+            letters.insert(int(generator.integers(0, len(letters))), draw(generator, 1))
             del letters[int(generator.integers(0, len(letters)))]
         queries.append("".join(letters))
     found = Neighbours(known).find(queries)
-    for query, row, near, distance in zip(
-        queries, found.aligned, found.index[:, 0], found.distance[:, 0], strict=True
-    ):
-        rest = iter(query)
-        kept = letters_of(row).replace("-", "")
+    rows = zip(queries, found.aligned, found.index[:, 0], found.distance[:, 0], strict=True)
+    for query, row, near, distance in rows:
+        rest, kept = iter(query), letters_of(row).replace("-", "")
         assert all(letter in rest for letter in kept)  # a subsequence
         same = sum(a == b for a, b in zip(letters_of(row), known[near], strict=True))
         assert same >= len(kept) - distance - 0.5 and len(kept) >= len(query) - distance - 5
 
 
-# --------------------------------------------------------------------------- what is not its kind
-def test_reverse_complements_are_recognised():
+# --------------------------------------------------------------- other strands, regions, odd inputs
+def test_reverse_complements_are_recognised_and_other_dna_is_foreign():
     generator, known = family(4, length=100)
     queries = [substituted(generator, one, 3) for one in known]
     turned = [one.translate(COMPLEMENT)[::-1] for one in queries]
     turned[0] = turned[0][5:]
-    found = Neighbours(known).find(turned + queries)
-    assert found.reverse[: len(known)].all() and not found.reverse[len(known) :].any()
-    assert not found.foreign.any()
+    other = [draw(generator, 100) for _ in range(200)]  # shares hardly a word with any
+    found = Neighbours(known).find(turned + queries + other)
+    assert np.array_equal(found.reverse, np.arange(len(found.reverse)) < len(turned))
+    assert not found.foreign[:-200].any() and found.foreign[-200:].mean() > 0.99
 
 
-def test_other_dna_is_foreign_and_not_reversed():
-    """With few known sequences it shares no word with any, in one direction or both."""
-    generator, known = family(0, length=100)
-    found = Neighbours(known).find([draw(generator, 100) for _ in range(300)])
-    assert found.foreign.mean() > 0.99 and not found.reverse.any()
-
-
-# ------------------------------------------------------------------------------------- odd inputs
 def test_few_known_sequences_of_all_lengths_and_queries_without_a_word():
     one = Neighbours(["ACGTTGCAAGTCCATG"])
     found = one.find(["ACGTTGCAAGTCCATC", "TTTTTTTTTTTTTTTT", "ACGTTGC", "", "NNNNNNNNNNNN"])
     assert found.index.tolist() == [[0], *[[-1]] * 4] and 1 <= found.distance[0, 0] <= 1.5
     assert np.isinf(found.distance[1:]).all() and found.foreign.tolist() == [False, *[True] * 4]
     assert (found.aligned[1:] == 0).all() and (found.weights[1:] == 0).all()
-    assert not found.reverse.any()
     none = one.find([])
     assert none.index.shape == (0, 1) and none.aligned.shape == (0, 16) and len(none.weights) == 0
-    generator = np.random.default_rng(6)
-    known = [draw(generator, length) for length in (5, 9, 20, 60, 100, 150)]
-    index = Neighbours(known)
-    assert index.lengths.tolist() == [5, 9, 20, 60, 100, 150]
-    found = index.find(known)
+    generator, lengths = np.random.default_rng(6), [5, 9, 20, 60, 100, 150]
+    known = [draw(generator, length) for length in lengths]
+    found = Neighbours(known).find(known)
     assert found.index[:, 0].tolist() == [-1, 1, 2, 3, 4, 5]  # five bases are no word
-    for row in range(1, 6):
-        assert letters_of(found.aligned[row]).rstrip("-") == known[row]
-
-
-def test_of_many_known_sequences_some_are_candidates_and_ten_vote():
-    generator = np.random.default_rng(7)
-    source = draw(generator, 100)
-    known = [substituted(generator, source, 1 + at // 10) for at in range(150)]
-    found = Neighbours(known).find([source])
-    assert found.index.shape == (1, CANDIDATES) and (found.index[0, :10] < 20).all()
-    expected = np.array([edits(source, one) for one in known])
-    assert expected[found.index[0, 0]] == 1 and np.floor(found.distance[0, :8]).tolist() == [1] * 8
-    weights, distance = found.weights[0], found.distance[0, :NEAREST]
-    assert weights.shape == (NEAREST,) and weights.sum() == pytest.approx(1)
-    np.testing.assert_allclose(weights / weights[0], np.exp(distance[0] - distance))
+    assert [letters_of(row).rstrip("-") for row in found.aligned[1:]] == known[1:]
 
 
 def test_neither_the_order_of_queries_nor_their_blocks_change_anything(monkeypatch):
     generator, known = family(8)
     queries = [substituted(generator, one, 4)[generator.integers(0, 9) :] for one in known]
-    index = Neighbours(known)
-    whole = index.find(queries)
     order = generator.permutation(len(queries))
-    monkeypatch.setattr("aam.data.neighbours._BLOCK_PAIRS", 3 * CANDIDATES)
-    monkeypatch.setattr("aam.data.neighbours._BLOCK_ALIGNED", 4)
-    monkeypatch.setattr("aam.data.neighbours._BLOCK_SEQUENCES", 5)
+    whole = Neighbours(known).find(queries).take(order)
+    for name, size in (("PAIRS", 3 * CANDIDATES), ("ALIGNED", 4), ("SEQUENCES", 5)):
+        monkeypatch.setattr(f"aam.data.neighbours._BLOCK_{name}", size)
     parts = Neighbours(known).find([queries[at] for at in order])
     for name in ("distance", "aligned", "reverse", "foreign"):
-        assert np.array_equal(getattr(parts, name), getattr(whole, name)[order]), name
-    taken = whole.take(order[:4])
-    assert np.array_equal(taken.index, whole.index[order[:4]])
+        assert np.array_equal(getattr(parts, name), getattr(whole, name)), name
 
 
 def test_a_quarter_of_the_words_finds_the_same_nearest(monkeypatch):
     generator = np.random.default_rng(5)
     known = [draw(generator, 120) for _ in range(200)]
-    queries = [one[:50] + "A" + one[51:] for one in known[:40]]
     whole = Neighbours(known)
     monkeypatch.setattr("aam.data.neighbours.MOST_INDEXED_WHOLE", 100)
     part = Neighbours(known)
     assert 0.15 < len(part._holders) / len(whole._holders) < 0.35
-    np.testing.assert_array_equal(part.find(queries).index[:, 0], np.arange(40))
+    found = part.find([one[:50] + "A" + one[51:] for one in known[:40]])
+    assert found.index[:, 0].tolist() == list(range(40)) and found.index.shape[1] == CANDIDATES
+    assert found.weights.shape == (40, NEAREST)

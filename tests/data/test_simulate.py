@@ -1,10 +1,13 @@
 """The simulated community: the same for a seed, like a real study, and learnable."""
 
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy.spatial.distance import pdist, squareform
+from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
+from sklearn.model_selection import GroupKFold, cross_val_predict
 
 from aam.data.metadata import read_metadata
 from aam.data.simulate import DIAGNOSES, SITES, simulate_community
@@ -16,28 +19,20 @@ from aam.errors import InputError
 TINY = {"samples": 24, "asvs": 60, "asvs_per_sample": 12, "sequence_length": 40, "visits": 2}
 
 
-class Study:
-    """The default study, read back through the project's own readers."""
-
-    def __init__(self, folder):
-        start = time.process_time()
-        files = simulate_community(folder)
-        self.seconds = time.process_time() - start
-        self.table = read_table(files.table)
-        self.metadata = read_metadata(files.metadata).select(self.table.sample_ids)
-        self.present = self.table.counts.toarray() > 0
-        self.unifrac = UniFrac(self.table, read_tree(files.tree))
-        self.pairs = np.triu_indices(240, 1)
-        self.distances = self.unifrac.pairwise()[self.pairs]
-        self.age = self.metadata.numeric("age")
-        self.diagnosis, self.subject, self.site = (
-            np.array(self.metadata.text(column)) for column in ("diagnosis", "subject", "site")
-        )
-
-
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    return Study(tmp_path_factory.mktemp("study"))
+    """The default study, read back through the project's own readers."""
+    start = time.process_time()
+    files = simulate_community(tmp_path_factory.mktemp("study"))
+    seconds = time.process_time() - start
+    table, metadata = read_table(files.table), read_metadata(files.metadata)
+    metadata = metadata.select(table.sample_ids)
+    columns = {one: np.array(metadata.text(one)) for one in ("diagnosis", "subject", "site")}
+    unifrac = UniFrac(table, read_tree(files.tree))
+    return SimpleNamespace(
+        seconds=seconds, table=table, metadata=metadata, present=table.counts.toarray() > 0,
+        age=metadata.numeric("age"), unifrac=unifrac, **columns,
+    )  # fmt: skip
 
 
 def test_a_seed_gives_the_same_tiny_study_with_every_class_and_another_one_another(tmp_path):
@@ -59,8 +54,7 @@ def test_a_seed_gives_the_same_tiny_study_with_every_class_and_another_one_anoth
 
 def test_sizes_are_those_of_a_small_study(study):
     assert study.seconds < 5  # measured 0.1 to 0.3 s
-    assert study.present.shape[0] == 240
-    assert 400 <= study.present.shape[1] <= 800
+    assert study.present.shape[0] == 240 and 400 <= study.present.shape[1] <= 800
     richness = study.present.sum(axis=1)
     assert 40 <= richness.mean() <= 80
     assert richness.min() >= 5 and richness.max() > 2 * richness.mean()
@@ -71,16 +65,13 @@ def test_sizes_are_those_of_a_small_study(study):
 
 
 def test_asvs_are_distinct_and_tell_where_they_are_in_the_tree(study):
-    sequences = study.table.feature_ids
-    assert len(set(sequences)) == len(sequences)
-    bases = np.array([list(one) for one in sequences])
+    bases = np.array([list(one) for one in study.table.feature_ids])
     commonest = np.max([(bases == base).mean(axis=0) for base in "ACGT"], axis=0)
     assert 0.7 < commonest.mean() < 0.87  # ibd: 0.79 to 0.81
     assert (commonest > 0.97).mean() > 0.15 and (commonest < 0.6).mean() > 0.1
-    codes = np.searchsorted(["A", "C", "G", "T"], bases)
-    different = squareform(pdist(codes, "hamming"))
-    nearest = (different + np.eye(len(codes))).min(axis=1)
-    assert 0.01 <= np.median(nearest) < 0.06  # one to five of 100 nucleotides
+    different = squareform(pdist(np.searchsorted(["A", "C", "G", "T"], bases), "hamming"))
+    nearest = (different + np.eye(len(bases))).min(axis=1)
+    assert nearest.min() > 0 and 0.01 <= np.median(nearest) < 0.06  # one to five of 100 nucleotides
     assert different.mean() > 0.2
     # Hamming distance follows the path between two tips: the phylogeny can be learned.
     tree, tips = study.unifrac.tree, study.unifrac.tip_of_column
@@ -91,35 +82,29 @@ def test_asvs_are_distinct_and_tell_where_they_are_in_the_tree(study):
 
 
 def test_distances_are_like_those_of_real_data_and_not_only_shared_asvs(study):
-    assert 0.5 < study.distances.mean() < 0.68  # ibd: 0.619
-    assert 0.06 < study.distances.std() < 0.12  # ibd: 0.092
+    first, second = pairs = np.triu_indices(240, 1)
+    distances = study.unifrac.pairwise()[pairs]
+    assert 0.5 < distances.mean() < 0.68 and 0.06 < distances.std() < 0.12  # ibd: 0.619, 0.092
     jaccard = pdist(study.present, "jaccard")
-    assert 0.7 < np.corrcoef(jaccard, study.distances)[0, 1] < 0.95  # ibd: 0.90 to 0.96
+    assert 0.7 < np.corrcoef(jaccard, distances)[0, 1] < 0.95  # ibd: 0.90 to 0.96
     prevalence = study.present.mean(axis=0)
-    assert 5 <= (prevalence > 0.8).sum() <= 25  # the core
-    assert np.median(prevalence) < 0.1
+    assert 5 <= (prevalence > 0.8).sum() <= 25 and np.median(prevalence) < 0.1  # the core
     generator = np.random.default_rng(0)
     batches = [study.present[generator.choice(240, 8, replace=False)] for _ in range(50)]
     share = np.mean([batch.any(axis=0).sum() / batch.sum() for batch in batches])
     assert 0.42 < share < 0.62  # ibd: 0.53, oral: 0.44
-    first, second = study.pairs
     for same, least in (
         (study.subject[first] == study.subject[second], 1.5),
         (study.diagnosis[first] == study.diagnosis[second], 0.1),
         (np.abs(study.age[first] - study.age[second]) < 5, 0.2),
     ):
-        gap = study.distances[~same].mean() - study.distances[same].mean()
-        assert gap > least * study.distances.std()
+        assert distances[~same].mean() - distances[same].mean() > least * distances.std()
 
 
 def test_a_random_forest_learns_the_metadata_of_new_subjects_but_not_all_of_it(study):
-    from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
-    from sklearn.model_selection import GroupKFold, cross_val_predict
-
+    present, trees = study.present.astype(np.float32), {"min_samples_leaf": 2, "random_state": 0}
     options = {"cv": GroupKFold(4), "groups": study.subject}
-    trees = {"n_estimators": 60, "min_samples_leaf": 2, "max_features": 0.2, "random_state": 0}
-    present = study.present.astype(np.float32)
-    forest = RandomForestRegressor(**trees)
+    forest = RandomForestRegressor(60, max_features=0.2, **trees)
     residual = study.age - cross_val_predict(forest, present, study.age, **options)
     r2 = 1 - residual.var() / study.age.var()
     assert 0.4 < r2 < 0.8  # measured 0.53 to 0.67 over seeds
@@ -127,19 +112,17 @@ def test_a_random_forest_learns_the_metadata_of_new_subjects_but_not_all_of_it(s
     for site in SITES:
         residual[study.site == site] -= residual[study.site == site].mean()
     assert 1 - residual.var() / study.age.var() > r2 + 0.1
-    forest = RandomForestClassifier(class_weight="balanced", **trees)
+    forest = RandomForestClassifier(60, max_features=0.2, class_weight="balanced", **trees)
     correct = cross_val_predict(forest, present, study.diagnosis, **options) == study.diagnosis
     majority = max((study.diagnosis == one).mean() for one in DIAGNOSES)
     assert 0.45 < majority < 0.55
     assert majority + 0.1 < correct.mean() < 0.95  # measured 0.70 to 0.74
 
 
-@pytest.mark.parametrize(
-    "sizes", [{"samples": 1}, {"asvs": 50}, {"sequence_length": 5}, {"visits": 0}]
-)
-def test_sizes_that_make_no_study_and_folders_that_cannot_be_made(tmp_path, sizes):
-    with pytest.raises(InputError, match="a simulated study needs"):
-        simulate_community(tmp_path / "study", **sizes)
+def test_sizes_that_make_no_study_and_folders_that_cannot_be_made(tmp_path):
+    for wrong in ({"samples": 1}, {"asvs": 50}, {"sequence_length": 5}, {"visits": 0}):
+        with pytest.raises(InputError, match="a simulated study needs"):
+            simulate_community(tmp_path / "study", **wrong)
     assert not (tmp_path / "study").exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write the simulated community"):

@@ -9,28 +9,21 @@ from hypothesis import strategies as st
 
 import aam.data.newick as newick_module
 import aam.data.tree as tree_module
-from aam.data.newick import parse_newick
+from aam.data.newick import newick, parse_newick
 from aam.data.tree import read_tree
 from aam.errors import InputError
 from tests.data.trees import check_ranges, parse, random_newick
 
 
-@pytest.fixture
-def newick(tmp_path):
-    """Write a text as tree.nwk and return the path."""
-
-    def write(text):
-        path = tmp_path / "tree.nwk"
-        path.write_text(text)
-        return path
-
-    return write
+def write(folder, text):
+    path = folder / "tree.nwk"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
 
 
 def equal_trees(one, other):
     assert one.tip_names == other.tip_names
-    np.testing.assert_array_equal(one.parent, other.parent)
-    np.testing.assert_array_equal(one.length, other.length)
+    assert np.array_equal(one.parent, other.parent) and np.array_equal(one.length, other.length)
 
 
 def general(path):
@@ -43,11 +36,10 @@ def general(path):
 def test_the_quick_reader_reads_what_the_general_one_reads(tmp_path_factory, seed, tips, labels):
     text = random_newick(np.random.default_rng(seed), tips)
     text = text.replace(")", ")'0.97:g__X (y); [z]'" if labels else ")0.97") + "\n" * (seed % 3)
-    path = tmp_path_factory.mktemp("tree") / "tree.nwk"
-    path.write_text(text)
     tree = parse(text)
-    equal_trees(tree, general(path))
+    equal_trees(tree, general(write(tmp_path_factory.mktemp("tree"), text)))
     check_ranges(tree)
+    equal_trees(tree, parse(newick(tree.parent, tree.length, tree.tip_names)))
 
 
 @pytest.mark.real
@@ -73,9 +65,9 @@ def test_the_quick_reader_leaves_what_is_not_plain_to_the_general_one(text):
     assert parse_newick(np.frombuffer(text.encode(), dtype=np.uint8)) is None
 
 
-def test_arrays_of_a_tree_with_labels_of_every_kind(newick):
+def test_arrays_of_a_tree_with_labels_of_every_kind(tmp_path):
     quoted, plain = "('a b':1e-1,'it''s (x;y)':2)0.93:0.5[note; 1]", "under_score:3"
-    tree = read_tree(newick(f"({quoted},{plain},(d:1,e:1,f:1)'g':2)root:9;\n"))
+    tree = read_tree(write(tmp_path, f"({quoted},{plain},(d:1,e:1,f:1)'g':2)root:9;\n"))
     assert tree.tip_names == ("a b", "it's (x;y)", "under_score", "d", "e", "f")
     assert tree.parent.tolist() == [2, 2, 8, 8, 7, 7, 7, 8, -1]
     assert tree.length.tolist() == [0.1, 2, 0.5, 3, 1, 1, 1, 2, 0]
@@ -83,8 +75,8 @@ def test_arrays_of_a_tree_with_labels_of_every_kind(newick):
     assert tree.tip_stop.tolist() == [1, 2, 2, 3, 4, 5, 6, 6, 6]
 
 
-def test_shear_merges_chains_and_keeps_the_root(newick):
-    tree = read_tree(newick("(((a:1,b:2):4,x:1):8,(c:16,y:1):32);"))
+def test_shear_merges_chains_and_keeps_the_root():
+    tree = parse("(((a:1,b:2):4,x:1):8,(c:16,y:1):32);")
     sheared = tree.shear(np.array([True, True, False, True, False]))
     assert sheared.tip_names == ("a", "b", "c")
     assert sheared.length.tolist() == [1, 2, 12, 48, 0]
@@ -109,20 +101,18 @@ def test_shear_merges_chains_and_keeps_the_root(newick):
         ("(a:1,b:x);", ["not a tree in Newick format", "x"]),
         ("(a:1,b:1);(c:1,d:1);", ["holds 2 trees"]),
         (" \n", ["the file is empty"]),
+        ("", ["the file is empty"]),
         (b"\x89HDF\xff\xfe", ["not a text file"]),
         (None, ["cannot read the tree: No such file"]),
     ],
 )
 def test_bad_trees_name_the_file_the_nodes_and_the_remedy(tmp_path, text, fragments):
-    path = tmp_path / "tree.nwk"
-    if text is not None:
-        path.write_bytes(text.encode() if isinstance(text, str) else text)
+    path = tmp_path / "tree.nwk" if text is None else write(tmp_path, text)
     with pytest.raises(InputError) as caught:
         read_tree(path)
     message = str(caught.value)
     assert message.startswith(str(path)) and "\n" not in message
-    for fragment in fragments:
-        assert fragment in message
+    assert all(fragment in message for fragment in fragments), message
 
 
 def test_a_tree_in_a_qiime_artifact(tmp_path):
