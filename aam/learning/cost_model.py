@@ -63,9 +63,10 @@ class StepContents:
 class CostModel:
     """Peak memory of a step, fitted to measured ones; in bytes."""
 
-    base: float  # in use before a step
+    base: float  # in use before a step, now
     rates: tuple[float, ...]  # for each number of a `StepSize`, >= 0
     margin: float = LEAST_MARGIN  # kept free, relative: the largest error of a measured step
+    rise: float = 0.0  # of the base since steps were measured
     excess: list[float] = field(default_factory=list)  # of the latest steps over predictions
 
     @classmethod
@@ -109,13 +110,14 @@ class CostModel:
     def check(self, size: StepSize, peak: float) -> bool:
         """Compare a step of training with its prediction; whether the model has moved.
 
-        What a process holds beside its steps changes: the base follows at once what a step took
-        over its bound, and else the median error of five steps where that is above 3 %.
+        What a process holds beside its steps grows: the base follows at once what a step took over
+        its bound, and else the median error of five steps where that is above 3 %; back too, but
+        never below what was measured.
         """
         self.excess = [*self.excess, peak - self.predict(size)][-LATEST:]
         moved, median = max(0.0, peak - self.bound(size)), float(np.median(self.excess))
         if not moved and len(self.excess) == LATEST and abs(median) > DRIFT * peak:
-            moved = median
+            moved = max(median, -self.rise)
         if moved:
-            self.base, self.excess = self.base + moved, []
+            self.base, self.rise, self.excess = self.base + moved, self.rise + moved, []
         return bool(moved)

@@ -239,7 +239,8 @@ def batch_rows(batching: Batching, rows: np.ndarray, own: int) -> list[Row]:
         if cut is not None:
             detail = "recommended; " * (count == best) + f"of {size_text(budget)}"
             bound = round(costs.bound(largest(count).split(cut)))
-            found.append(Row("batch", f"{count} samples", cut_text(cut), bound, detail))
+            name = f"{count} {batching.dataset.unit}"
+            found.append(Row("batch", name, cut_text(cut), bound, detail))
     return found
 
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from aam.data.dataset import SampleDataset
 from aam.learning.cost_model import CostModel, StepContents
 from aam.learning.loop import Trainer
 from aam.learning.memory_profile import STEP, StepWatch, batch_rows
@@ -59,6 +60,7 @@ def test_the_recommended_batch_fits_by_hand():
     contents = StepContents(np.arange(0, 56, 5), np.arange(55), np.full(55, 100))
     costs = CostModel(1000.0, (1.0, 0.0, 0.0, 0.0, 0.0), margin=0.0)
     batching = SimpleNamespace(contents=contents, costs=costs, seed=0, budget=1001.0 + 3 * 500)
+    batching.dataset = SampleDataset
     rows = np.arange(11)
     assert [row[1:] for row in batch_rows(batching, rows, 6)] == [
         ("3 samples", "1 micro-batch", 2500, "recommended; of 0.0 MB"),
