@@ -71,11 +71,6 @@ class Objective(nn.Module, ABC):
     encoder: AsvEncoder
     penalties: NucleotideOptions
 
-    @property
-    def holds_matrices(self) -> bool:
-        """Whether the attention implementation may hold squares of the lengths."""
-        return self.encoder.has_stack and self.encoder.stack.impl in ("math", "sdpa")
-
     @abstractmethod
     def draw(self, batch: Any) -> Work:
         """Draw noise and masks from torch's default generator."""
