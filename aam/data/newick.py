@@ -50,7 +50,9 @@ def parse_newick(text: np.ndarray) -> tuple[Texts, np.ndarray, np.ndarray] | Non
     tip = node[before_kind[node] != _CLOSE]
     names = Texts(text, before[tip] + 1, colon[tip])
     length = _lengths(Texts(text, colon[node[:-1]] + 1, ends[node[:-1]]))
-    if length is None or not _usable(names):
+    if length is None or not names.lengths.all() or len(np.unique(names.hashes())) < len(names):
+        return None
+    if (text[np.concatenate((names.starts, names.stops - 1))] == _QUOTE).any():
         return None
     return names, _parents(depth[node]), np.append(length, 0.0)
 
@@ -73,14 +75,6 @@ def _marks(text: np.ndarray) -> np.ndarray | None:
     if len(quotes) % 2 or (np.searchsorted(quotes, odds) % 2 == 0).any():
         return None
     return marks[np.searchsorted(quotes, marks) % 2 == 0] if len(quotes) else marks
-
-
-def _usable(names: Texts) -> bool:
-    """Whether names are there, not quoted, and all different."""
-    if (names.lengths == 0).any():
-        return False
-    ends = names.buffer[np.concatenate((names.starts, names.stops - 1))]
-    return bool((ends != _QUOTE).all()) and len(np.unique(names.hashes())) == len(names)
 
 
 def _lengths(numbers: Texts) -> np.ndarray | None:

@@ -97,10 +97,6 @@ class Law(NamedTuple):
         longest = max(self.longest, LEAST_LENGTH)
         return np.clip(own, LEAST_LENGTH, longest), np.maximum(rise, 0.0)
 
-    def added_at(self, distance: np.ndarray) -> np.ndarray:
-        """``(n,)`` G(h) at distances ``(n,)`` to the nearest known sequence."""
-        return self.added[_step_of(distance)]
-
     def to_arrays(self) -> dict[str, np.ndarray]:
         """As a file can hold it; `from_arrays` reads it."""
         return {f"law.{name}": np.asarray(value) for name, value in self._asdict().items()}
@@ -131,7 +127,7 @@ class Placement:
     def copied(self, near: Found) -> Grafts:
         """Nearest-neighbour placement, the baseline: clades of the nearest one, and G(h)."""
         ends = self.clades.ends(np.append(self.clades.lowest, -1)[near.index[:, 0]])
-        return ends._replace(own=self.law.added_at(near.distance[:, 0]))
+        return ends._replace(own=self.law.added[_step_of(near.distance[:, 0])])
 
     def grafts(
         self,

@@ -69,6 +69,9 @@ def simulate_community(
     The result is a function of the arguments. ``metadata.tsv`` has the columns ``subject``,
     ``site``, ``diagnosis`` and ``age`` (years).
     """
+    import biom
+    import h5py
+
     if samples < 2 or visits < 1 or sequence_length < 20 or not 2 <= 2 * asvs_per_sample <= asvs:
         raise InputError(
             "a simulated study needs samples >= 2, visits >= 1, a sequence length >= 20 and "
@@ -86,12 +89,16 @@ def simulate_community(
     ]
     kinds = ["#q2:types", "categorical", "categorical", "categorical", "numeric"]
     header = ["sample-id", "subject", "site", "diagnosis", "age"]
+    seen = np.flatnonzero(counts.sum(axis=0))
+    reads, names = scipy.sparse.csr_matrix(counts[:, seen].T), [sequences[tip] for tip in seen]
+    table = biom.Table(reads, names, [row[0] for row in rows])
     files = DemoFiles(*(Path(folder) / name for name in ("table.biom", "tree.nwk", "metadata.tsv")))
     try:
         files.tree.parent.mkdir(parents=True, exist_ok=True)
         files.tree.write_text(newick(tree.parent, tree.length, sequences, ".6g"), encoding="utf-8")
         write_table(files.metadata, header, [kinds, *rows])
-        _write_biom(files.table, [row[0] for row in rows], sequences, counts)
+        with h5py.File(files.table, "w") as file:
+            table.to_hdf5(file, "aam demo")
     except OSError as error:
         raise InputError(f"{folder}: cannot write the simulated community ({error})") from error
     return files
@@ -201,17 +208,3 @@ def _draw_counts(
         weight = np.where(above >= 0, np.exp(0.9 * above + generator.standard_normal(tips)), 0.0)
         rows.append(generator.multinomial(depth[row], weight / weight.sum()))
     return scipy.sparse.csr_array(np.stack(rows).astype(np.int64))
-
-
-def _write_biom(
-    path: Path, sample_ids: list[str], sequences: list[str], counts: scipy.sparse.csr_array
-) -> None:
-    import biom
-    import h5py
-
-    seen = np.flatnonzero(counts.sum(axis=0))
-    table = biom.Table(
-        scipy.sparse.csr_matrix(counts[:, seen].T), [sequences[tip] for tip in seen], sample_ids
-    )
-    with h5py.File(path, "w") as file:
-        table.to_hdf5(file, "aam demo")

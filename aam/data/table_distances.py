@@ -7,7 +7,7 @@ some; distances are ``(n, m)`` float64, within ``counts`` where ``other`` is Non
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -86,18 +86,11 @@ def overlap(
     return found
 
 
-_METRICS: dict[str, Callable[..., np.ndarray]] = {
-    "jaccard": jaccard,
-    "bray-curtis": bray_curtis,
-    "aitchison": aitchison,
-}
-
-
 class TableDistances(NamedTuple):
     """Distances between the samples of a table, computed for the rows that are asked for."""
 
     table: FeatureTable
-    metric: str  # one of _METRICS
+    metric: str  # jaccard, bray-curtis or aitchison
 
     def pairwise(self, rows: ArrayLike) -> np.ndarray:
         """``(n, n)`` distances between the samples ``rows`` ``(n,)``, 0 on the diagonal."""
@@ -106,7 +99,8 @@ class TableDistances(NamedTuple):
     def cross(self, rows_a: ArrayLike, rows_b: ArrayLike) -> np.ndarray:
         """``(n, m)`` distances from the samples ``rows_a`` ``(n,)`` to ``rows_b`` ``(m,)``."""
         a, b = np.asarray(rows_a, dtype=np.int64), np.asarray(rows_b, dtype=np.int64)
-        found = _METRICS[self.metric](self.table.counts[a], self.table.counts[b])
+        metrics = {"jaccard": jaccard, "bray-curtis": bray_curtis, "aitchison": aitchison}
+        found = metrics[self.metric](self.table.counts[a], self.table.counts[b])
         found[a[:, None] == b] = 0.0
         return found
 

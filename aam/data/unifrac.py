@@ -112,15 +112,24 @@ class UniFrac:
 
     def pairwise(self, rows: ArrayLike | None = None, metric: str = "unweighted") -> np.ndarray:
         """``(n, n)`` float64 distances between some samples ``(n,)``, or all; 0 on the diagonal."""
-        reached = self._branches(rows, metric != "unweighted")
+        unweighted = metric == "unweighted"
+        reached = self._branches(rows, not unweighted)
         count, branches = reached.shape
         width = max(1, min(_BLOCK_SAMPLES, _BLOCK_BYTES // (8 * (branches + 1))))
-        found = np.empty((count, count))
+        found, sums = np.empty((count, count)), reached.sum(axis=1)
         for low in range(0, count, width):
             # A block of columns against all rows from its first on: the lower triangle.
-            below = _distances(reached[low:], reached[low : low + width], metric)
-            found[low:, low : low + width] = below
-            found[low : low + width, low:] = below.T
+            columns = slice(low, low + width)
+            shared = overlap(reached[low:], reached[columns], unweighted=unweighted)
+            whole = sums[low:, None] + sums[columns]
+            if metric == "weighted":
+                below = whole - 2.0 * shared
+            else:
+                part, of = (shared, whole - shared) if unweighted else (2.0 * shared, whole)
+                # Where no branch has a length nothing separates two samples: the distance is 0.
+                below = 1.0 - np.divide(part, of, out=np.ones_like(of), where=of > 0)
+            found[low:, columns] = np.maximum(below, 0.0)
+            found[columns, low:] = found[low:, columns].T
         np.fill_diagonal(found, 0.0)
         return found
 
@@ -144,21 +153,6 @@ class UniFrac:
 
 
 Distances = UniFrac | TableDistances | PrecomputedDistances
-
-
-def _distances(a: csr_array, b: csr_array, metric: str) -> np.ndarray:
-    """``(n, m)`` distances by the branches of n and m samples; the m fit one dense block."""
-    shared = overlap(a, b, unweighted=metric == "unweighted")
-    whole = a.sum(axis=1)[:, None] + b.sum(axis=1)
-    if metric == "weighted":
-        return np.maximum(whole - 2.0 * shared, 0.0)
-    if metric == "unweighted":
-        whole -= shared
-    else:
-        shared *= 2.0
-    # Where no branch has a length nothing separates two samples: the distance is 0.
-    shared_part = np.divide(shared, whole, out=np.ones_like(whole), where=whole > 0)
-    return np.maximum(1.0 - shared_part, 0.0)
 
 
 def _check_features(

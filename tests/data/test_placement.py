@@ -65,9 +65,11 @@ def test_what_is_added_grows_with_the_distance_in_the_steps_that_the_table_says(
     added = study.law.added
     assert added.shape == (len(STEPS),) and (added > 0).all()
     assert added[-1] > 2 * added[0] and np.corrcoef(np.arange(len(added)), added)[0, 1] > 0.8
-    law = study.law._replace(added=np.arange(len(STEPS), dtype=float))
+    law = study.law._replace(added=np.arange(len(STEPS)))
     edits = np.array([0, 1, 1.5, 1.75, 2.3, 3, 4.5, 5, 6.5, 7.2, 8.75, 12.5, 13, 40, np.inf])
-    assert law.added_at(edits).tolist() == [0, 0, 0, 1, 1, 2, 3, 4, 4, 5, 6, 6, 7, 7, 7]
+    near = found_at(np.zeros((len(edits), 1), dtype=int), edits[:, None])
+    found = Placement(study.clades, law).copied(near).own
+    assert found.tolist() == [0, 0, 0, 1, 1, 2, 3, 4, 4, 5, 6, 6, 7, 7, 7]
 
 
 def test_own_lengths_are_positive_and_bounded_and_known_better_than_by_their_mean(study):
@@ -179,7 +181,6 @@ def test_copied_places_are_the_ends_of_the_nearest_ones_clades(study):
     expected = clades.node_of(clades.lowest[near.index[:, 0]])
     assert np.array_equal(copied.node, expected)
     assert np.array_equal(copied.shared, clades.tree.length[expected])
-    assert np.array_equal(copied.own, study.law.added_at(near.distance[:, 0]))
     lost = study.placement.copied(found_at([[-1]], [[np.inf]]))
     assert lost.node.tolist() == [len(clades.tree) - 1] and np.isfinite(lost.own).all()
 
