@@ -22,18 +22,13 @@ from aam.files import atomic_path
 def unifrac(config: UnifracConfig) -> None:
     """Run `aam unifrac`."""
     output, metric, started = config.output, config.metric, time.perf_counter()
-    frame = (
-        _by_tree(config)
-        if config.model is None
-        else load(config.model, config.device).unifrac(
-            config.table,
-            metric,
-            sequences=config.sequences,
-            rarefy_depth=config.rarefy_depth,
-            seed=config.seed,
-            engine=config.engine,
-        )
-    )
+    if config.model is None:
+        frame = _by_tree(config)
+    else:
+        frame = load(config.model, config.device).unifrac(
+            config.table, metric, sequences=config.sequences,
+            rarefy_depth=config.rarefy_depth, seed=config.seed, engine=config.engine,
+        )  # fmt: skip
     values = frame.to_numpy()
     if metric == "faith-pd":
         with atomic_path(output) as temporary:
@@ -51,13 +46,10 @@ def unifrac(config: UnifracConfig) -> None:
 def _by_tree(config: UnifracConfig) -> Any:
     """A frame of the distances on a tree that has the table's features."""
     assert config.tree is not None
-    samples = read_samples(
-        OptionalTableOptions(
-            table=config.table, sequences=config.sequences, rarefy_depth=config.rarefy_depth
-        ),
-        config.seed,
-    )
-    tree = read_tree(config.tree, sequences=config.sequences)
+    sequences, depth = config.sequences, config.rarefy_depth
+    options = OptionalTableOptions(table=config.table, sequences=sequences, rarefy_depth=depth)
+    samples = read_samples(options, config.seed)
+    tree = read_tree(config.tree, sequences=sequences)
     source = UniFrac(samples.table, tree, drop_missing=config.drop_missing_tips)
     log_facts(samples.facts + source.facts)
     return unifrac_frame(samples.table, source, config.metric, config.engine)

@@ -35,11 +35,8 @@ def applicability(
 ) -> tuple[list[DataFact], list[str]]:
     """Shares of ASVs and reads that training knew, distances of the others, and warnings.
 
-    Args:
-        table: the samples.
-        known: (features,) the known ASV that each equals; -1: none.
-        near: neighbours of those that are new.
-        new: (n,) those that `near` is of; None: all.
+    `known` (features,) are the known ASVs that they equal, -1: none; `near` is of the features
+    `new` (n,), or of all that are new.
     """
     is_known, reverse, foreign = known >= 0, near.reverse, near.foreign
     new = np.flatnonzero(~is_known) if new is None else new

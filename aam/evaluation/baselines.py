@@ -128,13 +128,8 @@ def nucleotide_baselines(
 
     The consensus has the most frequent base of each position (past the end of all known ones, of
     all positions). The nearest agrees in most bases that are not masked, position by position.
-
-    Args:
-        known: tokens of training; rows begin with START.
-        masked: tokens of the sequences that were masked, the same.
-        rows: (n,) which of these.
-        positions: (n,) where; 0 is the first base.
-        bases: (n,) the true tokens.
+    The `bases` (n,) stood at `positions` (n,), 0 the first base, of the `rows` (n,) of `masked`;
+    tokens begin with START.
     """
     if not len(known):
         return {}
@@ -179,11 +174,14 @@ def target_baselines(
     """
     import torch
     from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
+    from sklearn.preprocessing import normalize
 
-    fitted, inputs = _shares(counts, train_rows), _shares(counts, rows)
+    fitted, measured = (
+        normalize(counts[part].astype(np.float32), "l1") for part in (train_rows, rows)
+    )  # relative abundances
     seen = np.unique(fitted.indices)
-    parts = [part[:, seen] for part in (fitted, inputs)]
-    known, own = (x.toarray() if np.prod(x.shape) <= MOST_DENSE else x for x in parts)
+    inputs = fitted[:, seen], measured[:, seen]
+    known, own = (x.toarray() if np.prod(x.shape) <= MOST_DENSE else x for x in inputs)
     kind = RandomForestClassifier if classes else RandomForestRegressor
     forest = kind(trees, max_features="sqrt", random_state=seed, n_jobs=torch.get_num_threads())
     forest.fit(known, truth[train_rows])
@@ -198,10 +196,3 @@ def target_baselines(
         mean = np.full(len(rows), truth[train_rows].mean())
         predicted = {"random forest": forest.predict(own), "mean": mean}
     return {name: target_metrics(one, truth[rows], classes) for name, one in predicted.items()}
-
-
-def _shares(counts: csr_array, rows: Array) -> csr_array:
-    """Relative abundances (rows, features) float32."""
-    part = csr_array(counts[rows], dtype=np.float32)
-    part.data /= np.repeat(np.asarray(part.sum(axis=1)).ravel(), np.diff(part.indptr))
-    return part

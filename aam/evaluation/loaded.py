@@ -55,14 +55,10 @@ class Model:
         """What a fine-tuned model predicts, a row a sample.
 
         ``predicted`` is in the target's units; of classes it is the name, and ``probability_NAME``
-        follow.
-
-        Args:
-            table: treated as in training, also rarefied, unless options say otherwise.
-            metadata: path or frame of sample metadata, where the model has categorical columns.
-            batch_size: samples computed at once.
-            options: of tables, and ``allow_missing``: treat samples without metadata as unknown
-                in every categorical column.
+        follow. The table is treated as in training, also rarefied, unless `options` say otherwise:
+        those of tables, and ``allow_missing``, with which samples without metadata are unknown in
+        every categorical column. `metadata` is a path or a frame, for a model that has such
+        columns; `batch_size` samples are computed at once.
         """
         if not isinstance(self.network, Predictor):
             raise InputError(

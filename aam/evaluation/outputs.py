@@ -53,7 +53,7 @@ def encode_asvs(
     def encode(chunk: np.ndarray) -> Tensor:
         return encoder(dataset.gather_tokens(chunk).to(device)).vectors
 
-    return _shared(_chunks(asv_ids, ASV_CHUNK), len, encode, ranks)
+    return _shared(in_chunks(asv_ids, ASV_CHUNK), len, encode, ranks)
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def encode_batches(
     """
     device = next(encoder.parameters()).device
     generator = torch.Generator().manual_seed(0)  # of the ASVs that stand for a large sample
-    batches = [dataset.batch(part, generator=generator) for part in _chunks(rows, chunk)]
+    batches = [dataset.batch(part, generator=generator) for part in in_chunks(rows, chunk)]
     vectors, place = frozen_asvs, np.arange(len(dataset.sequences))
     if vectors is None:
         asv_ids = np.unique(np.concatenate([batch.asv_ids.cpu().numpy() for batch in batches]))
@@ -126,7 +126,7 @@ def check_nucleotides(
     chunks, rows, positions, bases = [], [], [], []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for number, chunk in enumerate(_chunks(asv_ids, ASV_CHUNK)):
+        for number, chunk in enumerate(in_chunks(asv_ids, ASV_CHUNK)):
             tokens = dataset.gather_tokens(chunk).to("cpu")  # the same draw on every device
             masked, places = mask_tokens(tokens, options.mask_probability, options.mask_strategy)
             if not len(places):
@@ -223,5 +223,6 @@ def _shared(
     return ranks.gather(torch.cat(own), np.diff(bounds[cuts]).tolist())
 
 
-def _chunks(values: np.ndarray, size: int) -> list[np.ndarray]:
+def in_chunks(values: np.ndarray, size: int) -> list[np.ndarray]:
+    """The values (n,) in parts of a size."""
     return [values[start : start + size] for start in range(0, len(values), size)]

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from aam.data.texts import Texts, match_names
 from aam.data.tree import Phylogeny
 from aam.data.unifrac import UniFrac
 from aam.errors import InputError, name_some
+from aam.evaluation.outputs import in_chunks
 from aam.learning.model_file import SavedModel
 from aam.model import PretrainedModel
 from aam_kernels import Ragged
@@ -61,35 +61,17 @@ class Placed:
         return ~(self.reverse | self.foreign)
 
 
-class LookedAt(NamedTuple):
-    """The m clades that are looked at for some new ASVs, closed upwards."""
-
-    clades: np.ndarray  # (m,) which
-    parent: np.ndarray  # (m,) the one that holds each, as its place among them; -1: none
-    levels: list[np.ndarray]  # places, by how many clades hold them
-    column: np.ndarray  # (clades,) place of each clade among them, -1: none
-
-
 class Placer:
     """Places ASVs on the tree of a pretrained model; without one as their nearest known ones."""
 
     network_weight = 1.0
 
     def __init__(
-        self,
-        model: PretrainedModel | None,
-        placement: Placement,
-        neighbours: Neighbours | None = None,
+        self, model: PretrainedModel | None, placement: Placement, neighbours: Neighbours
     ) -> None:
-        """`neighbours` is the index of the known ASVs, where there is one already."""
+        """`neighbours` is the index of the known ASVs."""
         self.model, self.placement, self.clades = model, placement, placement.clades
-        if neighbours is not None:
-            self.neighbours = neighbours
-
-    @cached_property
-    def neighbours(self) -> Neighbours:
-        """Index of the known ASVs."""
-        return Neighbours(self.clades.sequences)
+        self.neighbours = neighbours
 
     @classmethod
     def of(cls, saved: SavedModel, model: PretrainedModel) -> Placer:
@@ -99,7 +81,8 @@ class Placer:
                 f"{saved.path}: knows no clades: distances taught it; pretrain with --tree"
             )
         clades = Clades.from_arrays(saved.arrays, str(saved.path))
-        placer = cls(model, Placement(clades, Law.from_arrays(saved.arrays)))
+        placement = Placement(clades, Law.from_arrays(saved.arrays))
+        placer = cls(model, placement, Neighbours(clades.sequences))
         placer.network_weight = float(saved.arrays[WEIGHT].item())
         return placer
 
@@ -119,15 +102,13 @@ class Placer:
         New ones are seen in the coordinates of their nearest known ones.
         """
         assert self.model is not None
-        shape = self.model.encoder.shape
+        shape, texts = self.model.encoder.shape, Texts.of(sequences)
         found = np.empty((len(known), shape.embedding_dim), dtype=np.float32)
-        own, new = np.flatnonzero(known >= 0), np.flatnonzero(known < 0)
-        for low in range(0, len(own), ASVS_AT_ONCE):
-            part = own[low : low + ASVS_AT_ONCE]
-            found[part] = self._encode(tokenize(Texts.of(sequences).take(part), shape.max_bp))
-        for low in range(0, len(new), ASVS_AT_ONCE):
-            some = near.take(slice(low, low + ASVS_AT_ONCE))
-            found[new[low : low + ASVS_AT_ONCE]] = self._encode(self._aligned(some))
+        for part in in_chunks(np.flatnonzero(known >= 0), ASVS_AT_ONCE):
+            found[part] = self._encode(tokenize(texts.take(part), shape.max_bp))
+        place = np.cumsum(known < 0) - 1  # among the new ones
+        for part in in_chunks(np.flatnonzero(known < 0), ASVS_AT_ONCE):
+            found[part] = self._encode(self._aligned(near.take(place[part])))
         return found
 
     def _aligned(self, near: Found) -> Ragged:
@@ -159,32 +140,34 @@ class Placer:
             np.ones(count), np.zeros(count, dtype=bool), np.zeros(count, dtype=bool),
         )  # fmt: skip
         grafts, placed.clade[new], placed.support[new] = self.place_new(near)
-        places.node[new], places.shared[new], places.own[new] = (
-            grafts.node, grafts.shared, grafts.own,
-        )  # fmt: skip
+        for values, own in zip(places, grafts, strict=True):
+            values[new] = own
         placed.nearest[new], placed.distance[new] = near.index[:, 0], near.distance[:, 0]
         placed.reverse[new], placed.foreign[new] = near.reverse, near.foreign
         return placed
 
     def place_new(self, near: Found) -> tuple[Grafts, np.ndarray, np.ndarray]:
         """Places of new ASVs, the smallest clade of each (-1: none), and the path's support."""
-        count = len(near.index)
+        count, clades = len(near.index), self.clades
         if self.model is None:
-            nearest = near.index[:, 0]
-            lowest = np.where(nearest >= 0, self.clades.lowest[nearest], -1)
+            lowest = np.append(clades.lowest, -1)[near.index[:, 0]]
             return self.placement.copied(near), lowest, np.ones(count)
         lowest, support = np.full(count, -1), np.ones(count)
         grafts = Grafts(np.zeros(count, np.int64), np.zeros(count), np.zeros(count))
         for part in self.parts(count):
             some = near.take(part)
-            looked_at = self._looked_at(some)
-            logits = self.logits(some, looked_at.clades)
-            place, support[part] = best_path(looked_at.parent, looked_at.levels, logits)
-            if len(looked_at.clades):
-                lowest[part] = np.where(place >= 0, looked_at.clades[place], -1)
+            chosen = np.arange(len(clades))
+            if len(clades) > MOST_DENSE:
+                chosen = clades.on_paths(np.unique(some.index[some.index >= 0]))
+            column = np.full(len(clades) + 1, -1)  # of each clade; the last one: of none
+            column[chosen] = np.arange(len(chosen))
+            logits = self.logits(some, chosen)
+            best, support[part] = best_path(column[clades.parent[chosen]], logits)
+            lowest[part] = np.append(chosen, -1)[best]
             sure = 1 / (1 + np.exp(-logits))
-            own = self.placement.grafts(some, lowest[part], sure, looked_at.column)
-            grafts.node[part], grafts.shared[part], grafts.own[part] = own.node, own.shared, own.own
+            own = self.placement.grafts(some, lowest[part], sure, column[:-1])
+            for values, placed in zip(grafts, own, strict=True):
+                values[part] = placed
         return grafts, lowest, support
 
     def parts(self, count: int) -> Iterator[slice]:
@@ -192,19 +175,6 @@ class Placer:
         size = max(1, LOGITS_AT_ONCE // max(1, min(len(self.clades), MOST_DENSE)))
         for low in range(0, count, size):
             yield slice(low, low + size)
-
-    def _looked_at(self, near: Found) -> LookedAt:
-        """All clades, or of very many those of the new ASVs' candidates."""
-        clades = self.clades
-        if len(clades) <= MOST_DENSE:
-            everything = np.arange(len(clades))
-            return LookedAt(everything, clades.parent, levels_of(clades.parent), everything)
-        chosen = clades.on_paths(np.unique(near.index[near.index >= 0]))
-        column = np.full(len(clades), -1)
-        column[chosen] = np.arange(len(chosen))
-        above = clades.parent[chosen]
-        parent = np.where(above >= 0, column[above], -1)
-        return LookedAt(chosen, parent, levels_of(parent), column)
 
     def logits(self, near: Found, clades: np.ndarray) -> np.ndarray:
         """Sum of both opinions of new ASVs on some clades: (asvs, clades) float32."""
@@ -225,20 +195,17 @@ class Placer:
         return self.model.clades(vectors, chosen).cpu().numpy()
 
 
-def best_path(
-    parent: np.ndarray, levels: list[np.ndarray], logits: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def best_path(parent: np.ndarray, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The path from the root with the largest sum of logits (asvs, clades).
 
     Returns its last clade (asvs,), -1 where the root alone is best, and the mean probability along
-    it (asvs,). `parent` (clades,) is the clade that holds each, -1: none; `levels` are the clades
-    by how many hold them.
+    it (asvs,). `parent` (clades,) is the clade that holds each, -1: none.
     """
     if not logits.size:
         return np.full(len(logits), -1), np.ones(len(logits))
     sums, sure = logits.copy(), 1 / (1 + np.exp(-logits))
     depth = np.ones(logits.shape[1])
-    for level, own in enumerate(levels[1:], start=2):
+    for level, own in enumerate(levels_of(parent)[1:], start=2):
         depth[own] = level
         sums[:, own] += sums[:, parent[own]]
         sure[:, own] += sure[:, parent[own]]

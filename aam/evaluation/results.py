@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from aam.config import NucleotideOptions
-from aam.data.clades import Grafts
+from aam.data.clades import Clades, Grafts
 from aam.data.dataset import AsvDataset, SampleDataset
 from aam.data.embedding import Embedding
 from aam.data.samples import Samples
@@ -58,7 +58,6 @@ def compare(measured: Measured, simple: Mapping[str, Measured], column: str = ""
             "name": f"{column} {NAMES[metric]}".strip(),
             "part": "validation",
             "value": value,
-            "unit": "",
             "higher_is_better": not metric.endswith("mae"),
             "baselines": {name: own[metric] for name, own in simple.items() if metric in own},
         }
@@ -228,7 +227,7 @@ def membership_results(
     placer: Placer, sequences: Sequence[str], placed: Placed, truth: Grafts, run: Run | None = None
 ) -> Results:
     """Jaccard of the memberships of new ASVs, all and far ones; written where there is a run."""
-    found, copied = jaccards(placer, placed, truth)
+    found, copied = jaccards(placer.clades, placed, truth)
     if run is not None:
         names = placer.clades.sequences
         rows = (
@@ -243,21 +242,15 @@ def membership_results(
     parts = {"clade_jaccard": np.ones(len(found), dtype=bool)}
     if (far := placed.distance > FAR).any():
         parts["clade_jaccard_far"] = far
-    model, nearest = (
-        {metric: float(one[part].mean()) for metric, part in parts.items()}
-        for one in (found, copied)
-    )
-    return compare({**model}, {"nearest known ASV": {**nearest}})
+    model: Measured = {metric: float(found[part].mean()) for metric, part in parts.items()}
+    nearest: Measured = {metric: float(copied[part].mean()) for metric, part in parts.items()}
+    return compare(model, {"nearest known ASV": nearest})
 
 
-def jaccards(placer: Placer, placed: Placed, truth: Grafts) -> tuple[np.ndarray, np.ndarray]:
+def jaccards(clades: Clades, placed: Placed, truth: Grafts) -> list[np.ndarray]:
     """Jaccard of the clades of new ASVs, and where they get those of their nearest known one."""
-    clades = placer.clades
-    lowest = np.where(placed.nearest >= 0, clades.lowest[placed.nearest], -1)
-    return (
-        clades.jaccard(clades.ends(placed.clade), truth),
-        clades.jaccard(clades.ends(lowest), truth),
-    )
+    copied = np.append(clades.lowest, -1)[placed.nearest]
+    return [clades.jaccard(clades.ends(lowest), truth) for lowest in (placed.clade, copied)]
 
 
 def colours(samples: Samples, rows: np.ndarray) -> dict[str, Any] | None:

@@ -82,7 +82,7 @@ def test_other_samples_are_no_farther_off_than_by_nearest_neighbour_placement(st
 def test_new_asvs_get_the_clades_of_the_tree(placer, new):
     names, truth = new
     placed = placer.place(names)
-    found, copied = jaccards(placer, placed, truth)
+    found, copied = jaccards(placer.clades, placed, truth)
     assert found.mean() > 0.9 and found.mean() > copied.mean() - 0.02
     assert (placed.known == -1).all() and placed.usable.all()
     assert (placed.distance >= 1).all() and (placed.support > 0.5).mean() > 0.9
@@ -124,7 +124,7 @@ def test_of_very_many_clades_those_of_candidates_are_enough(placer, new, monkeyp
     monkeypatch.setattr(placing, "LOGITS_AT_ONCE", 40)  # two ASVs at once
     some = placer.place(new[0])
     assert (some.clade == whole.clade).mean() > 0.95
-    found, expected = (jaccards(placer, one, new[1])[0] for one in (some, whole))
+    found, expected = (jaccards(placer.clades, one, new[1])[0] for one in (some, whole))
     assert found.mean() == pytest.approx(expected.mean(), abs=0.01)
 
 
@@ -132,7 +132,9 @@ def test_trimmed_sequences_are_placed_near_their_whole_ones(placer, new):
     names, truth = new
     trimmed = placer.place([one[3:-4] for one in names])
     assert trimmed.usable.all()
-    found, whole = (jaccards(placer, one, truth)[0] for one in (trimmed, placer.place(names)))
+    found, whole = (
+        jaccards(placer.clades, one, truth)[0] for one in (trimmed, placer.place(names))
+    )
     assert found.mean() > whole.mean() - 0.05
     # A known ASV that was trimmed is new, at no edit from itself.
     again = placer.place([one[2:] for one in placer.clades.sequences])
