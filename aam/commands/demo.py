@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 from aam.commands.finetune import finetune
 from aam.commands.predict import predict
@@ -22,18 +23,16 @@ BATCH = 16  # samples a step of fine-tuning
 
 def demo(config: DemoConfig) -> Path:
     """Run `aam demo`; returns its folder."""
-    started = time.monotonic()
-    folder = prepare_folder(config.output_dir)
+    started, folder = time.monotonic(), prepare_folder(config.output_dir)
     log(f"simulating {config.samples} samples in {folder / MARK}")
     files = simulate_community(folder / MARK, samples=config.samples, seed=config.seed)
     shared = {
         "table": files.table, "rarefy_depth": 0, "metadata": files.metadata,
         "group_column": "subject", "seed": config.seed,
     }  # fmt: skip
-
+    pretrained, age = runs = folder / "pretrained", folder / "age"
     log("pretraining on the tree's clades and masked nucleotides")
-    own = {"tree": files.tree, "epochs": config.pretrain_epochs}
-    pretrained = folder / "pretrained"
+    own: dict[str, Any] = {"tree": files.tree, "epochs": config.pretrain_epochs}
     pretrain(from_options("pretrain", **shared, **own, output_dir=pretrained))
 
     log("fine-tuning on age, given the site")
@@ -44,16 +43,15 @@ def demo(config: DemoConfig) -> Path:
         "pretrained_encoder": pretrained, "dropout": 0.0, "batch_size": BATCH, "lr": 3e-4,
         "epochs": epochs, "max_steps": config.finetune_steps, "validate_every": 3,
     }  # fmt: skip
-    age = folder / "age"
     finetune(from_options("finetune", **shared, **own, output_dir=age))
 
     log("predicting age")
     own = {"table": files.table, "metadata": files.metadata}
     predict(from_options("predict", model=age, **own, output=folder / "predicted-age.tsv"))
-    summaries = [json.loads((run / "summary.json").read_text()) for run in (pretrained, age)]
+    summaries = [json.loads((run / "summary.json").read_text()) for run in runs]
     print_results([result for summary in summaries for result in summary["results"]])
     log(f"demo finished in {time.monotonic() - started:.0f} s; open these in a browser:")
-    for run in (pretrained, age):
+    for run in runs:
         log(f"  {run / 'report.html'}")
     return folder
 

@@ -79,9 +79,8 @@ class Finetuning(Task):
         self.validation_rows = samples.rows(self.parts.validation)
         truth = TargetInfo(column, classes).truth(samples.metadata)
         transform = "none" if classes else config.target.target_transform
-        by_category = transform == "zscore-category" and columns
-        self.keys = samples.category_keys(columns) if by_category else None
-        fitted = TargetTransform.fit(transform, truth[self.rows], self.keys_of(self.rows))
+        self.keys = samples.category_keys(columns)
+        fitted = TargetTransform.fit(transform, truth[self.rows], self.keys[self.rows])
         self.target = TargetInfo(column, classes, fitted)
         scaled = fitted.apply(truth, self.keys)
         self.learned = scaled.astype(np.int64 if classes else np.float32)
@@ -107,10 +106,6 @@ class Finetuning(Task):
                 "leave it out of --categorical-columns"
             )
         return classes
-
-    def keys_of(self, rows: np.ndarray) -> np.ndarray | None:
-        """Categories of some samples, where their target is scaled by category."""
-        return None if self.keys is None else self.keys[rows]
 
     def build(self, state: dict[str, Any] | None) -> FinetuneObjective:
         """With a frozen base each distinct ASV of the table is encoded once."""
@@ -174,7 +169,7 @@ class Finetuning(Task):
         raw = outputs.predict_outputs(
             self.model, self.dataset, rows, frozen_asvs=self.frozen, ranks=ranks
         )
-        return outputs.in_units(raw, self.target, self.keys_of(rows)), raw
+        return outputs.in_units(raw, self.target, self.keys[rows]), raw
 
     def validate(self) -> Measured:
         """The loss of the validation samples, and their metrics in the user's units."""

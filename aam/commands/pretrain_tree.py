@@ -121,11 +121,7 @@ class TreePretraining(Task):
             return csr_array((0, len(known)))
         rows = np.random.default_rng(0).permutation(self.subset.train_rows)[:COMMUNITIES]
         table = self.subset.samples.table
-        counts = table.counts[np.sort(rows)].tocoo()
-        tips = match_names(table.feature_ids, known)[counts.col]
-        on = tips >= 0
-        entries = counts.data[on], (counts.row[on], tips[on])
-        return csr_array(entries, shape=(counts.shape[0], len(known)))
+        return table.counts[np.sort(rows)][:, match_names(known, table.feature_ids)]
 
     def calibrate(self) -> None:
         """Choose the network's weight beside the vote, on ASVs that it was not trained on.
@@ -178,9 +174,8 @@ class TreePretraining(Task):
         for part in self.placer.parts(len(near.index)):
             logits = torch.from_numpy(self.placer.network_logits(near.take(part)))
             true = torch.from_numpy(self.clades.members(lowest[part])).float()
-            loss += float(
-                F.binary_cross_entropy_with_logits(logits, true, weight=weight, reduction="sum")
-            )
+            each = F.binary_cross_entropy_with_logits(logits, true, weight, reduction="sum")
+            loss += float(each)
         return CladeLoss.WEIGHT * loss / len(self.left_out)
 
     def arrays(self) -> dict[str, np.ndarray]:

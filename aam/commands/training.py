@@ -22,13 +22,9 @@ from aam.evaluation.metrics import Measured
 from aam.evaluation.outputs import check_nucleotides
 from aam.evaluation.results import CHECK_SEED, print_results
 from aam.files import MODEL_FILE
-from aam.learning import distributed
+from aam.learning import checkpoint, device, distributed, launch, model_file
 from aam.learning.batches import Batching
-from aam.learning.checkpoint import check_same_data, compatible_state
-from aam.learning.device import compile_stacks
-from aam.learning.launch import start
 from aam.learning.loop import Trainer
-from aam.learning.model_file import save_model
 from aam.learning.run import Run
 from aam.learning.task import Task
 from aam.model import AsvEncoder, EncoderShape
@@ -42,14 +38,14 @@ def train(
     `make_task` reads the task's data, for a device. Returns the run folder.
     """
     started, seed = time.time(), config.run.seed
-    state = compatible_state(config)
-    task = make_task(config, start(config.run))
+    state = checkpoint.compatible_state(config)
+    task = make_task(config, launch.start(config.run))
     log_facts(task.facts, task.warnings)
-    check_same_data(state, config, task.describe())
+    checkpoint.check_same_data(state, config, task.describe())
     torch.manual_seed(seed)
     objective = task.build(state)
     if config.run.compile_model:
-        compile_stacks(task.model)
+        device.compile_stacks(task.model)
     batching = Batching(task.rows, task.dataset, objective, task.optimizer, task.device, seed)
     run = Run(config.run, config, keep_steps=None if state is None else state["progress"]["step"])
     run.write_split(task.parts)
@@ -58,7 +54,7 @@ def train(
     if distributed.is_rank_zero():
         from aam.report import write_report
 
-        save_model(run.path / MODEL_FILE, task.model, task.describe(), task.arrays())
+        model_file.save_model(run.path / MODEL_FILE, task.model, task.describe(), task.arrays())
         summary = summarise(trainer, started) | task.results(run)
         run.write_summary(summary)
         print_results(summary["results"])

@@ -67,7 +67,8 @@ class FinetuneConfig(Options):
 
     def check(self) -> None:
         """Refuse options that mean nothing together."""
-        column, problem = self.target.metadata_column, None
+        column, columns = self.target.metadata_column, self.categorical.categorical_columns
+        problem = None
         if self.metadata.metadata is None:
             problem = "finetune needs --metadata, which holds the --metadata-column"
         elif self.freeze_base and not (self.pretrained_encoder or self.run.resume_from):
@@ -76,8 +77,10 @@ class FinetuneConfig(Options):
             problem = "--freeze-base leaves nothing for --nucleotide-penalty to train"
         elif not self.losses.target_penalty:
             problem = "--target-penalty 0: nothing would learn to predict the column"
-        elif column in self.categorical.categorical_columns:
+        elif column in columns:
             problem = f"--categorical-columns: {column!r} is the target itself"
+        elif self.target.target_transform == "zscore-category" and not columns:
+            problem = "--target-transform zscore-category needs --categorical-columns"
         if problem:
             raise InputError(problem)
 

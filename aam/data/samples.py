@@ -101,8 +101,9 @@ class Samples:
     def category_keys(self, columns: Sequence[str]) -> np.ndarray:
         """(samples,) strings that name the values of a sample in all categorical columns."""
         assert self.metadata is not None
-        values = zip(*map(self.metadata.text, columns), strict=True)
-        return np.array(["\x1f".join(one or "" for one in row) for row in values], dtype=object)
+        texts, rows = [self.metadata.text(column) for column in columns], range(len(self.ids))
+        keys = ["\x1f".join(text[row] or "" for text in texts) for row in rows]
+        return np.array(keys, dtype=object)
 
     def dataset(self, options: Any, **known: Any) -> SampleDataset:
         """These samples as a dataset; what is cut is added to the facts."""

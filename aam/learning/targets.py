@@ -35,13 +35,10 @@ class TargetTransform:
         if name.endswith("minmax"):
             return cls(name, float(values.min()), float(np.ptp(values)) or 1.0)
         by_category = {}
-        if name == "zscore-category":
-            if keys is None:
-                raise InputError("--target-transform zscore-category needs --categorical-columns")
-            for key in sorted(set(keys)):
-                own = values[keys == key]
-                if len(own) >= MINIMUM_CATEGORY:
-                    by_category[key] = (float(own.mean()), float(own.std()) or 1.0)
+        for key in np.unique(keys) if name == "zscore-category" and keys is not None else ():
+            own = values[keys == key]
+            if len(own) >= MINIMUM_CATEGORY:
+                by_category[key] = (float(own.mean()), float(own.std()) or 1.0)
         return cls(name, float(values.mean()), float(values.std()) or 1.0, by_category)
 
     def apply(self, values: np.ndarray, keys: np.ndarray | None = None) -> np.ndarray:

@@ -13,12 +13,10 @@ from aam.errors import InputError
 IDS = [f"s{n:03d}" for n in range(200)]
 
 
-def shares(split, values, ids=IDS):
-    """Return each value's share of samples in the validation part."""
-    inside = set(split.validation)
-    of = {value: [name in inside for name, v in zip(ids, values, strict=True) if v == value]
-          for value in set(values)}  # fmt: skip
-    return {value: float(np.mean(flags)) for value, flags in of.items()}
+def shares(split, values):
+    """Each value's share of samples in the validation part."""
+    inside = pd.Series(IDS[: len(values)]).isin(split.validation)
+    return inside.groupby(values).mean().to_dict()
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.2, 0.5])
@@ -26,8 +24,7 @@ def test_random_split_has_the_asked_size_and_the_given_order(fraction):
     split = split_samples(IDS, validation_fraction=fraction, seed=1)
     assert len(split.validation) == 200 * fraction
     assert sorted(split.train + split.validation) == IDS
-    assert list(split.train) == sorted(split.train)
-    assert list(split.validation) == sorted(split.validation)
+    assert all(list(part) == sorted(part) for part in (split.train, split.validation))
 
 
 def test_split_depends_on_seed_and_not_on_order():
@@ -48,50 +45,41 @@ def test_stratified_split_keeps_proportions_and_small_classes():
     labels = ["common"] * 150 + ["rare"] * 46 + ["scarce"] * 2 + ["few"] * 2
     split = split_samples(IDS, seed=0, labels=labels)
     got = shares(split, labels)
-    assert got["common"] == 0.2
-    assert abs(got["rare"] - 0.2) < 0.02
+    assert got["common"] == 0.2 and abs(got["rare"] - 0.2) < 0.02
     assert got["scarce"] == got["few"] == 0.5
     assert len(split.validation) in (40, 41)
-    labels = [f"class{n % 8}" for n in range(112)]  # 14 of each, 2.8 of them for validation
-    split = split_samples(IDS[:112], seed=0, labels=labels)
+    many = [f"class{n % 8}" for n in range(112)]  # 14 of each, 2.8 of them for validation
+    split = split_samples(IDS[:112], seed=0, labels=many)
     assert len(split.validation) == 22
-    assert set(shares(split, labels, IDS[:112]).values()) == {2 / 14, 3 / 14}
+    assert set(shares(split, many).values()) == {2 / 14, 3 / 14}
 
 
 def test_grouped_split_never_cuts_a_group_and_has_about_the_share_of_samples():
     generator = np.random.default_rng(0)
-    groups = [f"g{g}" for g in generator.choice(23, 200, p=generator.dirichlet(np.ones(23)))]
+    uneven = [f"g{g}" for g in generator.choice(23, 200, p=generator.dirichlet(np.ones(23)))]
+    eights = [f"g{n // 8}" for n in range(200)]
+    sick = np.repeat(generator.random(25) < 0.3, 8)
+    labels = np.where(sick, "sick", "well").tolist()
     for seed in range(10):
-        split = split_samples(IDS, seed=seed, groups=groups)
-        assert set(shares(split, groups).values()) == {0.0, 1.0}
+        split = split_samples(IDS, seed=seed, groups=uneven)
+        assert set(shares(split, uneven).values()) == {0.0, 1.0}
         assert abs(len(split.validation) / 200 - 0.2) <= 0.02
-
-
-def test_grouped_and_stratified_split_has_every_class_in_both_parts():
-    generator = np.random.default_rng(2)
-    groups = [f"g{n // 8}" for n in range(200)]
-    sick = generator.random(25) < 0.3
-    labels = ["sick" if sick[n // 8] else "well" for n in range(200)]
-    for seed in range(10):
-        split = split_samples(IDS, seed=seed, labels=labels, groups=groups)
-        assert set(shares(split, groups).values()) == {0.0, 1.0}
-        got = shares(split, labels)
-        assert all(abs(share - 0.2) <= 0.1 for share in got.values()), got
+        split = split_samples(IDS, seed=seed, labels=labels, groups=eights)
+        assert set(shares(split, eights).values()) == {0.0, 1.0}
+        assert all(abs(share - 0.2) <= 0.1 for share in shares(split, labels).values())
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 6), min_size=2, max_size=40), st.integers(0, 50))
 def test_any_grouping_with_two_groups_can_be_split(groups, seed):
-    ids = [f"i{n}" for n in range(len(groups))]
-    values = [str(one) for one in groups]
+    ids, values = [f"i{n}" for n in range(len(groups))], [str(one) for one in groups]
     if len(set(values)) < 2:
         with pytest.raises(InputError, match="one group"):
             split_samples(ids, groups=values, seed=seed)
         return
     split = split_samples(ids, groups=values, seed=seed)
-    group_of = dict(zip(ids, values, strict=True))
-    assert split.train and split.validation
-    assert not {group_of[one] for one in split.train} & {group_of[one] for one in split.validation}
+    train, held_out = ({values[int(one[1:])] for one in part} for part in vars(split).values())
+    assert train and held_out and not train & held_out
 
 
 @pytest.mark.parametrize(
@@ -116,67 +104,53 @@ def metadata_of(columns):
     return Metadata(pd.DataFrame(columns, index=[f"v{n}" for n in range(number)]), "study", {})
 
 
-def study(subjects=12, visits=6, named="host_subject_id"):
-    """Return metadata of repeated visits: subject-level columns, and ordinary categories."""
-    generator = np.random.default_rng(0)
-    number = subjects * visits
-    who = np.repeat(np.arange(subjects), visits)
-    columns = {named: [f"p{one}" for one in who]}
-    columns |= {
-        f"trait_{k}": [str(one) for one in generator.integers(0, 2 + k, subjects)[who]]
-        for k in range(6)
-    }
-    columns |= {
-        f"visit_{k}": [str(one) for one in generator.integers(0, 3 + k, number)] for k in range(4)
-    }
-    columns["sex"] = ["FM"[one % 2] for one in who]
-    columns["site"] = [f"site{one}" for one in generator.integers(0, 9, number)]
-    columns["barcode"] = [f"b{n}" for n in range(number)]
-    return metadata_of(columns)
+def study(named="host_subject_id"):
+    """Metadata of 12 subjects at 6 visits: columns of subjects, and ordinary categories."""
+    generator, who = np.random.default_rng(0), np.repeat(np.arange(12), 6)
+    columns = {named: who, "sex": who % 2, "site": generator.integers(0, 9, 72)}
+    columns |= {f"trait_{k}": generator.integers(0, 2 + k, 12)[who] for k in range(6)}
+    columns |= {f"visit_{k}": generator.integers(0, 3 + k, 72) for k in range(4)}
+    columns["barcode"] = np.arange(72)
+    return metadata_of({name: [f"v{one}" for one in own] for name, own in columns.items()})
 
 
 @pytest.mark.parametrize(
     "named", ["host_subject_id", "Patient", "subjectID", "mouse id", "cage_number", "anonymous"]
 )
 def test_a_subject_column_that_crosses_is_found_by_name_or_by_what_it_settles(named):
-    metadata = study(named=named)
+    metadata = study(named)
     assert leaking_columns(metadata, split_samples(metadata.ids)) == [named]
     grouped = split_samples(metadata.ids, groups=metadata.text(named))
     assert leaking_columns(metadata, grouped) == []
 
 
 def test_other_columns_raise_no_alarm():
-    metadata = study(named="subject_diet")
+    metadata = study("subject_diet")
     barcodes = metadata.text("barcode")
-    columns = {
+    metadata = metadata_of({
         **metadata.frame,
         "subject_diet": metadata.text("site"),  # a word of subjects, but no id
         "donor": metadata.text("sex"),  # two values sort nobody
         # Nearly one a sample settles everything; the two alike are visits of one subject.
         "barcode": [*barcodes[:-1], barcodes[-2]],
-    }
-    metadata = metadata_of(columns)
+    })  # fmt: skip
     assert leaking_columns(metadata, Split(metadata.ids[:-1], metadata.ids[-1:])) == []
 
 
 def test_a_subject_column_with_few_others_is_found_by_its_name():
     metadata = metadata_of({"patient_id": list("123123123123"), "visit": list("112233112233")})
-    split = Split(metadata.ids[:9], metadata.ids[9:])
-    assert leaking_columns(metadata, split) == ["patient_id"]
+    assert leaking_columns(metadata, Split(metadata.ids[:9], metadata.ids[9:])) == ["patient_id"]
 
 
 @pytest.mark.real
 def test_ibd_subjects_leak_in_a_random_split_only(real_data):
     metadata = read_metadata(real_data / "ibd" / "metadata.tsv")
-    subjects = metadata.text("host_subject_id")
-    known = [name for name, one in zip(metadata.ids, subjects, strict=True) if one is not None]
+    known = metadata.frame["host_subject_id"].dropna().index.tolist()
     chosen = metadata.select(known)
     found = leaking_columns(chosen, split_samples(known))
-    assert "host_subject_id" in found
     # "description" holds the family and its member in words: the same people.
-    assert set(found) <= {"host_subject_id", "description"}
-    grouped = split_samples(
-        known, groups=chosen.text("host_subject_id"), labels=chosen.text("ibd"), seed=0
-    )
+    assert "host_subject_id" in found and set(found) <= {"host_subject_id", "description"}
+    subjects, labels = chosen.text("host_subject_id"), chosen.text("ibd")
+    grouped = split_samples(known, groups=subjects, labels=labels, seed=0)
     assert leaking_columns(chosen, grouped) == []
     assert abs(len(grouped.validation) / len(known) - 0.2) < 0.05

@@ -58,8 +58,6 @@ def test_zscore_category_uses_the_categories_own_mean_where_there_are_two():
 def test_transforms_that_cannot_be():
     with pytest.raises(InputError, match="needs numbers above -1, the smallest is -3"):
         TargetTransform.fit("log-zscore", np.array([1.0, -3.0]))
-    with pytest.raises(InputError, match="needs --categorical-columns"):
-        TargetTransform.fit("zscore-category", np.array([1.0, 3.0]))
     fitted = TargetTransform.fit("log-zscore", np.array([1.0, 3.0]))
     with pytest.raises(InputError, match="log-zscore needs numbers above -1, the smallest is -1"):
         fitted.apply(np.array([1.0, -1.0]))
