@@ -14,7 +14,6 @@ from aam.config import InspectConfig, OptimizerOptions, PenaltyOptions
 from aam.data.dataset import SampleDataset
 from aam.data.metadata import require_values
 from aam.data.samples import Samples, read_samples
-from aam.data.table import FeatureTable
 from aam.data.table_distances import TableDistances
 from aam.errors import InputError, log, log_facts
 from aam.evaluation.applicability import add_applicability
@@ -57,7 +56,7 @@ def inspect(config: InspectConfig) -> None:
     parts = split(samples, config.metadata, config.seed, labels=labels)
     found["training / validation samples"] = f"{len(parts.train)} / {len(parts.validation)}"
     log_facts(samples.facts, samples.warnings)
-    plan = _plan(found, dataset, samples.rows(parts.train), samples.table, config)
+    plan = _plan(found, samples, dataset, samples.rows(parts.train), config)
     _describe_cost(found, dataset, plan, config.data.token_limit)
     table = Table("what", "value")
     for row in found.items():
@@ -87,11 +86,7 @@ def _describe_target(found: Rows, samples: Samples, column: str) -> list[str] | 
 
 
 def _plan(
-    found: Rows,
-    dataset: SampleDataset,
-    rows: np.ndarray,
-    counts: FeatureTable,
-    config: InspectConfig,
+    found: Rows, samples: Samples, dataset: SampleDataset, rows: np.ndarray, config: InspectConfig
 ) -> Sequence[np.ndarray]:
     """The rows of each step of the first epoch; says what they take where a memory is given."""
     if config.max_memory_gb is None and config.max_memory_fraction is None:
@@ -106,8 +101,8 @@ def _plan(
     encoder = AsvEncoder(EncoderShape(max_bp=config.data.max_bp))
     model = PretrainedModel(encoder, free_clades=FREE_CLADES, abundance=True)
     assert model.pairs is not None
-    loss = DistanceLoss(TableDistances(counts, "jaccard"))  # a step takes as much by any others
-    objective = PairObjective(encoder, model.pairs, PenaltyOptions(), loss)
+    distances = TableDistances(samples.table, "jaccard")  # a step takes as much by any others
+    objective = PairObjective(encoder, model.pairs, PenaltyOptions(), DistanceLoss(distances))
     objective.to(device).train()
     batching = Batching(rows, dataset, objective, options, device, config.seed)
     optimizer = make_optimizer(objective, lr=0.0, weight_decay=0.0)
@@ -130,17 +125,15 @@ def _describe_memory(found: Rows, batching: Batching, plan: Sequence[np.ndarray]
     costs, budget = batching.costs, batching.budget
     assert costs
     sizes = [batching.contents.size(one) for one in plan]
-    counts = np.array([batching.micro_batches(one) for one in sizes])
-    parts = [size.split(count) for size, count in zip(sizes, counts.tolist(), strict=True)]
-    peaks = np.array([costs.predict(one) for one in parts])
-    mean, most = (f"{one / GB:.2f} GB ({one / budget:.0%})" for one in (peaks.mean(), peaks.max()))
+    counts = [batching.micro_batches(one) for one in sizes]
+    peaks = [costs.predict(size.split(n)) for size, n in zip(sizes, counts, strict=True)]
+    mean, most = (f"{one / GB:.2f} GB ({one / budget:.0%})" for one in (np.mean(peaks), max(peaks)))
     before = f"{costs.constant / GB:.2f} GB before a step"
     found["memory to fill"] = f"{budget / GB:.2f} GB, of which {before}"
     found["predicted peak of a step"] = f"mean {mean}, most {most}"
     found["error of the prediction"] = f"{costs.margin:.1%} kept free, by measured steps"
-    if counts.max() > 1:
-        cut = f"{(counts > 1).sum()} of {len(counts)}, most {counts.max()}"
-        found["steps in micro-batches"] = cut
+    if (cut := sum(n > 1 for n in counts)) > 0:
+        found["steps in micro-batches"] = f"{cut} of {len(counts)}, most {max(counts)}"
 
 
 def _describe_cost(
@@ -149,18 +142,17 @@ def _describe_cost(
     """Lengths, shared ASVs and what a step computes."""
     count, lengths = dataset.asv_count, dataset.sequence_lengths - 1
     found["ASVs a sample"] = f"mean {count.mean():.0f}, most {count.max()}"
-    around = f"{lengths.min()} to {lengths.max()}, mean {lengths.mean():.0f}"
-    found["nucleotides an ASV"] = around
+    found["nucleotides an ASV"] = f"{lengths.min()} to {lengths.max()}, mean {lengths.mean():.0f}"
     sizes = np.array([len(one) for one in plan])
     found["steps an epoch"] = str(len(plan))
     found["samples a step"] = f"{sizes.min()} to {sizes.max()}, mean {sizes.mean():.1f}"
     batches = [dataset.batch(one) for one in plan[:LOOKED_AT]]
-    slots = np.array([len(batch.slots.values) for batch in batches])
-    distinct = np.array([len(batch.asv_ids) for batch in batches])
-    tokens = np.array([len(batch.tokens.values) for batch in batches])
+    slots, distinct, tokens = np.array(
+        [(len(one.slots.values), len(one.asv_ids), len(one.tokens.values)) for one in batches]
+    ).T
     share = f"mean {distinct.mean():.0f} of {slots.mean():.0f} slots"
     found["distinct ASVs a step"] = f"{share} (share {distinct.sum() / slots.sum():.2f})"
     found["nucleotides a step"] = f"mean {tokens.mean():,.0f}, most {tokens.max():,}"
     padded = sizes[:LOOKED_AT].mean() * limit
-    avoided = f"{1 - slots.mean() / padded:.0%} of {padded:,.0f} slots"
-    found["padding avoided"] = f"{avoided} (--token-limit {limit})"
+    avoided = f"{1 - slots.mean() / padded:.0%} of {padded:,.0f} slots (--token-limit {limit})"
+    found["padding avoided"] = avoided

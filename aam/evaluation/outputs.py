@@ -95,11 +95,10 @@ def predicted_distances(
     """Distances between samples by free clades, (len(rows), len(rows)) float64."""
     pairs = model.pairs
     assert pairs is not None
-
-    def profile(batch: Batch, vectors: Tensor) -> Tensor:
-        return pairs.profiles(vectors, batch.slots, batch.counts)
-
-    profiles = encode_batches(model.encoder, dataset, rows, profile, ranks=ranks)
+    profiles = encode_batches(
+        model.encoder, dataset, rows,
+        lambda batch, vectors: pairs.profiles(vectors, batch.slots, batch.counts), ranks=ranks,
+    )  # fmt: skip
     blocks = [pairs.distances(part, profiles).cpu() for part in profiles.split(ROW_CHUNK)]
     matrix = torch.cat(blocks).double().numpy()
     matrix = np.maximum((matrix + matrix.T) / 2, 0.0)  # rounding is neither symmetric nor positive
@@ -146,13 +145,10 @@ def check_nucleotides(
 
     found = _shared(chunks, lambda chunk: len(chunk[1]), logits, ranks).cpu()
     true = torch.cat(bases)
-    return NucleotideCheck(
-        np.concatenate(rows),
-        np.concatenate(positions),
-        true.numpy(),
-        float(F.cross_entropy(found, true - A)),
-        float((found.argmax(-1) == true - A).double().mean()),
-    )
+    loss = float(F.cross_entropy(found, true - A))
+    accuracy = float((found.argmax(-1) == true - A).double().mean())
+    where = np.concatenate(rows), np.concatenate(positions)
+    return NucleotideCheck(*where, true.numpy(), loss, accuracy)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ recognised, and not placed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -170,11 +170,10 @@ class Placer:
                 values[part] = placed
         return grafts, lowest, support
 
-    def parts(self, count: int) -> Iterator[slice]:
+    def parts(self, count: int) -> list[slice]:
         """ASVs whose logits are held at once."""
         size = max(1, LOGITS_AT_ONCE // max(1, min(len(self.clades), MOST_DENSE)))
-        for low in range(0, count, size):
-            yield slice(low, low + size)
+        return [slice(low, low + size) for low in range(0, count, size)]
 
     def logits(self, near: Found, clades: np.ndarray) -> np.ndarray:
         """Sum of both opinions of new ASVs on some clades: (asvs, clades) float32."""
