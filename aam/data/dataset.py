@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from typing_extensions import Self
 
 from aam.data.sequences import ragged_rows, tokenize
 from aam.data.table import FeatureTable
@@ -17,50 +18,36 @@ from aam.data.texts import Texts, ranges
 from aam.errors import DataFact, InputError, name_some
 from aam_kernels import Ragged
 
-BATCH_TOKENS = 16_384
-"""Tokens of a step of ASVs, where no number of ASVs is given."""
-
+BATCH_TOKENS = 16_384  # of a step of ASVs, where no number of ASVs is given
 _ROWS_AT_ONCE = 4096  # samples whose ASVs are looked up together
 
-AnyBatch = TypeVar("AnyBatch", bound="_Rows")
 
+@dataclass(frozen=True)
+class AsvBatch:
+    """Some rows of a dataset, and the tokens of their ASVs."""
 
-class _Rows:
-    """Some rows of a dataset, as tensors in attributes."""
-
-    rows: Tensor
+    rows: Tensor  # (n,) int64, of each in the dataset
+    tokens: Ragged  # the batch's distinct ASVs: values (total_tokens,) uint8, one row an ASV
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def to(self: AnyBatch, device: torch.device | str) -> AnyBatch:
+    def to(self, device: torch.device | str) -> Self:
         """The batch on ``device``."""
-        parts = {
-            name: None if value is None else value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-        }
-        return type(self)(**parts)
+        known = {name: one for name, one in vars(self).items() if one is not None}
+        moved = {name: one.to(device, non_blocking=True) for name, one in known.items()}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
-class Batch(_Rows):
+class Batch(AsvBatch):
     """Some samples, their ASVs and what is known of them."""
 
-    rows: Tensor  # (n,) int64, of each sample in the dataset
-    tokens: Ragged  # the batch's distinct ASVs: values (total_tokens,) uint8, one row an ASV
     asv_ids: Tensor  # (distinct,) int64, of each row of tokens in dataset.sequences
     slots: Ragged  # the ASVs of each sample: values (total_slots,) int64, rows of tokens
     counts: Tensor  # (total_slots,) float32, reads
     targets: Tensor | None  # (n,) float32, or int64 classes; None without a target
     categories: Tensor | None  # (n, columns) int64, 0 = unknown or missing
-
-
-@dataclass(frozen=True)
-class AsvBatch(_Rows):
-    """Some ASVs."""
-
-    rows: Tensor  # (n,) int64, of each in the dataset
-    tokens: Ragged  # values (total_tokens,) uint8, one row an ASV
 
 
 class _Tokenized:
@@ -103,14 +90,7 @@ class AsvDataset(_Tokenized):
 
 
 class SampleDataset(_Tokenized):
-    """A feature table as samples of ASVs; these are ordered, so the table's order is all the same.
-
-    Attributes:
-        sample_ids: ids, row by row, as in the table.
-        sequences: distinct sequences, which ``Batch.asv_ids`` index.
-        asv_count: ``(samples,)`` int64, ASVs of each sample in a batch (at most ``token_limit``).
-        facts: sequences cut, samples cut at ``token_limit``.
-    """
+    """A feature table as samples of ASVs, ordered: the table's order is all the same."""
 
     unit = "samples"
     fills_memory = True  # where a memory is given, a step holds as many samples as fit
@@ -141,20 +121,18 @@ class SampleDataset(_Tokenized):
         super().__init__(table.feature_ids, max_bp)
         self.sample_ids, self.asv_sampling = table.sample_ids, asv_sampling
         self._position = table.position
-        counts = table.counts
-        self._row_starts = counts.indptr.astype(np.int64)
-        self._asvs, self._counts = counts.indices, counts.data  # of every entry
-        full = np.diff(self._row_starts)
+        self._row_starts = table.counts.indptr.astype(np.int64)
+        self._asvs, self._counts = table.counts.indices, table.counts.data  # of every entry
+        full = np.diff(self._row_starts)  # (samples,) ASVs of each
         empty = [self.sample_ids[row] for row in np.flatnonzero(full == 0)]
         if empty:
             raise InputError(
                 f"{table.source}: {len(empty)} samples have no reads ({name_some(empty)}): remove "
                 "them or set --rarefy-depth"
             )
-        self.asv_count = np.minimum(full, token_limit)
-        self.facts = self._describe(token_limit, full)
-        self._targets = _as_tensor(targets)
-        self._categories = _as_tensor(categories)
+        self.asv_count = np.minimum(full, token_limit)  # (samples,) int64, of each in a batch
+        self.facts = self._facts_of_cuts(token_limit, full)
+        self._targets, self._categories = _as_tensor(targets), _as_tensor(categories)
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -218,28 +196,22 @@ class SampleDataset(_Tokenized):
             seen[asvs[ranges(starts[part], np.diff(starts)[part])]] = True
         return np.flatnonzero(seen)
 
-    def _describe(self, token_limit: int, full: NDArray[np.int64]) -> list[DataFact]:
+    def _facts_of_cuts(self, token_limit: int, full: NDArray[np.int64]) -> list[DataFact]:
         facts = []
-        number_cut = int((self.sequences.lengths > self.max_bp).sum())
+        lengths = self.sequences.lengths
+        number_cut = int((lengths > self.max_bp).sum())
         if number_cut:
             cut = self.sequences.cut(self.max_bp)
-            longest, alike = int(self.sequences.lengths.max()), cut.repeats(cut.order())
-            detail = f"longest {longest}, {alike} equal to another after the cut"
-            facts.append(
-                DataFact(f"sequences cut at {self.max_bp} bases", number_cut, detail, "cut")
-            )
-        over = full > token_limit
-        if over.any():
-            lost = int((full[over] - token_limit).sum())
-            facts.append(
-                DataFact(
-                    f"samples cut at {token_limit} ASVs ({self.asv_sampling})",
-                    int(over.sum()),
-                    f"{lost} of {int(full.sum())} (sample, ASV) entries left out, "
-                    f"largest sample {int(full.max())}",
-                    "cut",
-                )
-            )
+            alike = cut.repeats(cut.order())
+            what = f"sequences cut at {self.max_bp} bases"
+            detail = f"longest {lengths.max()}, {alike} equal to another after the cut"
+            facts.append(DataFact(what, number_cut, detail, "cut"))
+        left_out = np.maximum(full - token_limit, 0)
+        if left_out.any():
+            what = f"samples cut at {token_limit} ASVs ({self.asv_sampling})"
+            detail = f"{left_out.sum()} of {full.sum()} (sample, ASV) entries left out, "
+            detail += f"largest sample {full.max()}"
+            facts.append(DataFact(what, int((left_out > 0).sum()), detail, "cut"))
         return facts
 
 

@@ -76,9 +76,7 @@ class MappedTable(NamedTuple):
 def open_mapped(source: Source, folder: Path | None) -> MappedTable:
     """Open a table on disk, in ``folder`` or beside the table; build it where there is none.
 
-    Raises:
-        InputError: the table cannot be used, as `read_table` and `rarefy` say.
-        UnwritableError: it cannot be written to disk.
+    InputError where the table cannot be used, as `read_table` and `rarefy` say.
     """
     home = (folder or source.path.parent) / f"{source.path.name}.index"
     target = home / (f"depth-{source.depth}-seed-{source.seed}" if source.depth else "all-reads")

@@ -56,13 +56,13 @@ class Metadata:
         columns = self.columns
         if column not in columns:
             folded = {one.lower(): one for one in columns}
-            near = difflib.get_close_matches(column.lower(), list(folded), n=3, cutoff=0.6)
+            near = difflib.get_close_matches(column.lower(), list(folded))
             near += [one for one in folded if column.lower() in one and one not in near]
-            known = f"it has {len(columns)} columns ({name_some(columns)})"
-            if near or not columns:
-                shown = name_some([folded[one] for one in near[:3]])
-                known = f"did you mean {shown}?" if near else "it has no columns"
-            raise InputError(f"{self.source}: there is no column {column!r}: {known}")
+            hint = f"it has {len(columns) or 'no'} columns"
+            hint += f" ({name_some(columns)})" if columns else ""
+            if near:
+                hint = f"did you mean {name_some([folded[one] for one in near[:3]])}?"
+            raise InputError(f"{self.source}: there is no column {column!r}: {hint}")
         return [one if isinstance(one, str) else None for one in self.frame[column]]
 
     def numeric(self, column: str) -> NDArray[np.float64]:
@@ -78,7 +78,7 @@ class Metadata:
         return np.array([math.nan if one is None else float(one) for one in texts])
 
     def is_numeric(self, column: str) -> bool:
-        """Whether a column is declared numeric or, undeclared, has values, all of them numbers."""
+        """Whether a column is declared numeric or, undeclared, has values that are all numbers."""
         present = [one for one in self.text(column) if one is not None]
         if column in self.declared:
             return self.declared[column] == "numeric"
@@ -115,11 +115,8 @@ def read_metadata(path: str | Path) -> Metadata:
     """Read a QIIME 2 sample metadata file (TSV).
 
     The first column holds the ids under any header that QIIME 2 accepts; a ``#q2:types`` row,
-    comment rows and blank cells follow its rules. INSDC's missing terms ("not collected",
-    "Missing: Not provided", ...) are missing in every column. Ids and cells stay text.
-
-    Raises:
-        InputError: the file is missing or breaks QIIME 2's rules; one line with the remedy.
+    comment rows and blank cells follow its rules, of which a breach is an InputError. INSDC's
+    missing terms ("not collected", "Missing: Not provided", ...) are missing in every column.
     """
     path = Path(path)
     check_input(path, "sample metadata as TSV")
@@ -133,11 +130,11 @@ def read_metadata(path: str | Path) -> Metadata:
         frame = SampleMetadata.load(str(path), column_types=as_text).to_dataframe()
     except Exception as error:  # scikit-bio's MetadataFileError is a bare Exception
         raise InputError(f"{path}: is no QIIME 2 metadata: {_first_paragraph(error)}") from error
-    frame = frame.map(lambda cell: None if _is_missing(cell) else cell)
-    metadata = Metadata(frame, str(path), {name: kind for name, kind in types.items() if kind})
-    for name, kind in metadata.declared.items():
-        if kind == "numeric":
-            metadata.numeric(name)
+    declared = {name: kind for name, kind in types.items() if kind}
+    metadata = Metadata(frame.map(_present), str(path), declared)
+    for name in declared:
+        if declared[name] == "numeric":
+            metadata.numeric(name)  # refuses what is no number
     return metadata
 
 
@@ -147,18 +144,17 @@ def as_metadata(frame: pd.DataFrame) -> Metadata:
     if len(twice):
         raise InputError(f"the metadata: ids stand more than once ({name_some(list(twice))})")
     text = frame.astype(str).where(frame.notna(), "").rename(index=str, columns=str)
-    return Metadata(text.map(lambda one: None if _is_missing(one) else one), "the metadata", {})
+    return Metadata(text.map(_present), "the metadata", {})
 
 
-def _is_missing(cell: object) -> bool:
-    return not isinstance(cell, str) or _MISSING.fullmatch(cell.strip()) is not None
+def _present(cell: object) -> str | None:
+    return cell if isinstance(cell, str) and not _MISSING.fullmatch(cell.strip()) else None
 
 
 def _scan(path: Path) -> dict[str, str]:
-    """Each column's declared type ("" if none), after checks that need ids to be named.
+    """Each column's declared type ("" if none), for scikit-bio to take it as text.
 
-    scikit-bio reads the file; this finds the columns, so that it can be told to keep text, and
-    the repeated ids that its message would list in full.
+    And the repeated ids, which its message would list in full.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -211,10 +207,8 @@ def match_ids(
 ) -> tuple[tuple[str, ...], list[DataFact]]:
     """The samples of the table, in its order, that the metadata (or a matrix) knows, and facts.
 
-    Others are dropped and counted where ``allow_missing`` is True; the metadata may know more.
-
-    Raises:
-        InputError: no id matches, or some do not and may not be missing.
+    Others are dropped and counted where ``allow_missing`` is True, else an InputError, as is none
+    that matches; the metadata may know more.
     """
     known = set(metadata_ids)
     kept = tuple(one for one in table_ids if one in known)

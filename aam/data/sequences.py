@@ -29,7 +29,7 @@ _TOKEN_OF_BYTE[list(b"ACGTacgt")] = [A, C, G, T] * 2
 
 
 def is_dna(name: str) -> bool:
-    """Whether a string is a DNA sequence of A, C, G and T, upper or lower case."""
+    """Whether a string is made of A, C, G and T, upper or lower case."""
     return _DNA.fullmatch(name) is not None
 
 
@@ -40,13 +40,10 @@ def tokenize(sequences: Sequence[str], max_bp: int = 150) -> Ragged:
     """
     texts = Texts.of(sequences)
     lengths = np.minimum(texts.lengths, max_bp)
-    starts = np.cumsum(lengths + 1) - lengths - 1
-    values = np.full(int(lengths.sum()) + len(lengths), START, dtype=np.uint8)
-    is_base = np.ones(len(values), dtype=bool)
-    is_base[starts] = False
-    values[is_base] = _TOKEN_OF_BYTE[texts.buffer[ranges(texts.starts, lengths)]]
-    if not values.all():
-        check_bases(texts, texts, "tokenize")
+    bases = _TOKEN_OF_BYTE[texts.buffer[ranges(texts.starts, lengths)]]
+    if not bases.all():
+        _check_bases(texts, texts, "tokenize")
+    values = np.insert(bases, np.cumsum(lengths) - lengths, START)
     return ragged_rows(values, lengths + 1)
 
 
@@ -61,9 +58,18 @@ def read_fasta(path: Path) -> dict[str, str]:
 
     The id is the first word after ``>``; InputError where it is no FASTA or an id stands twice.
     """
+    check_input(path, "FASTA or .qza with the features' sequences")
+    try:
+        if path.suffix.lower() == ".qza":
+            content = read_qza_member(path, "data/dna-sequences.fasta", "FeatureData[Sequence]")
+        else:
+            content = path.read_bytes()
+        lines = content.decode("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as FASTA text ({one_line(error)})") from error
     parts: dict[str, list[str]] = {}
     current: list[str] | None = None
-    for number, line in enumerate(_fasta_text(path).splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         if line.startswith(">"):
             name = line[1:].split(maxsplit=1)[0] if line[1:].strip() else ""
             if not name or name in parts:
@@ -79,18 +85,6 @@ def read_fasta(path: Path) -> dict[str, str]:
     if not parts:
         raise InputError(f"{path}: holds no sequences: give rep-seqs.fasta or .qza")
     return {name: "".join(pieces).upper() for name, pieces in parts.items()}
-
-
-def _fasta_text(path: Path) -> str:
-    check_input(path, "FASTA or .qza with the features' sequences")
-    try:
-        if path.suffix.lower() == ".qza":
-            content = read_qza_member(path, "data/dna-sequences.fasta", "FeatureData[Sequence]")
-        else:
-            content = path.read_bytes()
-        return content.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as FASTA text ({one_line(error)})") from error
 
 
 def read_qza_member(path: Path, member: str, expected_type: str) -> bytes:
@@ -119,15 +113,12 @@ def resolve_sequences(
 ) -> tuple[str, ...]:
     """Each feature's DNA in upper case: its id itself, or what the file ``sequences`` says of it.
 
-    Raises:
-        InputError: ids are no DNA, lack a sequence, hold other letters, or coincide.
+    InputError where ids are no DNA, lack a sequence, hold other letters, or coincide.
     """
     origin = source if sequences is None else str(sequences)
     if sequences is None:
         dna = [one.upper() for one in feature_ids]
-        foreign = [
-            name for name in feature_ids if not is_dna(name) and not _SEQUENCE_LIKE.fullmatch(name)
-        ]
+        foreign = [one for one in feature_ids if not (is_dna(one) or _SEQUENCE_LIKE.fullmatch(one))]
         if foreign:
             raise InputError(
                 f"{source}: {len(foreign)} of {len(feature_ids)} feature ids are not DNA "
@@ -144,7 +135,7 @@ def resolve_sequences(
                 "or leave --sequences out if its ids are the sequences"
             )
         dna = [known[one] for one in feature_ids]
-    check_bases(feature_ids, dna, origin)
+    _check_bases(feature_ids, dna, origin)
     first_with = dict(zip(reversed(dna), reversed(feature_ids), strict=True))
     again = [name for name, one in zip(feature_ids, dna, strict=True) if first_with[one] != name]
     if again:
@@ -173,13 +164,9 @@ def resolve_in_blocks(ids: Any, sequences: Path | None, at_once: int) -> Texts:
     return Texts(np.concatenate(letters), stops - np.concatenate(lengths), stops)
 
 
-def check_bases(names: Sequence[str], sequences: Sequence[str], origin: str) -> None:
-    """Raise InputError where a sequence holds something else than A, C, G and T."""
-    wrong = {
-        name: one
-        for name, one in zip(names, sequences, strict=True)
-        if one and not _DNA.fullmatch(one)
-    }
+def _check_bases(names: Sequence[str], sequences: Sequence[str], origin: str) -> None:
+    pairs = zip(names, sequences, strict=True)
+    wrong = {name: one for name, one in pairs if one and not is_dna(one)}
     if wrong:
         letters = sorted(set("".join(wrong.values())) - set("ACGTacgt"))
         raise InputError(

@@ -13,7 +13,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from aam.data.sequences import resolve_sequences
-from aam.data.table_files import RawTable, as_raw_table, read_raw_table
+from aam.data.table_files import RawTable, as_raw_table, check_ids, read_raw_table
 from aam.data.texts import Texts
 from aam.errors import InputError
 
@@ -46,12 +46,9 @@ class FeatureTable:
         """Other samples of the same features, without the features that none of them has."""
         present = np.zeros(counts.shape[1], dtype=bool)
         present[counts.indices] = True
-        columns = (np.cumsum(present) - 1)[counts.indices].astype(counts.indices.dtype)
-        shape = (len(sample_ids), int(present.sum()))
-        counts = sp.csr_array((counts.data, columns, counts.indptr), shape=shape)
         features = Texts.of(self.feature_ids).take(present)
         position = None if self.position is None else self.position[present]
-        return FeatureTable(sample_ids, features, counts, self.source, position)
+        return FeatureTable(sample_ids, features, counts[:, present], self.source, position)
 
     def ordered(self) -> FeatureTable:
         """The same table with its features in the order of their ids."""
@@ -80,21 +77,21 @@ def read_table(source: Any, *, sequences: str | Path | None = None) -> FeatureTa
     """Read a feature table whose features are DNA sequences, in the file's order.
 
     Features that no sample has are left out; annotations such as taxonomy are not read.
+    InputError where the file or its contents cannot be used.
 
     Args:
         source: path of a ``.biom`` (2.1 HDF5 or 1.0 JSON), a ``.qza`` with a feature table, or a
             ``.tsv``/``.txt`` with features as rows (samples as rows where only the header holds
             DNA); or, in memory, a ``biom.Table`` or a pandas frame (samples x features).
         sequences: FASTA, or ``.qza`` of sequences, for tables whose ids are not sequences.
-
-    Raises:
-        InputError: the file or its contents cannot be used; one line with the remedy.
     """
     if isinstance(source, FeatureTable):
         return source
     in_memory = not isinstance(source, (str, Path))
     path = Path("the table") if in_memory else Path(source)
     raw = as_raw_table(source, path) if in_memory else read_raw_table(path)
+    check_ids("sample", raw.sample_ids, path)
+    check_ids("feature", raw.feature_ids, path)
     counts = _whole_counts(raw, path)
     if counts.nnz == 0:
         raise InputError(
@@ -131,16 +128,11 @@ def _whole_counts(raw: RawTable, path: Path) -> sp.csr_array:
 
 
 def rarefy(table: FeatureTable, depth: int, seed: int) -> tuple[FeatureTable, tuple[str, ...]]:
-    """Draw ``depth`` reads of each sample without replacement; features stand by sequence then.
+    """The table with ``depth`` reads of each sample, and the ids of the samples that have fewer.
 
-    A sample's draw depends on ``seed``, its id and its own reads only: not on the order of rows
-    and columns, nor on the other samples.
-
-    Returns:
-        The table, and the ids of the samples dropped for having fewer than ``depth`` reads.
-
-    Raises:
-        InputError: every sample has fewer reads, or one has more than can be drawn from.
+    Reads are drawn without replacement; features stand by sequence then. A sample's draw depends
+    on ``seed``, its id and its own reads only: not on the order of rows and columns, nor on the
+    other samples. InputError where none has enough reads, or one more than can be drawn from.
     """
     table = table.ordered()
     reads = table.counts.sum(axis=1)
@@ -163,10 +155,9 @@ def check_depth(reads: NDArray[np.int64], depth: int, source: str) -> None:
 def rarefied(
     counts: sp.csr_array, names: Sequence[str], depth: int, seed: int, source: str
 ) -> tuple[NDArray[np.int64], sp.csr_array]:
-    """Rows with ``depth`` reads, and their counts with as many drawn without replacement.
+    """Rows of ``counts`` with enough reads, and ``depth`` reads of each drawn by `rarefy`'s rules.
 
-    ``names`` are the samples' ids; columns stand in the order of their sequences. InputError where
-    a sample has more reads than can be drawn from.
+    ``names`` are the rows' sample ids; columns stand in the order of their sequences.
     """
     reads = counts.sum(axis=1)
     most = int(reads.max(initial=0))

@@ -24,8 +24,8 @@ _IN_ARTIFACT = "data/feature-table.biom", "FeatureTable[Frequency]"
 # Column names under which TSV tables carry a taxonomy instead of counts.
 _ANNOTATIONS = {"taxonomy", "consensus lineage", "consensuslineage"}
 
+# Memory of a table that is read as a whole, at its highest (measured, 10,000 x 100,000).
 _BYTES_AN_ENTRY, _BYTES_A_FEATURE = 50, 800
-"""Memory of a table that is read as a whole, at its highest (measured, 10,000 x 100,000)."""
 
 
 class RawTable(NamedTuple):
@@ -48,10 +48,7 @@ def read_raw_table(path: Path) -> RawTable:
         content = path.read_bytes() if kind != ".qza" else read_qza_member(path, *_IN_ARTIFACT)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({one_line(error)})") from error
-    table = (_read_biom if kind in (".biom", ".qza") else _read_tsv)(content, path)
-    check_ids("sample", table.sample_ids, path)
-    check_ids("feature", table.feature_ids, path)
-    return table
+    return (_read_biom if kind in (".biom", ".qza") else _read_tsv)(content, path)
 
 
 def size_in_memory(path: Path) -> int | None:
@@ -86,10 +83,8 @@ def as_raw_table(table: Any, name: Path) -> RawTable:
         counts = table.matrix_data.T if is_biom else table.to_numpy(dtype=np.float64)
     except (ValueError, TypeError) as error:
         raise InputError(f"{name}: holds other than numbers ({one_line(error)})") from error
-    ids, names = [str(one) for one in samples], [str(one) for one in features]
-    check_ids("sample", ids, name)
-    check_ids("feature", names, name)
-    return RawTable(ids, names, sp.csr_array(counts, dtype=np.float64))
+    counts = sp.csr_array(counts, dtype=np.float64)
+    return RawTable([str(one) for one in samples], [str(one) for one in features], counts)
 
 
 def _read_biom(content: bytes, path: Path) -> RawTable:
@@ -102,10 +97,10 @@ def _read_biom(content: bytes, path: Path) -> RawTable:
                 f"{path}: the gzip file is damaged ({one_line(error)}): copy it again"
             ) from error
     start = content[:512].lstrip()
+    if not start:
+        raise InputError(f"{path}: the file is empty; expected a BIOM table")
     is_hdf5 = content.startswith(b"\x89HDF\r\n\x1a\n")
     if not is_hdf5 and not start.startswith(b"{"):
-        if not start:
-            raise InputError(f"{path}: the file is empty; expected a BIOM table")
         problem = "not HDF5 (2.1) and not JSON (1.0): a table in text is a .tsv"
         if start.startswith(b"<"):
             problem = "a web page: download the file itself"
@@ -153,37 +148,36 @@ def _read_json(content: bytes) -> RawTable:
     shape = (len(features), len(samples))
     if document.get("matrix_type", "sparse") == "sparse":
         row, column, value = data.reshape(-1, 3).T
-        places = (row.astype(np.int64), column.astype(np.int64))
-        counts = sp.coo_array((value, places), shape=shape)
+        counts = sp.coo_array((value, (row.astype(np.int64), column.astype(np.int64))), shape)
     else:
         counts = sp.coo_array(data.reshape(shape))
     return RawTable(samples, features, sp.csr_array(counts.T))
 
 
 def id_text(name: Any) -> str:
-    """An id of a BIOM table as text."""
+    """An id of a BIOM table."""
     return name.decode("utf-8") if isinstance(name, bytes) else str(name)
 
 
 def _read_tsv(content: bytes, path: Path) -> RawTable:
-    """Read a TSV table: a header of ids, then features as rows, or samples as rows.
-
-    The header is the last line starting with ``#`` before the data where that has tabs, else the
-    first line. Samples are rows where the header's ids are DNA and the first column's are not.
-    """
-    header, rows = _tsv_lines(content, path)
-    columns, names = header[1:], [row[0] for row in rows]
+    """Features are rows; samples are where the header's ids are DNA and the first column's not."""
+    (_, *columns), *rows = _tsv_lines(content, path)
+    names = [row[0] for row in rows]
     if columns[-1].lower() in _ANNOTATIONS:
-        columns = columns[:-1]
-    cells = np.array([row[1 : len(columns) + 1] for row in rows], dtype=object)
-    counts = _tsv_numbers(cells.reshape(len(names), len(columns)), names, columns, path)
+        del columns[-1]
+    cells = [row[1 : len(columns) + 1] for row in rows]
+    counts = _tsv_numbers(cells, names, columns, path)
     if all(map(is_dna, columns)) and not all(map(is_dna, names)):
         return RawTable(names, columns, sp.csr_array(counts))
     return RawTable(columns, names, sp.csr_array(counts.T))
 
 
-def _tsv_lines(content: bytes, path: Path) -> tuple[list[str], list[list[str]]]:
-    """The header's cells and those of each row, all equally many."""
+def _tsv_lines(content: bytes, path: Path) -> list[list[str]]:
+    """The cells of the header and of each row, all equally many.
+
+    The header is the last line starting with ``#`` before the data where that has tabs, else the
+    first line.
+    """
     try:
         text = io.StringIO(content.decode("utf-8-sig"))
         lines = [
@@ -202,30 +196,30 @@ def _tsv_lines(content: bytes, path: Path) -> tuple[list[str], list[list[str]]]:
             f"{path}: is no TSV table (no header with tabs): expected '#OTU ID' and one column "
             "a sample, separated by tabs"
         )
-    header = lines[at][1]
+    width = len(lines[at][1])
     for number, row in lines[at + 1 :]:
-        if len(row) != len(header):
+        if len(row) != width:
             raise InputError(
-                f"{path}: line {number} has {len(row)} cells, the header has {len(header)}: "
+                f"{path}: line {number} has {len(row)} cells, the header has {width}: "
                 "the file may be truncated, or cells are not separated by tabs"
             )
-    return header, [row for _, row in lines[at + 1 :]]
+    return [row for _, row in lines[at:]]
 
 
 def _tsv_numbers(
-    cells: NDArray[Any], rows: list[str], columns: list[str], path: Path
+    cells: list[list[str]], rows: list[str], columns: list[str], path: Path
 ) -> NDArray[np.float64]:
-    """The cells as numbers; InputError names the first that is none."""
+    """Cells as numbers (rows, columns); InputError names the first that is none."""
     try:
-        return cells.astype(np.float64)
+        return np.array(cells, dtype=np.float64).reshape(len(rows), len(columns))
     except ValueError:
-        for row, column in np.ndindex(cells.shape):
+        for row, column in np.ndindex(len(rows), len(columns)):
+            cell = cells[row][column]
             try:
-                float(cells[row, column])
+                float(cell)
             except ValueError:
                 raise InputError(
-                    f"{path}: row {rows[row]!r}, column {columns[column]!r}: "
-                    f"{cells[row, column]!r} is no count; expected whole numbers, 0 where there "
-                    "are none"
+                    f"{path}: row {rows[row]!r}, column {columns[column]!r}: {cell!r} is no "
+                    "count; expected whole numbers, 0 where there are none"
                 ) from None
         raise

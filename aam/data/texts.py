@@ -6,6 +6,7 @@ A million names take no million Python objects.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,17 +17,13 @@ _BLOCK = 16_384  # strings whose bytes, padded to the longest, are looked at tog
 _BLOCK_ENTRIES = 2**20
 
 
+@dataclass(eq=False)
 class Texts(Sequence[str]):
-    """Strings ``buffer[starts[i]:stops[i]]``, made when they are asked for.
+    """Strings ``buffer[starts[i]:stops[i]]``, made when they are asked for."""
 
-    ``buffer`` (bytes,) uint8 is UTF-8 and may be a memory-mapped file; ``starts`` and ``stops``
-    (n,) int64 are all else that takes memory.
-    """
-
-    def __init__(
-        self, buffer: NDArray[np.uint8], starts: NDArray[np.int64], stops: NDArray[np.int64]
-    ) -> None:
-        self.buffer, self.starts, self.stops = buffer, starts, stops
+    buffer: NDArray[np.uint8]  # (bytes,) of UTF-8, which may be a memory-mapped file
+    starts: NDArray[np.int64]  # (n,)
+    stops: NDArray[np.int64]  # (n,)
 
     @classmethod
     def of(cls, names: Sequence[str]) -> Texts:
@@ -51,8 +48,6 @@ class Texts(Sequence[str]):
         if not isinstance(other, Sequence):
             return NotImplemented
         return len(other) == len(self) and all(map(str.__eq__, self, other))
-
-    __hash__ = None  # type: ignore[assignment]
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -87,10 +82,7 @@ class Texts(Sequence[str]):
         return Texts(np.where(is_lower, self.buffer - 32, self.buffer), self.starts, self.stops)
 
     def padded(self, skip: int = 0, width: int | None = None) -> NDArray[np.uint8]:
-        """Bytes ``skip`` to ``skip + width`` of each string: ``(n, width)``, 0 past its end.
-
-        Without a width as many as the longest string has.
-        """
+        """``(n, width)`` bytes from ``skip`` on, 0 past a string's end; None: the longest's."""
         lengths = np.maximum(self.lengths - skip, 0)
         width = int(lengths.max(initial=0)) if width is None else width
         buffer = self.buffer if len(self.buffer) >= width else np.pad(self.buffer, (0, width))
@@ -118,11 +110,9 @@ class Texts(Sequence[str]):
         return result
 
     def order(self) -> NDArray[np.int64]:
-        """``(n,)`` places of the strings when sorted as Python sorts them; equal ones in turn.
-
-        Sorted by the last eight bytes, then, stably, by the eight before, and so on.
-        """
+        """``(n,)`` places of the strings when sorted as Python sorts them; equal ones in turn."""
         order = np.arange(len(self))
+        # By the last eight bytes, then, stably, by the eight before, and so on.
         for skip in reversed(range(0, int(self.lengths.max(initial=0)), _WORD)):
             longer = self.lengths[order] > skip  # the others have ended and come first
             rest = self.take(order[longer])
