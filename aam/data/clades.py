@@ -42,23 +42,7 @@ class Grafts(NamedTuple):
 
 
 class Clades:
-    """A tree sheared to the known ASVs, and its clades.
-
-    Attributes:
-        tree: its tips are the known ASVs, in post-order, named by their sequences.
-        sequences: the known ASVs.
-        nodes: ``(clades,)`` node of each clade, ascending: members before their holders.
-        start: ``(clades,)`` first tip below each clade.
-        stop: ``(clades,)`` the tip after the last below each clade.
-        length: ``(clades,)`` length of each clade's branch, in the tree's units.
-        weight: ``(clades,)`` weight of each clade in the loss: its length over the mean, at most 5.
-        clade_of_node: ``(nodes,)`` the clade that each node is, or lies in; -1: none.
-        parent: ``(clades,)`` the smallest clade that holds each one; -1: none.
-        lowest: ``(known ASVs,)`` the smallest clade of each; -1: none.
-        pendant: ``(known ASVs,)`` length above each that it shares with no other.
-        root_distance: ``(nodes,)`` distance of each node to the root.
-        depth: ``(nodes,)`` length of clades from the root to each node, its own included.
-    """
+    """A tree sheared to the known ASVs, which name its tips, and its clades."""
 
     def __init__(self, tree: Phylogeny) -> None:
         self.tree, self.sequences = tree, Texts.of(tree.tip_names)
@@ -67,20 +51,26 @@ class Clades:
         nodes = np.flatnonzero(is_clade)
         if len(nodes) > MOST_CLADES:
             nodes = np.sort(nodes[np.argsort(-size[nodes], kind="stable")[:MOST_CLADES]])
+        # (clades,) node of each in the tree, ascending: members before their holders.
         self.nodes, self.length = nodes, tree.length[nodes]
+        # (clades,) first tip below each, and the one after the last.
         self.start, self.stop = tree.tip_start[nodes], tree.tip_stop[nodes]
+        # (clades,) weight in the loss: length over the mean, at most 5.
         mean = self.length.sum() / max(len(nodes), 1)
         self.weight = np.minimum(self.length / max(mean, LEAST_LENGTH), LONGEST_WEIGHT)
-        clade = np.full(len(tree), -1)
+        clade, at = np.full(len(tree), -1), np.arange(len(tree))
         clade[nodes] = np.arange(len(nodes))
-        at = np.arange(len(tree))
         up = np.where((clade >= 0) | (tree.parent < 0), at, tree.parent)  # these lead to themselves
         while not np.array_equal(further := up[up], up):  # twice as far each time
             up = further
+        # The smallest clade that each node is or lies in, and that holds each clade and each known
+        # ASV; -1: none.
         self.clade_of_node = clade[up]
         self.parent = self.clade_of_node[tree.parent[nodes]]
         self.lowest = self.clade_of_node[tree.parent[tree.tip_nodes]]
+        # (known ASVs,) length above each that it shares with no other.
         self.pendant = tree.length[tree.tip_nodes]
+        # (nodes,) distance to the root, and length of clades from there to the node's lower end.
         self.root_distance = sums_to_root(tree.parent, tree.length)
         self.depth = sums_to_root(tree.parent, np.where(clade >= 0, tree.length, 0.0))
 

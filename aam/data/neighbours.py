@@ -96,7 +96,7 @@ class Neighbours:
         self._words = np.maximum(held, 1).astype(np.float32)
 
     def find(self, queries: Sequence[str], *, leave_out: np.ndarray | None = None) -> Found:
-        """The nearest of n queries; `leave_out` ``(n,)``: what each may not find (itself)."""
+        """The nearest of n queries; `leave_out` ``(n,)``: one that each may not find; -1: none."""
         bases = bases_of(queries)
         leave_out = np.full(len(bases), -1) if leave_out is None else leave_out
         index, distance, diagonal = self._nearest(bases, leave_out)

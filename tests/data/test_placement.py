@@ -61,15 +61,18 @@ def test_the_law_is_the_same_each_time_and_comes_back_from_a_file(study, tmp_pat
     assert np.array_equal(one.slopes, same.slopes) and not np.allclose(one.slopes, other.slopes)
 
 
-def test_what_is_added_grows_with_the_distance_in_the_steps_that_the_table_says(study):
-    added = study.law.added
+def test_copied_places_end_the_nearest_ones_clades_and_add_what_steps_of_distance_say(study):
+    added, clades = study.law.added, study.clades
     assert added.shape == (len(STEPS),) and (added > 0).all()
     assert added[-1] > 2 * added[0] and np.corrcoef(np.arange(len(added)), added)[0, 1] > 0.8
-    law = study.law._replace(added=np.arange(len(STEPS)))
+    placement = Placement(clades, study.law._replace(added=np.arange(len(STEPS))))
     edits = np.array([0, 1, 1.5, 1.75, 2.3, 3, 4.5, 5, 6.5, 7.2, 8.75, 12.5, 13, 40, np.inf])
-    near = found_at(np.zeros((len(edits), 1), dtype=int), edits[:, None])
-    found = Placement(study.clades, law).copied(near).own
-    assert found.tolist() == [0, 0, 0, 1, 1, 2, 3, 4, 4, 5, 6, 6, 7, 7, 7]
+    tips = np.append(np.arange(14), -1)
+    copied = placement.copied(found_at(tips[:, None], edits[:, None]))
+    assert copied.own.tolist() == [0, 0, 0, 1, 1, 2, 3, 4, 4, 5, 6, 6, 7, 7, 7]
+    expected = [*clades.node_of(clades.lowest[:14]), len(clades.tree) - 1]
+    assert copied.node.tolist() == expected
+    assert np.array_equal(copied.shared, clades.tree.length[expected])
 
 
 def test_own_lengths_are_positive_and_bounded_and_known_better_than_by_their_mean(study):
@@ -173,16 +176,6 @@ def test_without_a_neighbour_in_the_clade_the_way_ends_at_the_clade():
         root = place([tip], -1)
         assert root.node.tolist() == [clades.tree.tip_nodes[tip]] and root.shared.tolist() == [1]
     assert depth_of(clades, place([-1], -1, np.inf)).tolist() == [0]
-
-
-def test_copied_places_are_the_ends_of_the_nearest_ones_clades(study):
-    clades, near = study.clades, study.near
-    copied = study.placement.copied(near)
-    expected = clades.node_of(clades.lowest[near.index[:, 0]])
-    assert np.array_equal(copied.node, expected)
-    assert np.array_equal(copied.shared, clades.tree.length[expected])
-    lost = study.placement.copied(found_at([[-1]], [[np.inf]]))
-    assert lost.node.tolist() == [len(clades.tree) - 1] and np.isfinite(lost.own).all()
 
 
 def test_votes_are_the_weights_of_the_neighbours_below_and_decode_nearly_the_trees_clades(study):
