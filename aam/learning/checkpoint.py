@@ -49,11 +49,7 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Read a checkpoint.
-
-    Raises:
-        InputError: it is missing, truncated, or no checkpoint of this program.
-    """
+    """Read a checkpoint; an InputError where it is missing, truncated or none of this version."""
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint")
     try:
@@ -70,19 +66,14 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def compatible_state(config: Any) -> dict[str, Any] | None:
-    """The checkpoint to continue from, or None for a new run.
-
-    Raises:
-        InputError: it is missing, damaged, or was made with other options.
-    """
+    """The checkpoint to continue from, made with the same options, or None for a new run."""
     if config.run.resume_from is None:
         return None
     path = resume_checkpoint(config.run.resume_from)
     state = load_state(path)
-    if state["description"]["command"] != config.command:
-        raise InputError(
-            f"{path}: is a checkpoint of {state['description']['command']}, not of {config.command}"
-        )
+    command = state["description"]["command"]
+    if command != config.command:
+        raise InputError(f"{path}: is a checkpoint of {command}, not of {config.command}")
     before, now = _fixed(state["config"]), _fixed(to_dict(config))
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if changed:
@@ -97,16 +88,12 @@ def compatible_state(config: Any) -> dict[str, Any] | None:
 def usable_checkpoint(folder: Path) -> Path | None:
     """What ``--resume-from auto`` continues: a run's folder, or its newest readable checkpoint.
 
-    Returns:
-        None where no checkpoint was ever saved.
-
-    Raises:
-        InputError: there are checkpoints, but none of them can be read.
+    None where no checkpoint was ever saved.
     """
-    paths = sorted(one for one in (folder / CHECKPOINTS).glob("*.pt") if one.is_file())
+    paths = [one for one in (folder / CHECKPOINTS).glob("*.pt") if one.is_file()]
     steps: dict[Path, int] = {}
     reason = f"{folder / CHECKPOINTS}: last.pt is missing"
-    for path in sorted(paths, key=lambda one: one.name != "last.pt"):
+    for path in sorted(paths, key=lambda one: (one.name != "last.pt", one)):
         try:
             steps[path] = load_state(path)["progress"]["step"]
         except InputError as error:
@@ -114,26 +101,22 @@ def usable_checkpoint(folder: Path) -> Path | None:
         else:
             if path.name == "last.pt":
                 return folder
-    if paths and not steps:
+    if not paths:
+        return None
+    if not steps:
         raise InputError(
             f"{folder}: none of its checkpoints can be read ({reason}); start anew with "
             "--overwrite instead of --resume-from"
         )
-    if not paths:
-        return None
-    best = max(steps, key=lambda one: steps[one])
+    best = max(steps, key=steps.__getitem__)
     log(f"warning: {reason}; continuing from {best.name}, step {steps[best]}")
     return best
 
 
 def fingerprint(contents: str, parts: Split, *arrays: np.ndarray | None) -> str:
-    """A digest of everything that the data contribute to a step.
+    """A digest of what the data contribute to a step: the table's digest, split and targets.
 
-    Args:
-        contents: a digest of the table, or of what else is learned from.
-        parts: which samples are trained on.
-        arrays: targets, categories or some distances; real numbers count to 5 decimals, so that
-            another machine's last bits are no difference.
+    Real numbers count to 5 decimals, so that another machine's last bits are no difference.
     """
     digest = hashlib.sha256(contents.encode())
     for ids in (parts.train, parts.validation):
@@ -141,21 +124,16 @@ def fingerprint(contents: str, parts: Split, *arrays: np.ndarray | None) -> str:
     for array in arrays:
         if array is None:
             continue
-        plain = np.asarray(array)
-        if plain.dtype.kind == "f":
-            plain = np.round(plain.astype(np.float64), 5) + 0.0  # no minus zero
+        if array.dtype.kind == "f":
+            plain = np.round(array.astype(np.float64), 5) + 0.0  # no minus zero
         else:
-            plain = plain.astype(np.int64)
+            plain = array.astype(np.int64)
         digest.update(np.ascontiguousarray(plain).tobytes() + b"\0")
     return digest.hexdigest()
 
 
 def check_same_data(state: dict[str, Any] | None, config: Any, description: dict[str, Any]) -> None:
-    """Refuse to continue a run with other data, and ranks that do not see the same.
-
-    Raises:
-        InputError: the checkpoint's fingerprint is another one, or some rank's is.
-    """
+    """Refuse to continue a run with other data, and ranks that do not see the same."""
     distributed.check_equal("the configuration", _fixed(to_dict(config)))
     distributed.check_equal("the data", description["fingerprint"])
     distributed.check_equal("the checkpoint", state and state["progress"])

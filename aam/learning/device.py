@@ -67,9 +67,8 @@ def check_attention(implementation: str, device: torch.device) -> None:
 def check_precision(options: RunOptions, device: torch.device) -> None:
     """Set how float32 products are computed, and refuse what a device or strategy cannot do.
 
-    Raises:
-        InputError: half precision on a CPU, whose kernels compute in float32 whatever they are
-            given; float16 with sharded weights, whose overflows each rank would see alone.
+    On a CPU the kernels compute in float32 whatever they are given; overflows of float16 in
+    sharded weights each rank would see alone.
     """
     if device.type == "cpu" and (options.precision != "32" or options.tf32):
         what = "--tf32" if options.tf32 else f"--precision {options.precision}"
@@ -78,11 +77,6 @@ def check_precision(options: RunOptions, device: torch.device) -> None:
         raise InputError("--precision 16-mixed: not with --strategy fsdp; use bf16-mixed")
     if device.type != "cpu":
         torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
-
-
-def autocast_dtype(precision: str) -> torch.dtype | None:
-    """The half type of the model's products, if any."""
-    return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
 
 
 def pick_device(name: str, attn_implementation: str = "auto") -> torch.device:

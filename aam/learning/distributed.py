@@ -91,11 +91,6 @@ class RankGroup:
     def __init__(self) -> None:
         self.size, self.rank = world_size(), rank()
 
-    def share(self, bounds: np.ndarray) -> tuple[int, int]:
-        """This rank's part of ragged rows with the offsets (rows + 1,): the first, and the end."""
-        cuts = cut(bounds, self.size)
-        return int(cuts[self.rank]), int(cuts[self.rank + 1])
-
     def gather(self, own: Tensor, counts: Sequence[int]) -> Tensor:
         """All ranks' rows (sum of counts, ...), without graph; each has (counts[rank], ...)."""
         own = own.detach()
@@ -127,11 +122,12 @@ class RankGroup:
         """
         if self.size == 1:
             return
-        own = list(parameters)
-        for one in own:
-            if isinstance(one, DTensor) and one.grad is not None:
+        own = []
+        for one in parameters:
+            if not isinstance(one, DTensor):
+                own.append(one)
+            elif one.grad is not None:
                 one.grad.mul_(self.size)
-        own = [one for one in own if not isinstance(one, DTensor)]
         used = torch.tensor([one.grad is not None for one in own], device=own[0].device)
         has_gradient = self.all_reduce(used.float()).tolist()
         own = [one for one, has in zip(own, has_gradient, strict=True) if has]
@@ -149,14 +145,9 @@ class RankGroup:
 
 
 def cut(bounds: np.ndarray, parts: int) -> np.ndarray:
-    """Where to cut ragged rows into contiguous parts of about equal length together.
+    """Row numbers (parts + 1,) that cut ragged rows into parts of about equal length together.
 
-    Args:
-        bounds: (rows + 1,) offsets of the rows, from 0.
-        parts: how many; some are empty where there are fewer rows.
-
-    Returns:
-        (parts + 1,) row numbers, from 0 to the number of rows.
+    `bounds` (rows + 1,) are the rows' offsets from 0; parts are empty where rows are fewer.
     """
     wanted = np.arange(1, parts) * (int(bounds[-1]) / parts)
     middle = (np.asarray(bounds[:-1], dtype=np.float64) + bounds[1:]) / 2

@@ -52,19 +52,10 @@ def get_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
 
 
 def set_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load what `get_state` gave; a rank keeps its part of sharded weights.
-
-    Raises:
-        RuntimeError, ValueError, KeyError: it does not fit.
-    """
+    """Load what `get_state` gave; a rank keeps its part of sharded weights."""
     sharded = any(isinstance(one, DTensor) for one in module.parameters())
-    set_state_dict(
-        module,
-        optimizer,
-        model_state_dict=state["objective"],
-        optim_state_dict=state["optimizer"],
-        options=StateDictOptions(full_state_dict=sharded),
-    )
+    weights = {"model_state_dict": state["objective"], "optim_state_dict": state["optimizer"]}
+    set_state_dict(module, optimizer, **weights, options=StateDictOptions(full_state_dict=sharded))
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> float:

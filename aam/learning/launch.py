@@ -100,12 +100,7 @@ def run(command: Callable[[Any], Any], argv: Sequence[str], options: Any) -> int
 
 
 def start(options: RunOptions) -> torch.device:
-    """The device of this process, which meets the other ranks of the run if there are any.
-
-    Raises:
-        InputError: the devices do not exist, cannot do what is asked for, or are others than
-            torchrun or SLURM have started.
-    """
+    """The checked device of this process, which meets the other ranks of the run, if any."""
     import torch
 
     from aam.learning import device as devices

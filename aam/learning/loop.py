@@ -23,7 +23,6 @@ from aam.files import CHECKPOINTS, resume_checkpoint
 from aam.learning import distributed
 from aam.learning.batches import Batching
 from aam.learning.checkpoint import load_state, save_state
-from aam.learning.device import autocast_dtype
 from aam.learning.distributed import RankGroup
 from aam.learning.fsdp import clip_gradients, copy_whole, get_state, set_state, sharded_copy
 from aam.learning.memory_profile import write_memory_profile
@@ -37,6 +36,7 @@ from aam.learning.step import Step, StepTooLarge, is_out_of_memory
 from aam.learning.stopping import Stopped, StopSignals
 from aam.learning.task import Task
 
+HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # of the model's products
 LOWER_IS_BETTER = ("loss", "mae", "mse")
 LAST, BEST = "last.pt", "best.pt"
 REGULAR_BEST = "best-before-end.pt"  # the best, where the validation at the end was better
@@ -76,7 +76,7 @@ class Trainer:
         self.sharded = self.settings.strategy == "fsdp" and group.size > 1
         self.trained = sharded_copy(objective, self.device) if self.sharded else objective
         self.optimizer = make_optimizer(self.trained, self.lr, self.options.weight_decay)
-        half = autocast_dtype(self.settings.precision)
+        half = HALF.get(self.settings.precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half == torch.float16)
         self.scaler.scale(torch.zeros((), device=self.device))  # its state is made by the first use
         self._step = Step(self.trained, group, equal_calls=self.sharded, autocast=half)
@@ -94,8 +94,7 @@ class Trainer:
     def train(self, state: dict[str, Any] | None) -> None:
         """Train to the end, from a checkpoint if one is given, and load the best weights.
 
-        Raises:
-            Stopped: Ctrl-C, SIGTERM or SIGUSR1; the run was saved first, and how to go on was said.
+        Stopped by Ctrl-C, SIGTERM or SIGUSR1, the run is saved, and how to go on is said.
         """
         if state is not None:
             self.resume(state)
@@ -194,10 +193,8 @@ class Trainer:
 
     def _ended(self) -> bool:
         """Whether all epochs are done, or --max-steps."""
-        most = self.options.max_steps
-        return self.progress.epoch >= self.epochs or (
-            most is not None and self.progress.step >= most
-        )
+        at, most = self.progress, self.options.max_steps
+        return at.epoch >= self.epochs or (most is not None and at.step >= most)
 
     def step(self, rows: np.ndarray, coming: np.ndarray | None = None) -> dict[str, float]:
         """Change the weights by some rows of the dataset; `coming` are those of the next step.
@@ -206,9 +203,8 @@ class Trainer:
         """
         started = time.perf_counter()
         at = self.progress
-        rate = self.lr * warmup_cosine(
-            at.samples, len(rows), self.scheduled_samples, self.options.warmup_fraction
-        )
+        warmup = self.options.warmup_fraction
+        rate = self.lr * warmup_cosine(at.samples, len(rows), self.scheduled_samples, warmup)
         set_learning_rate(self.optimizer, rate)
         self.prefetch.begin(rows, step_seed(self.seed, at.step))
         if coming is not None:

@@ -36,14 +36,9 @@ class DistanceLoss:
     def share(
         self, pairs: FreeClades, profiles: Tensor, rows: Tensor, first: int, last: int
     ) -> Terms:
-        """Share of the loss, and of the mean absolute error.
+        """Share of samples `first` to `last` in the loss, and in the mean absolute error.
 
-        Args:
-            pairs: predicts distances.
-            profiles: (n, width) of all samples of the step.
-            rows: (n,) int64, which samples of the dataset they are.
-            first: first sample of the share.
-            last: the one after its last.
+        `profiles` (n, width) are of all samples of the step, rows (n,) int64 of the dataset.
         """
         numbers = rows.cpu().numpy()
         predicted = pairs.distances(profiles[first:last], profiles[first:])
@@ -158,15 +153,13 @@ class TargetLoss:
                 return error.abs()
             case "quantile":
                 return torch.maximum(level * error, (level - 1) * error)
-            case _:
-                return torch.where(error > 0, level, 1 - level) * error.square()
+        return torch.where(error > 0, level, 1 - level) * error.square()
 
 
 def count_divergence(logits: Tensor, counts: Tensor, slots: Ragged) -> Tensor:
     """KL(true || predicted) relative abundances of each sample, (samples,), in nats.
 
-    A divergence between compositions has the same scale whatever the depth of sequencing and
-    whatever the transform of the target.
+    It has the same scale whatever the depth of sequencing and the transform of the target.
     """
     lengths = slots.lengths
 
@@ -184,9 +177,6 @@ def count_divergence(logits: Tensor, counts: Tensor, slots: Ragged) -> Tensor:
 
 
 def blocks(samples: int, width: int, least: int = 1) -> list[tuple[int, int]]:
-    """Ranges of samples whose embeddings' differences with all others are held at once.
-
-    There are at least `least` of them, if there are as many samples.
-    """
+    """At least `least` ranges of samples whose differences with all others are held at once."""
     rows = max(1, min(BLOCK_NUMBERS // max(1, samples * width), math.ceil(samples / least)))
     return [(first, min(samples, first + rows)) for first in range(0, samples, rows)]

@@ -22,20 +22,12 @@ CUT_LENGTH = 0.3  # of a row, at most
 
 @dataclass(frozen=True)
 class NoisyAsvs:
-    """Sequences as the encoder sees them in training.
+    """Sequences as the encoder sees them in training."""
 
-    Attributes:
-        tokens: values ``(nucleotides,)`` uint8, one row an ASV.
-        masked: ``(masked,)`` int64, ascending places in the values whose nucleotide is asked for.
-        true: ``(masked,)`` int64, what stood there.
-        rows: ``(asvs,)`` int64, which of the dataset's ASVs these are; None where only
-            nucleotides are asked for.
-    """
-
-    tokens: Ragged
-    masked: Tensor
-    true: Tensor
-    rows: Tensor | None = None
+    tokens: Ragged  # values (nucleotides,) uint8, one row an ASV
+    masked: Tensor  # (masked,) int64, ascending places in the values that are asked for
+    true: Tensor  # (masked,) int64, what stood there
+    rows: Tensor | None = None  # (asvs,) int64 of the dataset; None: nucleotides alone are asked
 
     def part(self, rows: slice, values: slice) -> NoisyAsvs:
         """Contiguous rows, and the values that are theirs."""
@@ -112,8 +104,7 @@ def nucleotide_terms(
 def mask_tokens(tokens: Ragged, probability: float, strategy: str) -> tuple[Ragged, Tensor]:
     """Replace a share of the A, C, G and T by MASK: single ones, or runs of 3 to 5 ("span").
 
-    Returns:
-        The masked rows, and the positions in `values` that were masked.
+    Returns the masked rows, and the positions in `values` that were masked.
     """
     values = tokens.values
     if strategy == "random":
@@ -127,12 +118,10 @@ def mask_tokens(tokens: Ragged, probability: float, strategy: str) -> tuple[Ragg
 def take_rows(ragged: Ragged, index: Tensor) -> Ragged:
     """The rows of a ragged tensor at `index` (m,), in that order."""
     lengths = ragged.lengths.long()[index]
-    offsets = torch.zeros(len(index) + 1, dtype=torch.int64, device=lengths.device)
-    torch.cumsum(lengths, 0, out=offsets[1:])
+    offsets = F.pad(lengths.cumsum(0), (1, 0))
     shift = ragged.offsets[:-1].long()[index] - offsets[:-1]
-    count = int(offsets[-1])
-    source = torch.arange(count, device=lengths.device)
-    source += torch.repeat_interleave(shift, lengths, output_size=count)
+    source = torch.arange(int(offsets[-1]), device=lengths.device)
+    source += shift.repeat_interleave(lengths, output_size=len(source))
     return Ragged(ragged.values[source], offsets.int(), ragged.max_length)
 
 

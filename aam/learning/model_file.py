@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,9 +44,8 @@ class SavedModel:
         try:
             model.load_state_dict(self.weights)
         except RuntimeError as error:
-            raise InputError(
-                f"{self.path}: the weights do not fit the model's description"
-            ) from error
+            problem = f"{self.path}: the weights do not fit the model's description"
+            raise InputError(problem) from error
         return model.eval()
 
 
@@ -57,11 +57,8 @@ def save_model(
 ) -> None:
     """Write weights and everything that `predict` needs into one safetensors file, atomically.
 
-    Args:
-        path: the file.
-        model: the model.
-        description: JSON values to keep with the weights (data options, target, categories).
-        arrays: what else the model knows: its clades, the sequences of training.
+    `description` is JSON (data options, target, categories); `arrays` are what else the model
+    knows: its clades, the sequences of training.
     """
     from safetensors.torch import save
 
@@ -78,11 +75,7 @@ def save_model(
 
 
 def read_model(run: Path) -> SavedModel:
-    """Read the model of a run's folder, or a file.
-
-    Raises:
-        InputError: there is no model, or its file is damaged.
-    """
+    """Read the model of a run's folder, or a file."""
     from safetensors import SafetensorError, safe_open
 
     path = model_file(run)
@@ -105,17 +98,11 @@ def read_model(run: Path) -> SavedModel:
 def load_encoder(encoder: AsvEncoder, run: Path) -> list[tuple[str, str, int]]:
     """Copy the encoder's weights of a run of `pretrain` or `finetune` into an encoder.
 
-    Returns:
-        Rows (part, what happened, parameters) for the printed table; what happened is
-        ``loaded``, ``new`` (initialised, not in the file) or ``skipped`` (only in the file).
-
-    Raises:
-        InputError: a weight has another shape.
+    Returns rows (part, what happened, parameters): ``loaded``, ``new`` (initialised, not in the
+    file) or ``skipped`` (only in the file).
     """
-    saved = read_model(run).weights
-    prefix = "encoder."
+    saved, own, prefix = read_model(run).weights, encoder.state_dict(), "encoder."
     weights = {n.removeprefix(prefix): one for n, one in saved.items() if n.startswith(prefix)}
-    own = encoder.state_dict()
     for name in own.keys() & weights.keys():
         if own[name].shape != weights[name].shape:
             raise InputError(
@@ -136,8 +123,7 @@ def _parts(
     tensors: dict[str, torch.Tensor], names: Set[str], what: str
 ) -> list[tuple[str, str, int]]:
     """Parameters of each part (first name of the path)."""
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     for name in sorted(names):
-        part = name.split(".")[0]
-        sizes[part] = sizes.get(part, 0) + tensors[name].numel()
+        sizes[name.split(".")[0]] += tensors[name].numel()
     return [(part, what, size) for part, size in sizes.items()]

@@ -59,15 +59,9 @@ class SamplePart:
 class Objective(nn.Module, ABC):
     """Stages of a loss of sequences."""
 
-    frozen_asvs: Tensor | None = None
-    """(all ASVs of the dataset, dim) vectors of a frozen base, encoded once for the run."""
-
-    progress: float = 1.0
-    """Share of the run that is behind the coming step."""
-
-    masked_share: float = 0.0
-    """Share of the distinct ASVs of which a masked copy is encoded."""
-
+    frozen_asvs: Tensor | None = None  # (all ASVs of the dataset, dim) vectors of a frozen base
+    progress: float = 1.0  # share of the run that is behind the coming step
+    masked_share: float = 0.0  # of the distinct ASVs, of which a masked copy is encoded
     encoder: AsvEncoder
     penalties: NucleotideOptions
 
@@ -84,11 +78,8 @@ class Objective(nn.Module, ABC):
 
     def weighted(self, terms: Terms) -> Terms:
         """Add ``loss``: the sum of all losses, each times its penalty."""
-        parts = [
-            getattr(self.penalties, PENALTY_OF[name]) * value
-            for name, value in terms.items()
-            if name in PENALTY_OF
-        ]
+        losses = [name for name in terms if name in PENALTY_OF]
+        parts = [getattr(self.penalties, PENALTY_OF[name]) * terms[name] for name in losses]
         return {"loss": torch.stack(parts).sum(), **terms}
 
 
@@ -185,7 +176,7 @@ class PairObjective(SampleObjective):
     def encode_asvs(self, tokens: Ragged, first_row: int) -> Tensor:
         """Vectors of clean sequences, without dropout: what is random would be used as distance."""
         was_training = self.encoder.training
-        self.encoder.train(False)
+        self.encoder.eval()
         try:
             return self.encoder(tokens).vectors
         finally:
@@ -233,12 +224,11 @@ class FinetuneObjective(SampleObjective):
 
     def encode_samples(self, vectors: Tensor, part: SamplePart) -> Terms:
         """Predictions, and what the count loss needs."""
-        first = part.first_slot
-        hidden = self.predictor.sample_encoder(vectors, part.slots, part.counts, first)
-        prediction = self.predictor(hidden, part.categories, part.samples, first_row=first)
-        outputs = {"prediction": prediction}
+        first, predictor = part.first_slot, self.predictor
+        hidden = predictor.sample_encoder(vectors, part.slots, part.counts, first)
+        outputs = {"prediction": predictor(hidden, part.categories, part.samples, first_row=first)}
         if self.penalties.count_penalty:
-            logits = self.predictor.count_logits(hidden, first)
+            logits = predictor.count_logits(hidden, first)
             outputs["count_loss"] = count_divergence(logits, part.counts, part.slots)
         return outputs
 

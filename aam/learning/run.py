@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import io
 import math
 import shutil
 import time
@@ -45,12 +44,9 @@ class Run:
     """
 
     def __init__(self, options: RunOptions, config: Any, *, keep_steps: int | None = None) -> None:
-        """Create or reopen the folder.
+        """Create or reopen the folder; `config`, all options, is saved as config.toml.
 
-        Args:
-            options: where, and whether an old run is replaced.
-            config: all options, saved as config.toml.
-            keep_steps: when resuming, the step up to which earlier metrics are kept.
+        `keep_steps`: when resuming, the step up to which earlier metrics are kept.
         """
         self.path = options.output_dir
         self.source = None if keep_steps is None else options.resume_from
@@ -58,19 +54,17 @@ class Run:
         self.checkpoint_seconds = 60 * options.checkpoint_minutes
         self._pending: list[tuple[Any, ...]] = []
         self._flushed = time.monotonic()
-        self._metrics = self.path / "metrics.csv"
+        self._metrics, self._board_folder = self.path / "metrics.csv", self.path / "tensorboard"
         self._board = None
         if self.writes:
             self._open(options, config, keep_steps)
 
     def _open(self, options: RunOptions, config: Any, keep_steps: int | None) -> None:
-        try:
+        with _written(self.path):
             if is_run(self.path) and not continues_in(self.path, self.source):
                 remove_run(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.path)
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be written ({error.strerror})") from error
         with atomic_path(self.path / CONFIG_FILE) as temporary:
             write_toml(config, temporary)
         if self.source is None:
@@ -78,10 +72,8 @@ class Run:
         if options.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(
-                str(self.path / "tensorboard"),
-                purge_step=None if keep_steps is None else keep_steps + 1,
-            )
+            first = None if keep_steps is None else keep_steps + 1
+            self._board = SummaryWriter(str(self._board_folder), purge_step=first)
 
     def take_over_metrics(self, last_step: int, last_validation: int) -> None:
         """Begin metrics.csv with those of the continued run, up to a step and a validation."""
@@ -96,11 +88,11 @@ class Run:
         self._write_metrics([row for row in complete if int(row[0]) <= last.get(row[2], last_step)])
 
     def _write_metrics(self, rows: list[list[str]]) -> None:
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(METRIC_COLUMNS)
-        writer.writerows(rows)
-        write_text(self._metrics, text.getvalue())
+        with (
+            atomic_path(self._metrics) as temporary,
+            open(temporary, "w", newline="", encoding="utf-8") as file,
+        ):
+            csv.writer(file, lineterminator="\n").writerows([METRIC_COLUMNS, *rows])
 
     def log(self, step: int, epoch: int, part: str, values: Mapping[str, float | None]) -> None:
         """Add metrics of a step; undefined ones (None, NaN) are left out."""
@@ -111,7 +103,7 @@ class Run:
                 continue
             self._pending.append((step, epoch, part, name, repr(float(value))))
             if self._board is not None:
-                with self._board_errors():
+                with _written(self._board_folder):
                     self._board.add_scalar(f"{part}/{name}", value, step)
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
@@ -119,13 +111,11 @@ class Run:
     def flush(self) -> None:
         """Write what was logged."""
         if self._pending:
-            try:
-                with open(self._metrics, "a", newline="", encoding="utf-8") as file:
-                    csv.writer(file, lineterminator="\n").writerows(self._pending)
-            except OSError as error:
-                raise InputError(
-                    f"{self._metrics}: cannot be written ({error.strerror})"
-                ) from error
+            with (
+                _written(self._metrics),
+                open(self._metrics, "a", newline="", encoding="utf-8") as file,
+            ):
+                csv.writer(file, lineterminator="\n").writerows(self._pending)
             self._pending.clear()
         self._flushed = time.monotonic()
 
@@ -133,16 +123,8 @@ class Run:
         """Write everything and close the logs."""
         self.flush()
         if self._board is not None:
-            with self._board_errors():
+            with _written(self._board_folder):
                 self._board.close()
-
-    @contextlib.contextmanager
-    def _board_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            folder = self.path / "tensorboard"
-            raise InputError(f"{folder}: cannot be written ({error.strerror})") from error
 
     def write_split(self, parts: Split) -> None:
         """Write the ids of each part, one a line."""
@@ -159,6 +141,14 @@ class Run:
         """Write summary.json."""
         if self.writes:
             write_text(self.path / "summary.json", json_text(summary))
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def remove_run(path: Path) -> None:

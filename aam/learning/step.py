@@ -73,36 +73,24 @@ class Step:
         equal_calls: bool = False,
         autocast: torch.dtype | None = None,
     ) -> None:
-        """Set up a step of an objective in training mode.
+        """Set up a step of an objective in training mode, on this process's place in a group.
 
-        Args:
-            objective: what is learned.
-            group: this process's place among the ranks.
-            equal_calls: run every stage as often on every rank, with empty micro-batches if need
-                be: stages of sharded weights meet in collectives.
-            autocast: half type of the model's products; losses of pairs stay in float32.
+        `equal_calls` runs every stage as often on every rank, with empty micro-batches if need be:
+        stages of sharded weights meet in collectives. `autocast` is the half type of the model's
+        products; losses of pairs stay in float32.
         """
         self.objective, self.group = objective, group
         self.equal_calls, self.autocast = equal_calls, autocast
         self.parameters = [one for one in objective.parameters() if one.requires_grad]
-        self.on_stage: Callable[[str], None] | None = None
-        """Told of every stage that begins, as in "encode_asvs forward"."""
+        self.on_stage: Callable[[str], None] | None = None  # told "encode_asvs forward" and so on
 
     def __call__(
         self, batch: Batch | AsvBatch, micro_batches: int = 1, scale: float = 1.0
     ) -> dict[str, float]:
-        """Compute loss terms and gradients; draws from torch's default generators.
+        """Compute gradients, and loss terms of the whole step; the same batch is on every rank.
 
-        Args:
-            batch: all samples (or ASVs) of the step, on the device; the same on every rank.
-            micro_batches: into how many each stage is cut.
-            scale: by which gradients (not the terms) are multiplied, for float16.
-
-        Returns:
-            Loss terms of the whole step, the same on every rank.
-
-        Raises:
-            StepTooLarge: the memory does not hold it; no gradients are left.
+        Each stage is cut into micro-batches; `scale` multiplies the gradients (not the terms), for
+        float16. Draws from torch's default generators. StepTooLarge: the memory does not hold it.
         """
         work = self.objective.draw(batch)
         seeds = torch.randint(1 << 62, (3,)).tolist()
@@ -168,8 +156,8 @@ class Step:
         outputs = self._together(samples.forward)
         counts = self._rows_of_ranks(batch.slots)
         leaves = {
-            name: self.group.gather(value, counts).float().requires_grad_()
-            for name, value in outputs.items()
+            name: self.group.gather(one, counts).float().requires_grad_()
+            for name, one in outputs.items()
         }
         del outputs
         self._together(lambda: self._pair_losses(work, leaves, scale, sums))
@@ -218,15 +206,13 @@ class Step:
     def _cut(self, whole: Ragged, count: int) -> list[MicroBatch]:
         """This rank's share of the rows, in micro-batches of about equal length; at least one."""
         bounds = whole.offsets.cpu().numpy().astype(np.int64)
-        low, high = self.group.share(bounds)
+        low, high = cut(bounds, self.group.size)[self.group.rank :][:2].tolist()
         cuts = (low + cut(bounds[low : high + 1] - bounds[low], count)).tolist()
         if not self.equal_calls:  # no empty ones, unless there is nothing else
             cuts = [low, *(b for a, b in pairwise(cuts) if a < b)]
             cuts = cuts if len(cuts) > 1 else [low, high]
-        return [
-            MicroBatch(slice(a, b), slice(int(bounds[a]), int(bounds[b])))
-            for a, b in pairwise(cuts)
-        ]
+        places = bounds.tolist()
+        return [MicroBatch(slice(a, b), slice(places[a], places[b])) for a, b in pairwise(cuts)]
 
     def _rows_of_ranks(self, whole: Ragged) -> list[int]:
         cuts = cut(whole.offsets.cpu().numpy().astype(np.int64), self.group.size)

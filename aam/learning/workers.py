@@ -44,13 +44,12 @@ def launch(argv: Sequence[str], count: int) -> int:
     """Run the command of an argv in several processes of this machine; the exit code."""
     logging.disable()  # of torch's launcher: the worker or this function says what it would
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
     shared = {
-        "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": store.port, "TORCHELASTIC_RUN_ID": "aam", "TORCHELASTIC_RESTART_COUNT": 0,
-        "TORCHELASTIC_USE_AGENT_STORE": True,
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or (os.cpu_count() or 1) // count or 1,
+        "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port), "TORCHELASTIC_RUN_ID": "aam", "OMP_NUM_THREADS": threads,
+        "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_USE_AGENT_STORE": "True",
     }  # fmt: skip
-    ranks = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(count)]
     received: set[int] = set()
 
     def forward(number: int, _frame: Any) -> None:
@@ -64,10 +63,7 @@ def launch(argv: Sequence[str], count: int) -> int:
             "aam",
             sys.executable,
             args=dict.fromkeys(range(count), (*PROGRAM, *argv)),
-            envs={
-                rank: {name: str(value) for name, value in own.items()}
-                for rank, own in enumerate(ranks)
-            },
+            envs={n: {**shared, "RANK": str(n), "LOCAL_RANK": str(n)} for n in range(count)},
             logs_specs=DefaultLogsSpecs(folder),
         )
         handlers: dict[int, Any] = {number: signal.getsignal(number) for number in KEPT}
