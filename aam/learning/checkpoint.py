@@ -55,7 +55,7 @@ def load_state(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except DAMAGED as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        reason = str(error).split("\n")[0][:120] or type(error).__name__
         raise InputError(
             f"{path}: truncated or not a checkpoint ({reason}); "
             "resume from another one of the run's checkpoints"

@@ -35,22 +35,18 @@ def count_devices(options: RunOptions) -> int:
     if options.strategy == "fsdp" and options.compile_model:
         raise InputError("--compile-model: does not go together with --strategy fsdp; leave it out")
     if ":" in options.device and (options.devices > 1 or options.data_parallel):
-        raise InputError(
-            f"--device {options.device}: names one device; use --device {device.type} for several"
-        )
+        remedy = f"use --device {device.type} for several"
+        raise InputError(f"--device {options.device}: names one device; {remedy}")
     if device.type == "cuda" and options.devices > count:
         raise InputError(f"--devices {options.devices}: torch sees {count} GPUs")
     if not options.data_parallel:
         return options.devices
     if device.type == "cpu":
-        raise InputError(
-            "--data-parallel: a CPU is one device; --devices N shares it among N processes"
-        )
+        remedy = "--devices N shares it among N processes"
+        raise InputError(f"--data-parallel: a CPU is one device; {remedy}")
     if options.devices not in (1, count):
-        raise InputError(
-            f"--devices {options.devices} with --data-parallel, which means all {count}: use one "
-            "of the two"
-        )
+        both = f"--devices {options.devices} with --data-parallel, which means all {count}"
+        raise InputError(f"{both}: use one of the two")
     return count
 
 

@@ -66,11 +66,9 @@ def begin() -> None:
 
 def refuse_several(command: str) -> None:
     """Refuse to run a command in several processes that would all do the same."""
-    layout = find_layout()
-    if layout.size > 1:
-        raise InputError(
-            f"{command} runs in one process; {layout.starter} started {layout.size} of them"
-        )
+    starter, size = find_layout().starter, find_layout().size
+    if size > 1:
+        raise InputError(f"{command} runs in one process; {starter} started {size} of them")
 
 
 def run(command: Callable[[Any], Any], argv: Sequence[str], options: Any) -> int:

@@ -105,10 +105,8 @@ class Trainer:
             self.fit()
         except Stopped:
             self.run.close()
-            log(
-                f"saved at step {self.progress.step}; continue with "
-                f"aam {self.task.config.command} --resume-from {self.run.path}"
-            )
+            again = f"aam {self.task.config.command} --resume-from {self.run.path}"
+            log(f"saved at step {self.progress.step}; continue with {again}")
             raise
         finally:
             self.prefetch.close()
@@ -124,9 +122,8 @@ class Trainer:
             self.progress = Progress(**state["progress"])
             self.batching.load_state(state["memory"])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                "--resume-from: the checkpoint is of another model; use the run's own options"
-            ) from error
+            problem = "the checkpoint is of another model; use the run's own options"
+            raise InputError(f"--resume-from: {problem}") from error
         self.run.take_over_metrics(self.progress.step, self.progress.validated)
         if distributed.is_rank_zero():
             self._take_over_best()
@@ -157,10 +154,8 @@ class Trainer:
         """Train to the end, validating on the way."""
         at = self.progress
         if self._ended() or self._stopped_early():
-            log(
-                f"step {at.step} of {self.scheduled_steps} is reached already, nothing is left to "
-                "train; a larger --max-steps goes on"
-            )
+            reached = f"step {at.step} of {self.scheduled_steps} is reached already"
+            log(f"{reached}, nothing is left to train; a larger --max-steps goes on")
         with ProgressDisplay(self.scheduled_steps, at.step) as display, self.signals:
             while True:
                 batches = self.batching.batches(at.epoch, at.batch)
@@ -201,9 +196,7 @@ class Trainer:
 
         Returns what was measured: loss terms, learning rate, gradient norm, speed, memory.
         """
-        started = time.perf_counter()
-        at = self.progress
-        warmup = self.options.warmup_fraction
+        started, at, warmup = time.perf_counter(), self.progress, self.options.warmup_fraction
         rate = self.lr * warmup_cosine(at.samples, len(rows), self.scheduled_samples, warmup)
         set_learning_rate(self.optimizer, rate)
         self.prefetch.begin(rows, step_seed(self.seed, at.step))
@@ -226,13 +219,9 @@ class Trainer:
         at.step += 1
         at.batch += 1
         at.samples += len(rows)
-        measured = {
-            **terms,
-            "learning_rate": rate,
-            "gradient_norm": norm,
-            f"{self.dataset.unit.lower()}_per_second": len(rows) / (time.perf_counter() - started),
-            **memory,
-        }
+        speed = f"{self.dataset.unit.lower()}_per_second"
+        measured = {**terms, "learning_rate": rate, "gradient_norm": norm}
+        measured |= {speed: len(rows) / (time.perf_counter() - started), **memory}
         if self.scaler.is_enabled():
             measured |= {"loss_scale": self.scaler.get_scale(), "skipped": float(at.skipped)}
         self.run.log(at.step, at.epoch, "train", measured)
@@ -243,7 +232,7 @@ class Trainer:
     ) -> dict[str, float]:
         """Loss terms of a step of some rows, its gradients left in the weights.
 
-        `progress`: share of the run that is behind; where it is, if not given. StepTooLarge where
+        `progress` is the share of the run that is behind, by default as it is. StepTooLarge where
         the memory does not hold it; an InputError where no micro-batch would make it smaller.
         """
         self.trained.train()
@@ -272,8 +261,8 @@ class Trainer:
     def _validate(self, due: bool) -> dict[str, float | None]:
         """Measure the validation part, keep the best weights, save.
 
-        A validation that is only there because the run ends here is not remembered in the last
-        checkpoint: a continued run would not have made it, and must equal an uninterrupted one.
+        One that is not due, but made because the run ends here, the last checkpoint does not
+        remember: a continued run would not have made it, and must equal an uninterrupted one.
         """
         at = self.progress
         if self.sharded:
@@ -284,9 +273,8 @@ class Trainer:
         self.run.log(at.step, at.epoch, "validation", measured)
         metric = self.options.best_metric or self.task.best_metric
         if metric not in measured:
-            raise InputError(
-                f"--best-metric {metric}: not measured here; choose {', '.join(measured)}"
-            )
+            choices = ", ".join(measured)
+            raise InputError(f"--best-metric {metric}: not measured here; choose {choices}")
         value, better = measured[metric], False
         if value is not None and not math.isnan(value):
             lower = metric.endswith(LOWER_IS_BETTER)

@@ -22,6 +22,7 @@ from aam.model import CladeHead, FreeClades
 from aam_kernels import Ragged
 
 Terms = dict[str, Tensor]
+Drawn = tuple[Tensor, Tensor]  # clades (m,) int64 that stand for all, and their weights (m,)
 BLOCK_NUMBERS = 1 << 23  # differences of embeddings held at once: bounds memory, not the result
 
 
@@ -71,11 +72,8 @@ class CladeLoss:
         self.samples = len(clades) > self.SAMPLED_ABOVE
         self._cumulated = np.cumsum(clades.weight)
 
-    def draw(self, rows: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Clades (m,) that stand for all in a step of these ASVs, and their weights (m,).
-
-        None: all clades. Drawn from torch's default generator.
-        """
+    def draw(self, rows: Tensor) -> Drawn | None:
+        """Clades for a step of these ASVs, from torch's default generator; None: all clades."""
         if not self.samples:
             return None
         near = self.clades.near(rows.cpu().numpy())
@@ -85,7 +83,7 @@ class CladeLoss:
         drawn = drawn[~np.isin(drawn, near)]
         each = self._cumulated[-1] / self.SAMPLED
         chosen = torch.from_numpy(np.concatenate([near, drawn]))
-        weights = torch.cat([self.weight[torch.from_numpy(near)], torch.full((len(drawn),), each)])
+        weights = torch.cat([self.weight[chosen[: len(near)]], torch.full((len(drawn),), each)])
         return chosen.to(rows.device), weights.to(rows.device)
 
     def members(self, rows: Tensor, clades: Tensor | None) -> Tensor:
@@ -96,17 +94,9 @@ class CladeLoss:
         return (rows[:, None] >= start) & (rows[:, None] < stop)
 
     def share(
-        self,
-        head: CladeHead,
-        vectors: Tensor,
-        rows: Tensor,
-        total: int,
-        drawn: tuple[Tensor, Tensor] | None,
+        self, head: CladeHead, vectors: Tensor, rows: Tensor, total: int, drawn: Drawn | None
     ) -> Terms:
-        """Share of ASVs `rows` (n,) with vectors (n, dim) in the loss of `total` ASVs.
-
-        `drawn` is what `draw` gave for the step.
-        """
+        """Share of ASVs `rows` (n,) with vectors (n, dim) in the loss of the step's `total`."""
         clades, weights = (None, self.weight.to(rows.device)) if drawn is None else drawn
         logits = head(vectors, clades)
         if logits.dtype in (torch.float16, torch.bfloat16):

@@ -35,8 +35,7 @@ class SavedModel:
         """The model in evaluation mode."""
         encoder = AsvEncoder(EncoderShape(**self.description["encoder"]), impl=impl)
         model: PretrainedModel | Predictor
-        if "predictor" in self.description:
-            own = self.description["predictor"]
+        if own := self.description.get("predictor"):
             own = {**own, "category_sizes": tuple(own["category_sizes"])}
             model = Predictor(encoder, PredictorShape(**own), impl=impl)
         else:

@@ -159,14 +159,10 @@ class PairObjective(SampleObjective):
     penalties: PenaltyOptions
 
     def __init__(
-        self,
-        encoder: AsvEncoder,
-        pairs: FreeClades,
-        penalties: PenaltyOptions,
-        distances: DistanceLoss,
+        self, encoder: AsvEncoder, pairs: FreeClades, penalties: PenaltyOptions, loss: DistanceLoss
     ) -> None:
         super().__init__(penalties)
-        self.encoder, self.pairs, self.distances = encoder, pairs, distances
+        self.encoder, self.pairs, self.loss = encoder, pairs, loss
 
     def draw(self, batch: Batch) -> Work:
         """Draw masks."""
@@ -190,7 +186,7 @@ class PairObjective(SampleObjective):
         """Share of the distance loss."""
         assert work.batch is not None
         profiles, rows = outputs["profiles"], work.batch.rows
-        return self.weighted(self.distances.share(self.pairs, profiles, rows, first, last))
+        return self.weighted(self.loss.share(self.pairs, profiles, rows, first, last))
 
 
 class FinetuneObjective(SampleObjective):

@@ -16,9 +16,8 @@ from aam.data.dataset import AsvBatch, AsvDataset, Batch, SampleDataset
 class Prefetch:
     """Batches of a dataset by rows and seed: begun in a thread, taken when they are needed.
 
-    A batch is a function of (rows, seed) alone, so one that was not begun, or not as it is wanted
-    in the end, is simply made when it is taken. Where a GPU takes it, it lies in pinned memory and
-    is copied without waiting.
+    A batch is a function of (rows, seed) alone: one that was not begun, or not so, is made when it
+    is taken. Where a GPU takes it, it lies in pinned memory and is copied without waiting.
     """
 
     def __init__(self, dataset: SampleDataset | AsvDataset, device: torch.device) -> None:

@@ -48,9 +48,8 @@ class ProgressDisplay:
                 expand=True,
             )
             self._bar.start()
-            self._task = self._bar.add_task(
-                "", total=self.total, completed=self.first, epoch=1, losses=""
-            )
+            shown = {"total": self.total, "completed": self.first, "epoch": 1, "losses": ""}
+            self._task = self._bar.add_task("", **shown)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -60,9 +59,8 @@ class ProgressDisplay:
 
     def update(self, step: int, epoch: int, measured: Mapping[str, float]) -> None:
         """Show a finished step."""
-        losses = "  ".join(
-            f"{label} {measured[name]:.4g}" for name, label in SHOWN.items() if name in measured
-        )
+        shown = [name for name in SHOWN if name in measured]
+        losses = "  ".join(f"{SHOWN[name]} {measured[name]:.4g}" for name in shown)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, epoch=epoch + 1, losses=losses)
             return

@@ -56,10 +56,8 @@ class Run:
         self._flushed = time.monotonic()
         self._metrics, self._board_folder = self.path / "metrics.csv", self.path / "tensorboard"
         self._board = None
-        if self.writes:
-            self._open(options, config, keep_steps)
-
-    def _open(self, options: RunOptions, config: Any, keep_steps: int | None) -> None:
+        if not self.writes:
+            return
         with _written(self.path):
             if is_run(self.path) and not continues_in(self.path, self.source):
                 remove_run(self.path)
@@ -153,8 +151,7 @@ def _written(path: Path) -> Iterator[None]:
 
 def remove_run(path: Path) -> None:
     """Delete the files of a run; whatever else is in the folder stays."""
-    for name in RUN_FILES:
-        one = path / name
+    for one in (path / name for name in RUN_FILES):
         if one.is_dir() and not one.is_symlink():
             shutil.rmtree(one)
         else:

@@ -22,7 +22,7 @@ whole, so loss and gradients are those of one micro-batch on one device, to floa
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeVar
@@ -145,6 +145,9 @@ class Step:
             with self._precision():
                 return objective.encode_samples(used, samples)
 
+        def begin(stage: str) -> Callable[[], None]:
+            return lambda: self._begin(f"{stage} backward")
+
         asvs = GradientCache(self._cut(batch.tokens, count), encode_asvs)
         samples = GradientCache(self._cut(batch.slots, count), encode_samples)
         if objective.frozen_asvs is not None:
@@ -162,14 +165,10 @@ class Step:
         del outputs
         self._together(lambda: self._pair_losses(work, leaves, scale, sums))
         gradients = {name: self._own_gradient(leaf, samples) for name, leaf in leaves.items()}
-        self._together(
-            lambda: samples.backward(gradients, lambda: self._begin("encode_samples backward"))
-        )
+        self._together(lambda: samples.backward(gradients, begin("encode_samples")))
         if objective.frozen_asvs is None:
             gradient = {"vectors": self._own_gradient(vectors, asvs)}
-            self._together(
-                lambda: asvs.backward(gradient, lambda: self._begin("encode_asvs backward"))
-            )
+            self._together(lambda: asvs.backward(gradient, begin("encode_asvs")))
 
     def _pair_losses(self, work: Work, leaves: Terms, scale: float, sums: Terms) -> None:
         """This rank's blocks of the loss; leaves its part of the gradients in the leaves."""
@@ -262,23 +261,17 @@ class GradientCache:
 
     def backward(self, gradients: Terms, begin: Callable[[], None]) -> None:
         """Hand the outputs' gradients, each (rows, ...), to the weights and inputs."""
-        for outputs, rows in self._with_graph():
+        kept, self.kept = self.kept, None
+        for part in self.micro_batches:
+            outputs = self.compute(part, "again") if kept is None else kept
             begin()
-            own = slice(rows.start - self.rows.start, rows.stop - self.rows.start)
+            own = slice(part.rows.start - self.rows.start, part.rows.stop - self.rows.start)
             reached = [name for name, value in outputs.items() if value.requires_grad]
             if reached:
                 torch.autograd.backward(
                     [outputs[name] for name in reached],
                     [gradients[name][own].to(outputs[name].dtype) for name in reached],
                 )
-
-    def _with_graph(self) -> Iterator[tuple[Terms, slice]]:
-        if self.kept is not None:
-            kept, self.kept = self.kept, None
-            yield kept, self.micro_batches[0].rows
-            return
-        for one in self.micro_batches:
-            yield self.compute(one, "again"), one.rows
 
 
 def is_out_of_memory(error: BaseException) -> bool:

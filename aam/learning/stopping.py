@@ -22,7 +22,7 @@ REQUEUE_SECONDS = 30.0
 class Stopped(KeyboardInterrupt):
     """A signal asked to stop; the run is saved."""
 
-    def __init__(self, number: int = signal.SIGINT) -> None:
+    def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
 

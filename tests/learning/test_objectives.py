@@ -227,7 +227,7 @@ def test_distance_loss_is_the_mean_over_all_pairs_of_the_distances_of_evaluation
     assert encoder.stack.training, "the nucleotide loss keeps its dropout"
     predicted = predicted_distances(objective_model(objective), dataset, np.array(rows))
     assert np.array_equal(predicted, predicted.T) and (predicted.diagonal() == 0).all()
-    true = objective.distances.source.pairwise(rows)
+    true = objective.loss.source.pairwise(rows)
     errors = (predicted - true)[np.triu_indices(5, 1)]
     assert terms["unifrac_loss"] == pytest.approx(10 * np.mean((errors / 2.5) ** 2), rel=1e-4)
     assert terms["distance_mae"] == pytest.approx(np.mean(np.abs(errors)), rel=1e-4)
@@ -242,7 +242,7 @@ def objective_model(objective):
 def test_distance_loss_is_that_of_its_blocks(dataset, encoder):
     objective = pair_objective(encoder, nucleotide_penalty=0.0)
     profiles, rows = torch.rand(5, 32), torch.tensor([3, 1, 7, 20, 5])
-    share = objective.distances.share
+    share = objective.loss.share
     whole = share(objective.pairs, profiles, rows, 0, 5)
     for bounds in ([0, 2, 5], [0, 1, 2, 3, 4, 5], [0, 0, 5]):
         parts = [share(objective.pairs, profiles, rows, *own) for own in pairwise(bounds)]
