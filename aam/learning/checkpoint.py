@@ -36,7 +36,6 @@ FREE = {
         "tensorboard", "checkpoint_minutes", "memory_profile",
     },
 }  # fmt: skip
-FREE_ALONE = {"pretrained_encoder"}  # its weights are in the checkpoint
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -146,12 +145,11 @@ def check_same_data(state: dict[str, Any] | None, config: Any, description: dict
 
 def _fixed(config: dict[str, Any]) -> dict[str, Any]:
     """Options that must not change, as ``group.option``."""
-    flat = {
-        f"{group}.{name}": value
-        for group, values in config.items()
-        if isinstance(values, dict)
-        for name, value in values.items()
-        if name not in FREE.get(group, ())
-    }
-    alone = {name: value for name, value in config.items() if not isinstance(value, dict)}
-    return flat | {name: value for name, value in alone.items() if name not in FREE_ALONE}
+    flat: dict[str, Any] = {}
+    for group, values in config.items():
+        if isinstance(values, dict):
+            fixed = values.keys() - FREE.get(group, set())
+            flat |= {f"{group}.{name}": values[name] for name in fixed}
+        elif group != "pretrained_encoder":  # its weights are in the checkpoint
+            flat[group] = values
+    return flat

@@ -1,11 +1,5 @@
 """What is learned, as stages that a step can compute in micro-batches and on several devices.
 
-* `CladeObjective` (pretraining from a tree): which clades each ASV belongs to, and masked
-  nucleotides, in one pass over noisy sequences. A plain sum over ASVs.
-* `PairObjective` (pretraining from distances): all pairs of a batch of samples, from clean
-  sequences without dropout, and masked nucleotides of copies.
-* `FinetuneObjective`: the target's loss, and on request masked nucleotides and counts.
-
 A step goes `draw` -> `asv_losses`, and where samples are learned from `encode_asvs` ->
 `encode_samples` -> `losses`. All but `draw` work on some of the ASVs, or of the samples: see
 `aam.learning.step`.
@@ -116,7 +110,7 @@ class SampleObjective(Objective):
 
 
 class CladeObjective(Objective):
-    """Memberships in the clades of a tree, and masked nucleotides."""
+    """Memberships in the clades of a tree, and masked nucleotides: sums over noisy ASVs."""
 
     penalties: PenaltyOptions
 
@@ -154,7 +148,7 @@ class CladeObjective(Objective):
 
 
 class PairObjective(SampleObjective):
-    """Distances between all pairs of a batch's samples, and masked nucleotides."""
+    """Distances between all pairs of a batch's samples, and masked nucleotides of copies."""
 
     penalties: PenaltyOptions
 

@@ -11,14 +11,10 @@ from aam.errors import log
 
 LINE_SECONDS = 10.0  # without a terminal: one line this often
 SHOWN = {
-    "loss": "loss",
-    "unifrac_loss": "unifrac",
-    "clade_loss": "clades",
-    "nucleotide_loss": "nucleotide",
-    "target_loss": "target",
-    "count_loss": "count",
+    "loss": "loss", "unifrac_loss": "unifrac", "clade_loss": "clades",
+    "nucleotide_loss": "nucleotide", "target_loss": "target", "count_loss": "count",
     "samples_per_second": "samples/s",
-}
+}  # fmt: skip
 
 
 class ProgressDisplay:
