@@ -147,9 +147,9 @@ def resolve_sequences(
 
 
 def resolve_in_blocks(ids: Any, sequences: Path | None, at_once: int) -> Texts:
-    """What `resolve_sequences` gives for ids of a BIOM 2.1 file, of which ``at_once`` are read.
+    """`resolve_sequences` for ids of a BIOM 2.1 file; ValueError or KeyError where that refuses.
 
-    ValueError or KeyError where it would refuse them; it says more, and looks for repeats.
+    ``at_once`` are read together; repeats are not looked for.
     """
     known = None if sequences is None else read_fasta(sequences)
     letters, lengths = [], []

@@ -115,13 +115,9 @@ class Texts(Sequence[str]):
         # By the last eight bytes, then, stably, by the eight before, and so on.
         for skip in reversed(range(0, int(self.lengths.max(initial=0)), _WORD)):
             longer = self.lengths[order] > skip  # the others have ended and come first
-            rest = self.take(order[longer])
-            blocks = [
-                rest[low : low + _BLOCK].padded(skip, _WORD).view(">u8")
-                for low in range(0, len(rest), _BLOCK)
-            ]
-            by_word = np.argsort(np.concatenate(blocks)[:, 0], kind="stable")
-            order = np.concatenate((order[~longer], order[longer][by_word]))
+            words = self.take(order[longer]).padded(skip, _WORD).view(">u8")[:, 0]
+            by_word = order[longer][np.argsort(words, kind="stable")]
+            order = np.concatenate((order[~longer], by_word))
         return order
 
     def repeats(self, order: NDArray[np.int64]) -> int:
