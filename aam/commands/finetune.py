@@ -14,13 +14,11 @@ from aam.commands.inputs import split
 from aam.commands.training import make_encoder, train, usual_options
 from aam.config import FinetuneConfig, flag
 from aam.data.dataset import SampleDataset
-from aam.data.metadata import require_values
-from aam.data.samples import Samples, read_samples
+from aam.data.samples import read_samples
 from aam.errors import InputError, log
 from aam.evaluation import outputs
 from aam.evaluation.metrics import Measured, target_metrics
 from aam.evaluation.results import target_results
-from aam.files import refuse_breaks
 from aam.learning.checkpoint import fingerprint
 from aam.learning.distributed import RankGroup
 from aam.learning.losses import TargetLoss
@@ -71,9 +69,10 @@ class Finetuning(Task):
             adopt_shape(config, self.base)
         samples = self.samples = read_samples(config.data, seed, metadata=config.metadata.metadata)
         column, columns = config.target.metadata_column, config.categorical.categorical_columns
-        classes = target_classes(samples, config)
+        allow_missing = config.data.allow_missing
+        labels = samples.keep_with(column, config.target.task, allow_missing=allow_missing)
+        classes = tuple(sorted(set(labels or ())))
         assert samples.metadata is not None
-        labels = [str(one) for one in samples.metadata.text(column)] if classes else None
         self.parts = split(samples, config.metadata, seed, labels)
         self.rows = samples.rows(self.parts.train)
         self.validation_rows = samples.rows(self.parts.validation)
@@ -197,19 +196,3 @@ class Finetuning(Task):
         kind = "classification" if classes else "regression"
         described = {"column": target.column, "kind": kind, "classes": classes, "unit": ""}
         return {"results": results, "target": described}
-
-
-def target_classes(samples: Samples, config: FinetuneConfig) -> tuple[str, ...]:
-    """The target's classes, sorted; none for a number. Samples without a value are dropped."""
-    metadata, column = samples.metadata, config.target.metadata_column
-    assert metadata is not None
-    by_class = config.target.task == "classification"
-    if config.target.task == "auto":
-        by_class = not metadata.is_numeric(column)
-    require_values(metadata, column, numeric=not by_class)
-    samples.keep_with(column, allow_missing=config.data.allow_missing)
-    if not by_class:
-        return ()
-    classes = tuple(sorted({str(one) for one in metadata.text(column) if one is not None}))
-    refuse_breaks(classes, metadata.source, f"values of column {column!r}")
-    return classes

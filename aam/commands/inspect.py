@@ -12,7 +12,6 @@ from aam.commands.inputs import attach_distances, split
 from aam.commands.pretrain import FREE_CLADES
 from aam.config import InspectConfig, OptimizerOptions, PenaltyOptions
 from aam.data.dataset import SampleDataset
-from aam.data.metadata import require_values
 from aam.data.samples import Samples, read_samples
 from aam.data.table_distances import TableDistances
 from aam.errors import InputError, log, log_facts
@@ -66,23 +65,19 @@ def inspect(config: InspectConfig) -> None:
 
 def _describe_target(found: Rows, samples: Samples, column: str) -> list[str] | None:
     """Kind and values of the target; its classes as labels for the split."""
-    metadata = samples.metadata
-    if metadata is None:
+    if samples.metadata is None:
         raise InputError("--metadata-column needs --metadata")
-    numeric = metadata.is_numeric(column)
-    require_values(metadata, column, numeric=numeric)
-    samples.keep_with(column, allow_missing=True)
-    present = [value for value in metadata.text(column) if value is not None]
-    if numeric:
-        numbers = np.array(present, dtype=np.float64)
+    labels = samples.keep_with(column, "auto", allow_missing=True)
+    if labels is None:
+        numbers = samples.metadata.numeric(column)
         found[f"target {column!r}"] = (
             f"number, mean {numbers.mean():.4g}, sd {numbers.std():.4g}, "
             f"{numbers.min():.4g} to {numbers.max():.4g}"
         )
         return None
-    sizes = ", ".join(f"{name} {size}" for name, size in sorted(Counter(present).items()))
+    sizes = ", ".join(f"{name} {size}" for name, size in sorted(Counter(labels).items()))
     found[f"target {column!r}"] = f"classes: {sizes}"
-    return present
+    return labels
 
 
 def _plan(

@@ -11,7 +11,7 @@ import numpy as np
 
 from aam.data.dataset import SampleDataset
 from aam.data.mapped import MappedTable, Source, UnwritableError, open_mapped
-from aam.data.metadata import Metadata, as_metadata, match_ids, read_metadata
+from aam.data.metadata import Metadata, as_metadata, match_ids, read_metadata, require_values
 from aam.data.table import FeatureTable, rarefy, read_table
 from aam.data.table_files import size_in_memory
 from aam.errors import DataFact, InputError, dropped, log, name_some
@@ -54,19 +54,29 @@ class Samples:
         values = zip(self.ids, self.metadata.text(column), strict=True)
         return [name for name, value in values if value is None]
 
-    def keep_with(self, column: str, *, allow_missing: bool) -> None:
-        """Drop and count the samples without a value in a metadata column, where allowed."""
-        assert self.metadata is not None
-        lacking, count = self._lacking(column), len(self.ids)
+    def keep_with(self, column: str, task: str, *, allow_missing: bool) -> list[str] | None:
+        """Go on with the samples that have a value of a target; the others are counted.
+
+        The result is the class of each sample that is left, None where the target is a number.
+        """
+        metadata, lacking = self.metadata, self._lacking(column)
+        assert metadata is not None
+        numeric = metadata.is_numeric(column) if task == "auto" else task == "regression"
+        require_values(metadata, column, numeric=numeric)
         if lacking and not allow_missing:
             raise InputError(
-                f"{self.metadata.source}: column {column!r} has no value for {len(lacking)} of "
-                f"{count} samples ({name_some(lacking)}): fill them in or leave these samples "
-                "out with --allow-missing"
+                f"{metadata.source}: column {column!r} has no value for {len(lacking)} of "
+                f"{len(self.ids)} samples ({name_some(lacking)}): fill them in or leave these "
+                "samples out with --allow-missing"
             )
         self.facts += dropped(f"samples without a value of {column!r}", lacking)
         gone = set(lacking)
         self.keep([name for name in self.ids if name not in gone])
+        if numeric:
+            return None
+        classes = [one for one in metadata.text(column) if one is not None]
+        refuse_breaks(sorted(set(classes)), metadata.source, f"values of column {column!r}")
+        return classes
 
     def groups(self, column: str | None) -> list[str] | None:
         """Each sample's group, which none may lack, or None without a group column."""

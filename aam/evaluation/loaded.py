@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from aam.config import OptionalTableOptions, from_dict
 from aam.data.dataset import SampleDataset
@@ -84,7 +85,7 @@ class Model:
     @property
     def target(self) -> TargetInfo:
         """The column that a fine-tuned model predicts."""
-        return TargetInfo.from_dict(self.description["target"])
+        return TypeAdapter(TargetInfo).validate_python(self.description["target"])
 
     def read(
         self, table: Any, metadata: Any = None, *, rarefy_depth: int | None = None, **more: Any

@@ -81,13 +81,6 @@ class TargetInfo:
     classes: tuple[str, ...] = ()  # none: a number
     transform: TargetTransform = field(default_factory=TargetTransform)
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TargetInfo:
-        """What `dataclasses.asdict` made plain values of."""
-        transform = dict(values["transform"])
-        transform["by_category"] = {k: tuple(v) for k, v in transform["by_category"].items()}
-        return cls(values["column"], tuple(values["classes"]), TargetTransform(**transform))
-
     def truth(self, metadata: Metadata) -> np.ndarray:
         """True numbers, or class codes, (samples,) float64; NaN where missing or no known class."""
         if not self.classes:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from aam.errors import InputError
 from aam.learning.targets import TargetInfo, TargetTransform, class_weights
@@ -24,7 +25,7 @@ def test_transforms_invert_after_a_round_trip_through_json(name, values, kinds):
     keys = np.array([f"k{n % kinds}" for n in range(len(values))])
     fitted = TargetTransform.fit(name, np.array(values), keys)
     saved = json.loads(json.dumps(asdict(TargetInfo("age", (), fitted))))
-    again = TargetInfo.from_dict(saved).transform
+    again = TypeAdapter(TargetInfo).validate_python(saved).transform
     assert again == fitted
     back = again.invert(fitted.apply(np.array(values), keys), keys)
     np.testing.assert_allclose(back, values, rtol=1e-6, atol=1e-6)
