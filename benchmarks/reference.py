@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from aam.data.clades import Clades
+from aam.data.clades import Clades, levels_of
 from aam.data.neighbours import Neighbours
 from aam.data.placement import Law
 from aam.data.sequences import read_fasta
@@ -80,7 +80,12 @@ def time_tree(fasta: Path, newick: Path) -> None:
     tree = read_tree(newick).rename(read_fasta(fasta))
     told(f"{len(tree.tip_names)} tips read")
     clades = Clades(tree)
-    found = len(clades), len(clades.levels), float(clades.weight.sum()), clades.near(np.arange(200))
+    found = (
+        len(clades),
+        len(levels_of(clades.parent)),
+        float(clades.weight.sum()),
+        clades.near(np.arange(200)),
+    )
     told(f"{found[0]} clades in {found[1]} levels")
     neighbours = Neighbours(clades.sequences)
     told("neighbours indexed")
