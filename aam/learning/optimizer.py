@@ -1,4 +1,4 @@
-"""The optimizer, its learning rate over a run, and what a half-precision step may do."""
+"""The optimizer, and its learning rate over a run."""
 
 from __future__ import annotations
 

@@ -138,9 +138,8 @@ class Step:
             if len(slots) < len(batch.slots):  # the vectors of their own ASVs alone
                 asvs, place = torch.unique(slots.values, return_inverse=True)
                 slots, used = slots.with_values(place), vectors[asvs]
-            samples = SamplePart(
-                slots, batch.counts[part.values], part.values.start, part.rows, batch.categories
-            )
+            counts, first = batch.counts[part.values], part.values.start
+            samples = SamplePart(slots, counts, first, part.rows, batch.categories)
             self._begin(f"encode_samples {way}", seeds[1])
             with self._precision():
                 return objective.encode_samples(used, samples)

@@ -67,7 +67,6 @@ def test_training_in_half_precision_follows_that_in_float32(
         assert aam(*words) == 0
     whole, half = (measured(tmp_path / name, "loss") for name in ("32", precision))
     skipped = measured(tmp_path / precision, "skipped") or [0.0]
-    print(skipped)
     same = skipped.index(1.0) + 1 if 1.0 in skipped else len(whole)  # float16 overflows once
     assert half[:same] == pytest.approx(whole[:same], rel=0.05) and half != whole
     assert half[-1] < half[0] and sum(skipped) < 3
