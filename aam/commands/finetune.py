@@ -193,6 +193,4 @@ class Finetuning(Task):
         results = target_results(
             target, predicted, self.truth, self.samples, self.rows, self.validation_rows
         )
-        kind = "classification" if classes else "regression"
-        described = {"column": target.column, "kind": kind, "classes": classes, "unit": ""}
-        return {"results": results, "target": described}
+        return {"results": results, "target": {"column": target.column, "classes": classes}}
