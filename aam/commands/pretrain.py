@@ -18,15 +18,10 @@ from aam.config import PretrainConfig
 from aam.data.dataset import SampleDataset
 from aam.data.samples import read_samples
 from aam.data.unifrac import UniFrac
+from aam.evaluation import results
+from aam.evaluation.baselines import CHECK_SEED, EvaluationSubset
 from aam.evaluation.metrics import Measured, condensed, distance_metrics
 from aam.evaluation.outputs import predicted_distances
-from aam.evaluation.results import (
-    CHECK_SEED,
-    EvaluationSubset,
-    Results,
-    distance_results,
-    nucleotide_results,
-)
 from aam.learning.checkpoint import fingerprint
 from aam.learning.distributed import RankGroup
 from aam.learning.losses import DistanceLoss
@@ -102,11 +97,12 @@ class PairPretraining(Task):
     def results(self, run: Run) -> dict[str, Any]:
         """Distances and masked nucleotides beside their baselines."""
         losses, dataset, rows = self.config.losses, self.dataset, self.subset.rows
-        results: Results = []
+        found: results.Results = []
         if losses.unifrac_penalty:
             predicted = predicted_distances(self.model, dataset, rows)
-            results += distance_results(self.subset, predicted, run)
+            found += results.distance_results(self.subset, predicted, run)
         if losses.nucleotide_penalty:
-            asvs, known = dataset.asvs_of(rows), dataset.asvs_of(self.rows)
-            results += nucleotide_results(self.model.encoder, dataset, asvs, dataset, known, losses)
-        return {"results": results}
+            encoder, asvs = self.model.encoder, dataset.asvs_of(rows)
+            known = dataset.asvs_of(self.rows)
+            found += results.nucleotide_results(encoder, dataset, asvs, dataset, known, losses)
+        return {"results": found}

@@ -21,16 +21,10 @@ from aam.data.embedding import COMMUNITIES, Embedding
 from aam.data.neighbours import Found, Neighbours
 from aam.data.placement import Law, Placement
 from aam.data.texts import match_names
+from aam.evaluation import results
+from aam.evaluation.baselines import CHECK_SEED
 from aam.evaluation.metrics import Measured
 from aam.evaluation.placer import WEIGHT, Placer
-from aam.evaluation.results import (
-    CHECK_SEED,
-    Results,
-    colours,
-    membership_results,
-    nucleotide_results,
-    sample_results,
-)
 from aam.learning.checkpoint import fingerprint
 from aam.learning.losses import CladeLoss
 from aam.learning.objective import CladeObjective
@@ -191,19 +185,19 @@ class TreePretraining(Task):
     def results(self, run: Run) -> dict[str, Any]:
         """Distances, Faith PD, memberships and masked nucleotides beside their baselines."""
         losses, subset = self.config.losses, self.subset
-        results: Results = []
+        found: results.Results = []
         if losses.unifrac_penalty and subset is not None:
-            results += sample_results(self.placer, subset, run, self.embedding)
+            found += results.sample_results(self.placer, subset, run, self.embedding)
         if losses.unifrac_penalty and len(self.left_out):
             placed = self.placer.place(self.left_out, self.found)
-            results += membership_results(self.placer, self.left_out, placed, self.truth, run)
+            found += results.membership_results(self.placer, self.left_out, placed, self.truth, run)
         if losses.nucleotide_penalty and len(self.unseen):
-            results += nucleotide_results(
-                self.model.encoder, self.unseen, np.arange(len(self.unseen)),
-                self.dataset, np.arange(len(self.dataset)), losses,
-            )  # fmt: skip
-        colour_by = None if subset is None else colours(subset.samples, subset.rows)
-        return {"results": results, "colours": colour_by}
+            asvs, known = np.arange(len(self.unseen)), np.arange(len(self.dataset))
+            found += results.nucleotide_results(
+                self.model.encoder, self.unseen, asvs, self.dataset, known, losses
+            )
+        colour_by = None if subset is None else results.colours(subset.samples, subset.rows)
+        return {"results": found, "colours": colour_by}
 
 
 def tree_options(options: OptimizerOptions, asvs: AsvDataset) -> OptimizerOptions:

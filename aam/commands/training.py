@@ -18,9 +18,10 @@ from aam import __version__
 from aam.config import FinetuneConfig, OptimizerOptions, PretrainConfig, to_dict
 from aam.data.dataset import AsvDataset, SampleDataset
 from aam.errors import log, log_facts
+from aam.evaluation.baselines import CHECK_SEED
 from aam.evaluation.metrics import Measured
 from aam.evaluation.outputs import check_nucleotides
-from aam.evaluation.results import CHECK_SEED, print_results
+from aam.evaluation.results import print_results
 from aam.files import MODEL_FILE
 from aam.learning import checkpoint, device, distributed, launch, model_file
 from aam.learning.batches import Batching

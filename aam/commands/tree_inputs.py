@@ -16,7 +16,7 @@ from aam.data.texts import Texts, match_names
 from aam.data.tree import Phylogeny, read_tree
 from aam.data.unifrac import UniFrac
 from aam.errors import DataFact, InputError, dropped, name_some
-from aam.evaluation.results import CHECK_SEED, EvaluationSubset
+from aam.evaluation.baselines import CHECK_SEED, EvaluationSubset
 
 LEAST_TIPS = 3
 LEFT_OUT = 2000  # most tips of a reference that are left out, and most ASVs that validation places
