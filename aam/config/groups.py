@@ -203,15 +203,15 @@ class OptimizerOptions(Options):
 
     batch_size: Count | None = None
     """Samples a step: 8, or, where a memory option is given, as many as fit; with a tree ASVs
-    a step, about 16,384 nucleotides. With --effective-batch-size: most of one of its pieces."""
+    a step, about 16,384 nucleotides. With --effective-batch-size: most of a micro-batch."""
     effective_batch_size: Annotated[int, Field(ge=2)] | None = None
-    """Samples (with a tree ASVs) a step whatever the memory: computed in pieces, exactly."""
+    """Samples (with a tree ASVs) a step whatever the memory: computed in micro-batches, exactly."""
     max_memory_gb: Positive | None = None
     """Memory to fill, GB (10^9 bytes), of each device, or of the process on a CPU."""
     max_memory_fraction: Share | None = None
     """The same as a share of what is free at the start; 0.85 if neither is given."""
     oversize: Literal["chunk", "error", "subsample"] = "chunk"
-    """A sample too large for memory: in pieces (exact), an error, or only the ASVs that fit."""
+    """A sample too large for memory: in micro-batches (exact), an error, or the ASVs that fit."""
     epochs: Count | None = None
     """Passes over the training samples, if not given 20 (finetune) or 40 (pretrain); with a tree
     over the training ASVs, as many as see 30 million nucleotides, but 3 to 60."""

@@ -67,7 +67,7 @@ class AsvDataset(_Tokenized):
     """Some distinct sequences, cut at ``max_bp``; what `SampleDataset` is to samples."""
 
     unit = "ASVs"
-    fills_memory = False  # steps of one size learn best: memory only decides their pieces
+    fills_memory = False  # steps of one size learn best: memory only decides their micro-batches
 
     def __init__(self, sequences: Sequence[str], max_bp: int) -> None:
         super().__init__(sequences, max_bp)

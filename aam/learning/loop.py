@@ -250,7 +250,7 @@ class Trainer:
             if not is_out_of_memory(error):
                 raise
             raise InputError(
-                f"out of memory before a step of {len(rows)} samples could be cut into pieces: "
+                f"out of memory before a step of {len(rows)} samples could be cut: "
                 "give more memory or smaller steps (--effective-batch-size, --batch-size)"
             ) from error
 
