@@ -216,6 +216,7 @@ def option_boxes(name: str, choices: bool = False) -> Any:
             kind = Literal[tuple(values)]
         box = "common" if option.name in COMMON else option.group or "other"
         boxes.setdefault(box, {})[option.name] = Annotated[kind, shown]
+    # Names and fields are known at run time alone, which the type checker does not follow.
     typed = {box: TypedDict(box, inner, total=False) for box, inner in boxes.items()}  # type: ignore[operator]
     return TypedDict(name, typed)  # type: ignore[operator]
 

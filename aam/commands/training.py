@@ -22,7 +22,7 @@ from aam.evaluation.baselines import CHECK_SEED
 from aam.evaluation.metrics import Measured
 from aam.evaluation.outputs import check_nucleotides
 from aam.evaluation.results import print_results
-from aam.files import MODEL_FILE
+from aam.files import MODEL_FILE, check_run_output
 from aam.learning import checkpoint, device, distributed, launch, model_file
 from aam.learning.batches import Batching
 from aam.learning.loop import Trainer
@@ -38,7 +38,8 @@ def train(
 
     `make_task` reads the task's data, for a device. Returns the run folder.
     """
-    started, seed = time.time(), config.run.seed
+    started, seed, options = time.time(), config.run.seed, config.run
+    check_run_output(options.output_dir, options.overwrite, options.resume_from)
     state = checkpoint.compatible_state(config)
     task = make_task(config, launch.start(config.run))
     log_facts(task.facts, task.warnings)

@@ -5,6 +5,47 @@ The command line, the TOML file (``--config run.toml``), the saved ``config.toml
 names, with dashes on the command line.
 """
 
-from aam.config.commands import *  # noqa: F403
-from aam.config.groups import *  # noqa: F403
-from aam.config.options import *  # noqa: F403
+from aam.config.commands import (
+    CONFIGS,
+    DemoConfig,
+    EmbedConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    InspectConfig,
+    PredictConfig,
+    PretrainConfig,
+    UnifracConfig,
+    from_options,
+)  # fmt: skip
+from aam.config.groups import (
+    DistanceOptions,
+    FinetunePenaltyOptions,
+    MetadataOptions,
+    NucleotideOptions,
+    OptimizerOptions,
+    OptionalTableOptions,
+    PenaltyOptions,
+    RunOptions,
+    TableOptions,
+    TargetOptions,
+    TruthOptions,
+)  # fmt: skip
+from aam.config.options import (
+    check,
+    flag,
+    from_dict,
+    nearest,
+    options_of,
+    read_toml,
+    to_dict,
+    write_toml,
+)  # fmt: skip
+
+__all__ = [
+    "CONFIGS", "DemoConfig", "DistanceOptions", "EmbedConfig", "EvaluateConfig", "FinetuneConfig",
+    "FinetunePenaltyOptions", "InspectConfig", "MetadataOptions", "NucleotideOptions",
+    "OptimizerOptions", "OptionalTableOptions", "PenaltyOptions", "PredictConfig",
+    "PretrainConfig", "RunOptions", "TableOptions", "TargetOptions", "TruthOptions",
+    "UnifracConfig", "check", "flag", "from_dict", "from_options", "nearest", "options_of",
+    "read_toml", "to_dict", "write_toml",
+]  # fmt: skip

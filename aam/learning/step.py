@@ -233,7 +233,7 @@ class Step:
             full = True  # the error, and with it the graph, is gone when this block is left
         if self.group.any(full, self.parameters[0].device):
             raise StepTooLarge
-        return result  # type: ignore[return-value]
+        return result  # type: ignore[return-value]  # None only where `work` gave None
 
 
 class GradientCache:
